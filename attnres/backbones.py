@@ -1,0 +1,229 @@
+"""What differs between the backbone families, as data: everything else is the same code for all of them.
+
+A family is supported when its decoder layer is PreNorm-additive: x + f(norm(x)), twice. Replacing the sum by a mean of the
+sources then only rescales the input of an RMSNorm, which is what makes a conversion lossless.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_recurrent_attention_mask,
+    create_sliding_window_causal_mask,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+MASKS = {
+    "full_attention": create_causal_mask,
+    "sliding_attention": create_sliding_window_causal_mask,
+    "linear_attention": create_recurrent_attention_mask,
+}
+
+# Which mask each decoder layer gets.
+CAUSAL = "causal"  # one causal mask for all
+SLIDING_IF_SET = "sliding_if_set"  # one for all, sliding when the configuration has a window
+BY_LAYER_TYPE = "by_layer_type"  # config.layer_types says
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family's decoder layer and model are put together.
+
+    Attributes:
+        masks: `CAUSAL`, `SLIDING_IF_SET` or `BY_LAYER_TYPE`.
+        attention: name of the softmax-attention module in the decoder layer.
+        linear_attention: name of the linear-attention module, in layers of that type; called with `cache_params`.
+        mlp: name of the MLP or mixture-of-experts module.
+        attention_pre_norm, mlp_pre_norm: norms of the sublayers' inputs.
+        attention_post_norm, mlp_post_norm: norms of the sublayers' outputs (Gemma's sandwich), part of the sublayer.
+        attention_dropout, mlp_dropout: dropouts of the sublayers' outputs, part of the sublayer.
+        rotary_by_layer_type: the rotary embedding is asked once per layer type.
+        output_multiplier: configuration key of a factor on every sublayer output, folded into the source.
+        embedding_multiplier: configuration key of a factor on the embeddings.
+        logits_divisor: configuration key of a divisor of the logits.
+        logits_softcap: configuration key of a soft cap c * tanh(logits / c).
+        lm_head_bias: configuration key that says whether the head has a bias.
+        cache_reset_length: configuration key of a prompt length beyond which the rotary factors change, and with them
+            the meaning of all cached keys.
+    """
+
+    masks: str
+    attention: str = "self_attn"
+    linear_attention: str = "self_attn"
+    mlp: str = "mlp"
+    attention_pre_norm: str = "input_layernorm"
+    mlp_pre_norm: str = "post_attention_layernorm"
+    attention_post_norm: str | None = None
+    mlp_post_norm: str | None = None
+    attention_dropout: str | None = None
+    mlp_dropout: str | None = None
+    rotary_by_layer_type: bool = False
+    output_multiplier: str | None = None
+    embedding_multiplier: str | None = None
+    logits_divisor: str | None = None
+    logits_softcap: str | None = None
+    lm_head_bias: str | None = None
+    cache_reset_length: str | None = None
+
+
+_GRANITE = {
+    "masks": CAUSAL,
+    "output_multiplier": "residual_multiplier",
+    "embedding_multiplier": "embedding_multiplier",
+    "logits_divisor": "logits_scaling",
+}
+_GEMMA = {
+    "masks": BY_LAYER_TYPE,
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_pre_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+    "logits_softcap": "final_logit_softcapping",
+}
+
+FAMILIES = {
+    "llama": Family(CAUSAL),
+    "mistral": Family(SLIDING_IF_SET),
+    "qwen2": Family(BY_LAYER_TYPE),
+    "qwen3": Family(BY_LAYER_TYPE),
+    "smollm3": Family(BY_LAYER_TYPE),
+    "phi3": Family(
+        SLIDING_IF_SET,
+        attention_dropout="resid_attn_dropout",
+        mlp_dropout="resid_mlp_dropout",
+        cache_reset_length="original_max_position_embeddings",
+    ),
+    "mixtral": Family(SLIDING_IF_SET),
+    "qwen2_moe": Family(BY_LAYER_TYPE),
+    "qwen3_moe": Family(SLIDING_IF_SET),
+    "olmoe": Family(CAUSAL),
+    "gpt_oss": Family(BY_LAYER_TYPE),
+    "deepseek_v2": Family(CAUSAL),
+    "deepseek_v3": Family(CAUSAL),
+    "glm4_moe": Family(CAUSAL),
+    "ernie4_5_moe": Family(CAUSAL, lm_head_bias="use_bias"),
+    "minimax_m2": Family(CAUSAL),
+    "qwen3_next": Family(BY_LAYER_TYPE, linear_attention="linear_attn"),
+    "kimi_linear": Family(BY_LAYER_TYPE),
+    "granite": Family(**_GRANITE),
+    "granitemoe": Family(**_GRANITE, mlp="block_sparse_moe"),
+    "gemma2": Family(**_GEMMA),
+    "gemma3_text": Family(**_GEMMA, rotary_by_layer_type=True),
+}
+
+_POST_NORM = (
+    "is post-norm only: its decoder layer computes x + norm(f(x)) on the raw residual stream, so a mean of sources "
+    "is not what it computes and no conversion is lossless"
+)
+REFUSED = {
+    "olmo2": _POST_NORM,
+    "olmo3": _POST_NORM,
+    "gemma3": "is multimodal: use its language model, a gemma3_text configuration",
+    "inkling2": "has a different depth mechanism (normed values, several queries), which is not Attention Residuals",
+}
+
+
+def check_supported(backbone: PreTrainedConfig | str):
+    """Raises ValueError, with the reason, if a family cannot be the backbone of an AttnRes model."""
+    model_type = backbone if isinstance(backbone, str) else backbone.model_type
+    if model_type in FAMILIES:
+        return
+    reason = REFUSED.get(
+        model_type, "is not known to be PreNorm-additive (x + f(norm(x))), which a lossless conversion needs"
+    )
+    raise ValueError(
+        f"backbone model_type {model_type!r} is not supported: it {reason}. Supported: {', '.join(FAMILIES)}."
+    )
+
+
+def get_family(config: PreTrainedConfig) -> Family:
+    """The `Family` of a backbone configuration."""
+    check_supported(config)
+    return FAMILIES[config.model_type]
+
+
+def base_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The family's model without a head."""
+    return MODEL_MAPPING[type(config)]
+
+
+def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The family's model with a language-modelling head."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def build_base_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The family's model without a head, its weights not initialised."""
+    with no_init_weights():
+        return base_model_class(config)(config)
+
+
+def init_weights(config: PreTrainedConfig, module: nn.Module):
+    """Initialises one module as the family does (experts, routers, decay rates, sinks, ...)."""
+    owner_class = causal_lm_class(config)
+    owner = object.__new__(owner_class)  # only its configuration is read: no need for the weights of a whole model
+    owner.__dict__["config"] = config
+    owner._init_weights(module)
+
+
+def build_lm_head(config: PreTrainedConfig) -> nn.Linear:
+    """The family's language-modelling head, not initialised."""
+    key = get_family(config).lm_head_bias
+    with no_init_weights():
+        return nn.Linear(config.hidden_size, config.vocab_size, bias=bool(key and getattr(config, key)))
+
+
+def scale_logits(config: PreTrainedConfig, logits: torch.Tensor) -> torch.Tensor:
+    """The family's scaling and soft cap of the logits."""
+    family = get_family(config)
+    if family.logits_divisor is not None:
+        logits = logits / getattr(config, family.logits_divisor)
+    if family.logits_softcap is not None and (cap := getattr(config, family.logits_softcap)) is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+def layer_type(config: PreTrainedConfig, layer_idx: int) -> str:
+    """`full_attention`, `sliding_attention` or `linear_attention`."""
+    masks = get_family(config).masks
+    if masks == BY_LAYER_TYPE:
+        return config.layer_types[layer_idx]
+    if masks == SLIDING_IF_SET and getattr(config, "sliding_window", None) is not None:
+        return "sliding_attention"
+    return "full_attention"
+
+
+def create_masks(config: PreTrainedConfig, attention_mask, **mask_inputs) -> dict:
+    """One mask per layer type that occurs; masks that `generate` has already prepared are passed through."""
+    if isinstance(attention_mask, dict):
+        return attention_mask
+    layer_types = {layer_type(config, layer_idx) for layer_idx in range(config.num_hidden_layers)}
+    return {
+        kind: MASKS[kind](config=config, attention_mask=attention_mask, **mask_inputs) for kind in sorted(layer_types)
+    }
+
+
+def rotary_embeddings(config: PreTrainedConfig, rotary_emb: nn.Module | None, hidden_states, position_ids) -> dict:
+    """Position embeddings per layer type; `None` where the family has no rotary embedding."""
+    layer_types = sorted({layer_type(config, layer_idx) for layer_idx in range(config.num_hidden_layers)})
+    if rotary_emb is None:
+        return dict.fromkeys(layer_types)
+    if get_family(config).rotary_by_layer_type:
+        return {kind: rotary_emb(hidden_states, position_ids, kind) for kind in layer_types}
+    return dict.fromkeys(layer_types, rotary_emb(hidden_states, position_ids))
+
+
+def load_balancing_loss(config: PreTrainedConfig) -> Callable | None:
+    """The family's auxiliary loss of (router_logits, attention_mask); `None` where it has none."""
+    function = getattr(sys.modules[causal_lm_class(config).__module__], "load_balancing_loss_func", None)
+    if function is None or getattr(config, "router_aux_loss_coef", None) is None:
+        return None
+    key = "num_experts" if hasattr(config, "num_experts") else "num_local_experts"
+    return lambda router_logits, attention_mask: function(
+        router_logits, getattr(config, key), config.num_experts_per_tok, attention_mask
+    )

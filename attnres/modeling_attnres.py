@@ -1,0 +1,652 @@
+"""AttnRes models: a transformers backbone whose residual additions are replaced by a mixture over depth.
+
+The backbone's embeddings, sublayers, norms, rotary embeddings, masks and caches are its family's own modules under their own
+names; only the `depth_mixer` is added. Shapes: B batch, T tokens, D hidden size, V vocabulary, L decoder layers, n sources.
+"""
+
+import copy
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .backbones import (
+    build_base_model,
+    build_lm_head,
+    causal_lm_class,
+    create_masks,
+    get_family,
+    init_weights,
+    layer_type,
+    load_balancing_loss,
+    rotary_embeddings,
+    scale_logits,
+)
+from .configuration_attnres import AttnResConfig
+from .depth_mixer import DepthMixer, DepthScore, mix, score
+
+# What a family's class says of itself; an AttnRes model of that family says the same.
+_FAMILY_TRAITS = (
+    "_supports_flash_attn",
+    "_supports_sdpa",
+    "_supports_flex_attn",
+    "_supports_attention_backend",
+    "_supports_context_parallel",
+    "_compatible_flash_implementations",
+    "_can_compile_fullgraph",
+    "_is_stateful",
+    "_keep_in_fp32_modules",
+    "_keep_in_fp32_modules_strict",
+    "_keys_to_ignore_on_load_missing",
+    "_keys_to_ignore_on_load_unexpected",
+    "_keys_to_ignore_on_save",
+)
+
+# Depth tensors on disk (the names of the public Kimi K3 checkpoint) and in memory.
+_PER_LAYER_NAMES = {
+    "self_attention_res_proj": "attention_norm.query",
+    "self_attention_res_norm": "attention_norm.weight",
+    "mlp_res_proj": "mlp_norm.query",
+    "mlp_res_norm": "mlp_norm.weight",
+}
+_OUTPUT_NAMES = {"output_attn_res_proj": "output_norm.query", "output_attn_res_norm": "output_norm.weight"}
+
+
+def depth_weight_conversions() -> list:
+    """transformers' converters between the depth tensors on disk and the stacked ones of the `depth_mixer`."""
+    per_layer = [
+        WeightConverter(
+            source_patterns=f"layers.*.{name}.weight",
+            target_patterns=f"depth_mixer.{target}",
+            operations=[MergeModulelist(dim=0)],
+        )
+        for name, target in _PER_LAYER_NAMES.items()
+    ]
+    output = [
+        WeightRenaming(source_patterns=f"{name}.weight", target_patterns=f"depth_mixer.{target}")
+        for name, target in _OUTPUT_NAMES.items()
+    ]
+    return per_layer + output
+
+
+def weight_conversions(config: AttnResConfig) -> list:
+    """All converters of a checkpoint: the family's own, then those of the depth tensors."""
+    return (get_checkpoint_conversion_mapping(config.backbone_config.model_type) or []) + depth_weight_conversions()
+
+
+@dataclass
+class AttnResModelOutputWithPast(MoeModelOutputWithPast):
+    """`MoeModelOutputWithPast` with `depth_weights`: 2 L + 1 tensors `[B, T, n]`, float32, rows summing to 1."""
+
+    depth_weights: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class AttnResCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    """`MoeCausalLMOutputWithPast` with `depth_weights`: 2 L + 1 tensors `[B, T, n]`, float32, rows summing to 1."""
+
+    depth_weights: tuple[torch.FloatTensor, ...] | None = None
+
+
+class MixedInput(nn.Identity):
+    """The input a decoder layer mixed from its sources; a place for `output_hidden_states` to look."""
+
+
+class DepthWeights(nn.Identity):
+    """The weights of one mixture; a place for `output_depth_weights` to look."""
+
+
+class SublayerWeights(nn.Identity):
+    """The attention weights of a softmax attention; a place for `output_attentions` to look."""
+
+
+class AttnResDecoderLayer(GradientCheckpointingLayer):
+    """A family's decoder layer whose two residual additions are mixtures over depth.
+
+    Takes over the sublayers and norms of `layer` under their own names.
+
+    Args:
+        config: configuration of the AttnRes model.
+        layer: the family's decoder layer.
+        layer_idx: its index, from 0.
+    """
+
+    def __init__(self, config: AttnResConfig, layer: nn.Module, layer_idx: int):
+        super().__init__()
+        for name, module in layer.named_children():
+            self.add_module(name, module)
+        backbone = config.backbone_config
+        self.config = config
+        self.layer_idx = layer_idx
+        self.family = get_family(backbone)
+        self.is_linear_attention = layer_type(backbone, layer_idx) == "linear_attention"
+        multiplier = self.family.output_multiplier
+        self.output_multiplier = 1.0 if multiplier is None else getattr(backbone, multiplier)
+        self.residual_mode = config.residual_mode
+        self.starts_block = config.residual_mode == "full" or layer_idx % config.layers_per_block == 0
+        self.mixed_input = MixedInput()
+        self.sublayer_weights = SublayerWeights()
+        self.depth_weights = DepthWeights()
+
+    def forward(
+        self,
+        *state: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings=None,
+        output_depth_weights: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """One decoder layer.
+
+        All tensors of the depth computation come positionally and what is new is returned: nothing is changed in place, so
+        that activation checkpointing may run a layer twice.
+
+        Args:
+            state: in `"standard"` mode the hidden states `[B, T, D]`. Otherwise the gain-weighted pseudo-queries `[Q, D]`
+                from this layer's attention on (2 in `"block"` mode, all remaining in `"full"` mode), then per source its
+                value `[B, T, D]` and its logits `[B, T]` for the attention and for the MLP, then, within a block, the
+                partial sum `[B, T, D]`.
+
+        Returns:
+            `"standard"`: the hidden states. `"block"`: the partial sum including this layer. `"full"`: the attention
+            output, the MLP output, and the logits of the former for all later sublayers but the MLP.
+        """
+        attention_inputs = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            **({} if position_embeddings is None else {"position_embeddings": position_embeddings}),
+            **kwargs,
+        }
+        if self.residual_mode == "standard":
+            (hidden_states,) = state
+            hidden_states = hidden_states + self._attention(self.mixed_input(hidden_states), attention_inputs)
+            return hidden_states + self._mlp(hidden_states)
+
+        queries, *sources = state
+        partial = None if self.starts_block else sources.pop()
+        values, attention_logits, mlp_logits = sources[0::3], sources[1::3], sources[2::3]
+        dtype = values[0].dtype  # under autocast sublayers return a narrower one; sums keep that of the embedding
+
+        if partial is None:
+            mixed = self._mix(values, attention_logits, output_depth_weights)
+        else:
+            (logits,) = self._score(partial, queries[:1])
+            mixed = self._mix([*values, partial], [*attention_logits, logits], output_depth_weights)
+        newest = self._attention(self.mixed_input(mixed), attention_inputs).to(dtype)
+        newest = newest if partial is None else partial + newest
+
+        logits, *later_logits = self._score(newest, queries[1:2] if self.residual_mode == "block" else queries[1:])
+        mixed = self._mix([*values, newest], [*mlp_logits, logits], output_depth_weights)
+        mlp_output = self._mlp(mixed).to(dtype)
+        if self.residual_mode == "block":
+            return newest + mlp_output
+        return newest, mlp_output, *later_logits
+
+    def _score(self, source: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return score(source, queries, self.config.rms_norm_eps)
+
+    def _mix(self, values, logits, output_depth_weights: bool) -> torch.Tensor:
+        mixture, weights = mix(values, logits, self.config.depth_implementation)
+        if output_depth_weights:
+            self.depth_weights(_or_ones(weights, mixture))
+        return mixture
+
+    def _attention(self, hidden_states: torch.Tensor, inputs: dict) -> torch.Tensor:
+        """Norm, attention and what belongs to its output: `[B, T, D]` to `[B, T, D]`, one source."""
+        hidden_states = getattr(self, self.family.attention_pre_norm)(hidden_states)
+        if self.is_linear_attention:
+            inputs = {**inputs, "cache_params": inputs["past_key_values"]}
+            for name in ("past_key_values", "use_cache", "position_ids", "position_embeddings"):
+                inputs.pop(name, None)
+            output = getattr(self, self.family.linear_attention)(hidden_states=hidden_states, **inputs)
+        else:
+            output, weights = getattr(self, self.family.attention)(hidden_states=hidden_states, **inputs)
+            if weights is not None:
+                self.sublayer_weights(weights)
+        return self._finish(output, self.family.attention_post_norm, self.family.attention_dropout)
+
+    def _mlp(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Norm, MLP or mixture of experts and what belongs to its output: `[B, T, D]` to `[B, T, D]`, one source."""
+        output = getattr(self, self.family.mlp)(getattr(self, self.family.mlp_pre_norm)(hidden_states))
+        output = output[0] if isinstance(output, tuple) else output  # some experts return their router's logits too
+        return self._finish(output, self.family.mlp_post_norm, self.family.mlp_dropout)
+
+    def _finish(self, output: torch.Tensor, post_norm: str | None, dropout: str | None) -> torch.Tensor:
+        if post_norm is not None:
+            output = getattr(self, post_norm)(output)
+        if dropout is not None:
+            output = getattr(self, dropout)(output)
+        return output if self.output_multiplier == 1.0 else output * self.output_multiplier
+
+
+def _or_ones(weights: torch.Tensor | None, mixture: torch.Tensor) -> torch.Tensor:
+    """The weights of a mixture; those of a single source, which is passed through, are 1."""
+    return mixture.new_ones((*mixture.shape[:-1], 1), dtype=torch.float32) if weights is None else weights
+
+
+class AttnResPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation that are the same with and without a head."""
+
+    config: AttnResConfig
+    config_class = AttnResConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["AttnResDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    # Class-level defaults for code that asks the class; a model has those of its family.
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(MixedInput, index=0, capture_initial_hidden_state=False),
+        "attentions": OutputRecorder(SublayerWeights, index=0),
+        "depth_weights": OutputRecorder(DepthWeights, index=0),
+        # Routers of all families, by their place: the registry of recorders knows classes, not families.
+        "router_logits": [
+            OutputRecorder(None, index=0, class_name=place)
+            for place in (".mlp.gate", ".mlp.router", ".block_sparse_moe.router")
+        ],
+    }
+
+    def __init__(self, config: AttnResConfig, *inputs, **kwargs):
+        config.check_depth_options()  # options may have been set one by one after construction
+        family_class = causal_lm_class(config.backbone_config)
+        for name in _FAMILY_TRAITS:
+            if hasattr(family_class, name):
+                object.__setattr__(self, name, copy.copy(getattr(family_class, name)))
+        super().__init__(config, *inputs, **kwargs)
+        # transformers looks converters up by class and model_type, which all families share: the last built holds.
+        register_checkpoint_conversion_mapping(config.model_type, weight_conversions(config), overwrite=True)
+
+    @property
+    def _weight_conversions(self) -> list:
+        """The converters that saving reverts: always those of this model's own family."""
+        return weight_conversions(self.config)
+
+    @_weight_conversions.setter
+    def _weight_conversions(self, used: list):
+        """Loading leaves here the converters that it used; a plain checkpoint uses none for the depth tensors."""
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, DepthScore):
+            init.zeros_(module.query)
+            init.ones_(module.weight)
+        elif not isinstance(module, DepthMixer):
+            init_weights(self.config.backbone_config, module)
+
+    def load_adapter(self, *args, **kwargs):
+        register_checkpoint_conversion_mapping(self.config.model_type, weight_conversions(self.config), overwrite=True)
+        return super().load_adapter(*args, **kwargs)
+
+    def depth_parameters(self):
+        """The pseudo-queries and key-norm gains: 6 parameters, none in `"standard"` mode."""
+        return (parameter for name, parameter in self.named_parameters() if _is_depth_name(name))
+
+    def backbone_parameters(self):
+        """All parameters but those of the depth mixer."""
+        return (parameter for name, parameter in self.named_parameters() if not _is_depth_name(name))
+
+    def freeze_backbone(self):
+        """Leaves only the depth mixer trainable; returns the model."""
+        for parameter in self.backbone_parameters():
+            parameter.requires_grad_(False)
+        return self
+
+    def set_depth_implementation(self, depth_implementation: str):
+        """Chooses which implementation mixes over depth, as `set_attn_implementation` does for attention."""
+        self.config.depth_implementation = depth_implementation
+
+    @classmethod
+    def from_backbone(cls, model_or_path, **kwargs):
+        """The lossless conversion of a PreNorm model: with zero pseudo-queries it computes what the model computed.
+
+        Args:
+            model_or_path: a transformers model in memory, of a supported family and with the same head as this class (its
+                weights are copied, the model is left alone); or a local folder or hub id with such a checkpoint.
+            kwargs: depth options (`residual_mode`, `layers_per_block`, `num_blocks`) and, with a path, anything that
+                `from_pretrained` takes.
+
+        Raises:
+            ValueError: the family is not supported, or the model is an AttnRes model already.
+        """
+        if not isinstance(model_or_path, PreTrainedModel):
+            stored, _ = super(AttnResConfig, AttnResConfig).get_config_dict(
+                model_or_path, **{key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+            )
+            if stored.get("model_type") == AttnResConfig.model_type:
+                raise ValueError(f"{model_or_path} is an AttnRes checkpoint already; load it with from_pretrained.")
+            return cls.from_pretrained(model_or_path, **kwargs)
+
+        source = model_or_path
+        config = AttnResConfig.from_backbone(source.config, **kwargs)
+        with init.no_init_weights():
+            model = cls(config)
+        state = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
+        for name, parameter in model.named_parameters():
+            if _is_depth_name(name):
+                fill = torch.zeros_like if name.endswith(".query") else torch.ones_like
+                state[name] = fill(parameter, dtype=source.dtype, device=source.device)
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+        missing = set(missing) - set(model.all_tied_weights_keys)
+        if missing or unexpected:
+            raise ValueError(
+                f"{type(source).__name__} does not have the tensors of {cls.__name__}: "
+                f"missing {_some(missing)}, unexpected {_some(unexpected)}."
+            )
+        model.tie_weights()
+        model.to(source.device)
+        if model.can_generate() and source.can_generate():
+            model.generation_config = copy.deepcopy(source.generation_config)
+        model.name_or_path = source.name_or_path
+        return model.train(source.training)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, strict: bool = True, **kwargs):
+        """`PreTrainedModel.from_pretrained` for AttnRes checkpoints and, as their lossless conversion, plain ones.
+
+        Args:
+            strict: raise if the checkpoint lacks backbone tensors, has tensors that the model does not, or has some but
+                not all depth tensors. With `False` transformers' behaviour: what is missing is random.
+
+        Raises:
+            ValueError: the tensors do not match, see `strict`.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        if strict:
+            _check_loading(model, pretrained_model_name_or_path, info)
+        return (model, info) if with_info else model
+
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def _is_depth_name(name: str) -> bool:
+    return "depth_mixer." in name
+
+
+def _some(names, limit: int = 3) -> str:
+    names = sorted(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "") or "none"
+
+
+def _check_loading(model: AttnResPreTrainedModel, source: str | os.PathLike, info: dict):
+    missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+    depth_names = {name for name, _ in model.named_parameters() if _is_depth_name(name)}
+    if missing >= depth_names:  # none of them: a plain checkpoint, the lossless start
+        missing -= depth_names
+    if model.base_model is model:  # a head is no part of it
+        unexpected = {name for name in unexpected if not name.startswith("lm_head.")}
+    problems = [
+        f"{kind} {_some(names)}" for kind, names in (("missing", missing), ("unexpected", unexpected)) if names
+    ]
+    if problems:
+        raise ValueError(
+            f"checkpoint {source} does not have the tensors of this {type(model).__name__} "
+            f"({model.config.backbone_config.model_type}, residual_mode={model.config.residual_mode}): "
+            f"{'; '.join(problems)}. Fix the checkpoint or its config.json, or pass strict=False to go on regardless."
+        )
+
+
+class AttnResModel(AttnResPreTrainedModel):
+    """A backbone without a head, with residual additions replaced by mixtures over depth (paper, section 3)."""
+
+    def __init__(self, config: AttnResConfig):
+        super().__init__(config)
+        backbone = config.backbone_config
+        base = build_base_model(backbone)
+        self.padding_idx = getattr(backbone, "pad_token_id", None)
+        self.vocab_size = backbone.vocab_size
+        self.embed_tokens = base.embed_tokens
+        self.layers = nn.ModuleList(
+            AttnResDecoderLayer(config, layer, layer_idx) for layer_idx, layer in enumerate(base.layers)
+        )
+        self.norm = base.norm
+        self.rotary_emb = getattr(base, "rotary_emb", None)
+        self.mixed_output = MixedInput()
+        self.depth_weights = DepthWeights()
+        self.depth_mixer = None
+        if config.residual_mode != "standard":
+            self.depth_mixer = DepthMixer(config.num_hidden_layers, config.hidden_size)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        output_depth_weights: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> AttnResModelOutputWithPast:
+        """Hidden states of the backbone with mixtures over depth.
+
+        Args:
+            input_ids: `[B, T]`, or `inputs_embeds`: `[B, T, D]`.
+            attention_mask: `[B, T]`, 1 for tokens and 0 for padding; or a mask prepared by `generate`.
+            position_ids: `[B, T]`; positions that start over mark packed sequences.
+            past_key_values: the cache to read and extend.
+            use_cache: whether to return a cache. Default: as the backbone configuration says.
+            output_depth_weights: whether to return `depth_weights`: 2 L + 1 tensors `[B, T, n]`, float32, each row summing
+                to 1, in the order attention, MLP, attention, MLP, ..., output; sources in the order of depth, the
+                embedding first.
+            kwargs: `output_hidden_states` (what each decoder layer received, then the final normed state: L + 1 tensors
+                `[B, T, D]`), `output_attentions`, `output_router_logits`, and what the attention functions take.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if output_depth_weights and self.depth_mixer is None:
+            raise ValueError(
+                'output_depth_weights=True needs residual_mode "block" or "full": with "standard" nothing is mixed.'
+            )
+        backbone = self.config.backbone_config
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=backbone)
+        if position_ids is None:
+            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+            position_ids = position_ids.unsqueeze(0)
+
+        masks = create_masks(
+            backbone,
+            attention_mask,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        embedding_multiplier = get_family(backbone).embedding_multiplier
+        if embedding_multiplier is not None:
+            inputs_embeds = inputs_embeds * getattr(backbone, embedding_multiplier)
+        position_embeddings = rotary_embeddings(backbone, self.rotary_emb, inputs_embeds, position_ids)
+
+        def call_layer(layer_idx: int, *state: torch.Tensor):
+            kind = layer_type(backbone, layer_idx)
+            return self.layers[layer_idx](
+                *state,
+                attention_mask=masks[kind],
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings[kind],
+                output_depth_weights=bool(output_depth_weights),
+                **kwargs,
+            )
+
+        if self.depth_mixer is None:
+            hidden_states = inputs_embeds
+            for layer_idx in range(len(self.layers)):
+                hidden_states = call_layer(layer_idx, hidden_states)
+        else:
+            hidden_states = self._mix_layers(inputs_embeds, call_layer, bool(output_depth_weights))
+        hidden_states = self.norm(self.mixed_output(hidden_states))
+        return AttnResModelOutputWithPast(
+            last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
+        )
+
+    def _mix_layers(self, embedding: torch.Tensor, call_layer, output_depth_weights: bool) -> torch.Tensor:
+        """Walks the decoder layers, commits each source when it is complete, and mixes the output `[B, T, D]`."""
+        queries = self.depth_mixer()
+        block_mode = self.config.residual_mode == "block"
+        num_layers, per_block = len(self.layers), self.config.layers_per_block
+        # Per source its value and its logits; a logit tuple ends with the output's, so sublayers count from the end.
+        sources: list[tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = []
+        partial: tuple[torch.Tensor, ...] = ()
+
+        def commit(source: torch.Tensor, first_reader: int):
+            readers = queries[first_reader:].to(source.device)
+            sources.append((source, score(source, readers, self.config.rms_norm_eps)))
+
+        commit(embedding, 0)
+        for layer_idx in range(num_layers):
+            attention = 2 * layer_idx
+            from_end = attention - (2 * num_layers + 1)
+            state = [queries[attention : attention + 2] if block_mode else queries[attention:]]
+            for value, logits in sources:
+                state += [value, logits[from_end], logits[from_end + 1]]
+            output = call_layer(layer_idx, *state, *partial)
+            if not block_mode:
+                attention_output, mlp_output, *logits = output
+                sources.append((attention_output, tuple(logits)))
+                commit(mlp_output, attention + 2)
+            elif (layer_idx + 1) % per_block == 0 or layer_idx + 1 == num_layers:
+                commit(output, attention + 2)
+                partial = ()
+            else:
+                partial = (output,)
+
+        device = sources[-1][0].device  # layers may have been spread over devices
+        mixture, weights = mix(
+            [value.to(device) for value, _ in sources],
+            [logits[-1].to(device) for _, logits in sources],
+            self.config.depth_implementation,
+        )
+        if output_depth_weights:
+            self.depth_weights(_or_ones(weights, mixture))
+        return mixture
+
+
+class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
+    """`AttnResModel` with a language-modelling head; what users load, fine-tune, generate with and evaluate."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: AttnResConfig):
+        super().__init__(config)
+        family_class = causal_lm_class(config.backbone_config)
+        self.model = AttnResModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = build_lm_head(config.backbone_config)
+        self.post_init()
+        for plan in ("_tp_plan", "_pp_plan", "_fsdp_plan"):
+            setattr(self, plan, {**(getattr(family_class, plan, None) or {}), **(getattr(self, plan, None) or {})})
+
+    @property
+    def depth_mixer(self) -> DepthMixer | None:
+        """The mixing over depth; `None` in `"standard"` mode."""
+        return self.model.depth_mixer
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> AttnResCausalLMOutputWithPast:
+        """Logits and, with labels, the loss. Other arguments are those of `AttnResModel.forward`.
+
+        Args:
+            labels: `[B, T]`, -100 where there is no loss; shifted here. `num_items_in_batch` in kwargs is the divisor.
+            output_router_logits: whether to return the routers' logits and, in families with one, to add the load-balancing
+                loss. Default: as the backbone configuration says.
+            logits_to_keep: number of last positions, or their indices, to compute logits `[B, K, V]` for; 0: all.
+        """
+        backbone = self.config.backbone_config
+        if output_router_logits is None:
+            output_router_logits = getattr(backbone, "output_router_logits", False)
+        outputs: AttnResModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = scale_logits(backbone, self.lm_head(outputs.last_hidden_state[:, keep, :]))
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=backbone.vocab_size, **kwargs)
+        aux_loss = None
+        balancing_loss = load_balancing_loss(backbone) if output_router_logits else None
+        if balancing_loss is not None:
+            aux_loss = balancing_loss(outputs.router_logits, attention_mask)
+            if loss is not None:
+                loss = loss + backbone.router_aux_loss_coef * aux_loss.to(loss.device)
+        return AttnResCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            depth_weights=outputs.depth_weights,
+        )
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
+        key = get_family(self.config.backbone_config).cache_reset_length
+        limit = getattr(self.config.backbone_config, key, None) if key else None
+        if past_key_values and limit and past_key_values.get_seq_length() <= limit < input_ids.shape[1]:
+            # Beyond this length the rotary factors are others: all keys have to be computed again.
+            past_key_values = None
+            kwargs["next_sequence_length"] = None
+        return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+
+
+__all__ = ["AttnResForCausalLM", "AttnResModel", "AttnResPreTrainedModel"]
