@@ -55,6 +55,7 @@ _FAMILY_TRAITS = (
     "_keys_to_ignore_on_load_missing",
     "_keys_to_ignore_on_load_unexpected",
     "_keys_to_ignore_on_save",
+    "_can_set_experts_implementation",
 )
 
 # Depth tensors on disk (the names of the public Kimi K3 checkpoint) and in memory.
@@ -291,7 +292,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return True
+        return True  # of the class; whether a model has experts is a trait of its family
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
