@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 from transformers.masking_utils import (
     create_causal_mask,
     create_recurrent_attention_mask,
@@ -158,9 +157,8 @@ def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def build_base_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The family's model without a head, its weights not initialised."""
-    with no_init_weights():
-        return base_model_class(config)(config)
+    """The family's model without a head, initialised by itself: a seed gives the weights it gives the plain model."""
+    return base_model_class(config)(config)
 
 
 def init_weights(config: PreTrainedConfig, module: nn.Module):
@@ -172,10 +170,9 @@ def init_weights(config: PreTrainedConfig, module: nn.Module):
 
 
 def build_lm_head(config: PreTrainedConfig) -> nn.Linear:
-    """The family's language-modelling head, not initialised."""
+    """The family's language-modelling head, before its initialisation."""
     key = get_family(config).lm_head_bias
-    with no_init_weights():
-        return nn.Linear(config.hidden_size, config.vocab_size, bias=bool(key and getattr(config, key)))
+    return nn.Linear(config.hidden_size, config.vocab_size, bias=bool(key and getattr(config, key)))
 
 
 def scale_logits(config: PreTrainedConfig, logits: torch.Tensor) -> torch.Tensor:
