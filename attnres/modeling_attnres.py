@@ -516,9 +516,7 @@ class AttnResModel(AttnResPreTrainedModel):
         else:
             hidden_states = self._mix_layers(inputs_embeds, call_layer, bool(output_depth_weights))
         hidden_states = self.norm(self.mixed_output(hidden_states))
-        return AttnResModelOutputWithPast(
-            last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
-        )
+        return AttnResModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
     def _mix_layers(self, embedding: torch.Tensor, call_layer, output_depth_weights: bool) -> torch.Tensor:
         """Walks the decoder layers, commits each source when it is complete, and mixes the output `[B, T, D]`."""
@@ -562,6 +560,16 @@ class AttnResModel(AttnResPreTrainedModel):
         return mixture
 
 
+def _keep(hidden_states: torch.Tensor, positions: int | torch.Tensor) -> torch.Tensor:
+    if isinstance(positions, int):
+        return hidden_states[:, slice(-positions, None)]
+    if positions.ndim == 1:
+        return hidden_states[:, positions]
+    if positions.dtype == torch.bool:
+        return hidden_states[positions]
+    return torch.take_along_dim(hidden_states, positions.unsqueeze(-1), dim=1)
+
+
 class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
     """`AttnResModel` with a language-modelling head; what users load, fine-tune, generate with and evaluate."""
 
@@ -602,7 +610,8 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
             labels: `[B, T]`, -100 where there is no loss; shifted here. `num_items_in_batch` in kwargs is the divisor.
             output_router_logits: whether to return the routers' logits and, in families with one, to add the load-balancing
                 loss. Default: as the backbone configuration says.
-            logits_to_keep: number of last positions, or their indices, to compute logits `[B, K, V]` for; 0: all.
+            logits_to_keep: positions to compute logits for; 0: all. A number of last ones, indices `[K]` or `[B, K]`: logits
+                `[B, K, V]`. A boolean mask `[B, T]`: logits `[number of True, V]`.
         """
         backbone = self.config.backbone_config
         if output_router_logits is None:
@@ -617,8 +626,7 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
             output_router_logits=output_router_logits,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = scale_logits(backbone, self.lm_head(outputs.last_hidden_state[:, keep, :]))
+        logits = scale_logits(backbone, self.lm_head(_keep(outputs.last_hidden_state, logits_to_keep)))
 
         loss = None
         if labels is not None:
