@@ -28,6 +28,8 @@ DEFAULT_BACKBONE_LAYERS_PER_BLOCK = 3
 
 # Written by PreTrainedModel on its own config only; the backbone's modules read them from the backbone config.
 _PROPAGATED = ("_attn_implementation_internal", "_experts_implementation_internal")
+# Set for the time of a forward pass, and read by the masks from the backbone config.
+_BACKBONE_ONLY = ("is_causal",)
 
 
 @strict
@@ -194,10 +196,18 @@ class AttnResConfig(PreTrainedConfig):
         if isinstance(backbone, PreTrainedConfig):
             if name in _PROPAGATED:
                 setattr(backbone, name, value)
-            elif not name.startswith("_") and not hasattr(type(self), name) and hasattr(backbone, name):
+            elif name in _BACKBONE_ONLY or (
+                not name.startswith("_") and not hasattr(type(self), name) and hasattr(backbone, name)
+            ):
                 setattr(backbone, name, value)
                 return
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str):
+        if name in _BACKBONE_ONLY:
+            delattr(self.backbone_config, name)
+        else:
+            super().__delattr__(name)
 
 
 def _as_config(backbone) -> PreTrainedConfig:
