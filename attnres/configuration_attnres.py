@@ -121,6 +121,11 @@ class AttnResConfig(PreTrainedConfig):
         return 2 * self.num_hidden_layers
 
     @property
+    def num_hidden_states(self) -> int:
+        """Tensors in `hidden_states`: what each decoder layer received, and the final normed state."""
+        return self.num_hidden_layers + 1
+
+    @property
     def depth_implementation(self) -> str:
         """Which implementation mixes over depth."""
         return self._depth_implementation_internal
