@@ -108,6 +108,13 @@ class MixedInput(nn.Identity):
     """The input a decoder layer mixed from its sources; a place for `output_hidden_states` to look."""
 
 
+@dataclass
+class HiddenStatesRecorder(OutputRecorder):
+    """Records L + 1 states; a negative index in `output_hidden_states` counts back from there."""
+
+    num_hidden_layers_key: str = "num_hidden_states"
+
+
 class DepthWeights(nn.Identity):
     """The weights of one mixture; a place for `output_depth_weights` to look."""
 
@@ -261,7 +268,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {
-        "hidden_states": OutputRecorder(MixedInput, index=0, capture_initial_hidden_state=False),
+        "hidden_states": HiddenStatesRecorder(MixedInput, index=0, capture_initial_hidden_state=False),
         "attentions": OutputRecorder(SublayerWeights, index=0),
         "depth_weights": OutputRecorder(DepthWeights, index=0),
         # Routers of all families, by their place: the registry of recorders knows classes, not families.
