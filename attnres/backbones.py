@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.masking_utils import (
     create_causal_mask,
     create_recurrent_attention_mask,
@@ -173,6 +175,21 @@ def build_lm_head(config: PreTrainedConfig) -> nn.Linear:
     """The family's language-modelling head, before its initialisation."""
     key = get_family(config).lm_head_bias
     return nn.Linear(config.hidden_size, config.vocab_size, bias=bool(key and getattr(config, key)))
+
+
+def checkpoint_conversions(config: PreTrainedConfig) -> list:
+    """The family's converters between the tensors on disk (per expert, ...) and in memory."""
+    conversions = get_checkpoint_conversion_mapping(config.model_type) or []
+    # Some families rename by a pattern with unescaped dots: reverted, ".mlp." would also match the "_mlp_" and ".mlp_" in the
+    # names of the depth tensors.
+    loose = [".block_sparse_moe.", ".mlp."]
+    return [
+        WeightRenaming(source_patterns=r"\.block_sparse_moe\.", target_patterns=r"\.mlp\.")
+        if isinstance(conversion, WeightRenaming)
+        and [*conversion.source_patterns, *conversion.target_patterns] == loose
+        else conversion
+        for conversion in conversions
+    ]
 
 
 def scale_logits(config: PreTrainedConfig, logits: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,6 @@ from copy import deepcopy
 from math import ceil
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 from .backbones import check_supported
@@ -32,7 +31,6 @@ _PROPAGATED = ("_attn_implementation_internal", "_experts_implementation_interna
 _BACKBONE_ONLY = ("is_causal",)
 
 
-@strict
 class AttnResConfig(PreTrainedConfig):
     r"""Describes an AttnRes model: which backbone, and how the outputs of its sublayers are mixed over depth.
 
@@ -61,6 +59,7 @@ class AttnResConfig(PreTrainedConfig):
         ValueError: an unsupported backbone, or a depth option out of range; names the field, the value and the rule.
     """
 
+    # Not @strict: its type errors are several lines long and name no fix; check_depth_options does it in one.
     model_type = "attnres"
     sub_configs = {"backbone_config": AutoConfig}
     keys_to_ignore_at_inference = ["past_key_values", "depth_weights"]

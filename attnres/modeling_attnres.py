@@ -13,11 +13,8 @@ from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
-from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import MergeModulelist, SplitModulelist, WeightConverter, WeightRenaming
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.processing_utils import Unpack
@@ -29,6 +26,7 @@ from .backbones import (
     build_base_model,
     build_lm_head,
     causal_lm_class,
+    checkpoint_conversions,
     create_masks,
     get_family,
     init_weights,
@@ -58,6 +56,13 @@ _FAMILY_TRAITS = (
     "_can_set_experts_implementation",
 )
 
+# Where remote code finds the classes in a saved folder.
+_AUTO_MAP = {
+    "AutoConfig": "configuration_attnres.AttnResConfig",
+    "AutoModel": "modeling_attnres.AttnResModel",
+    "AutoModelForCausalLM": "modeling_attnres.AttnResForCausalLM",
+}
+
 # Depth tensors on disk (the names of the public Kimi K3 checkpoint) and in memory.
 _PER_LAYER_NAMES = {
     "self_attention_res_proj": "attention_norm.query",
@@ -68,13 +73,34 @@ _PER_LAYER_NAMES = {
 _OUTPUT_NAMES = {"output_attn_res_proj": "output_norm.query", "output_attn_res_norm": "output_norm.weight"}
 
 
+class StackLayers(MergeModulelist):
+    """One tensor of the per-layer ones, in numeric order of the layers."""
+
+    @property
+    def reverse_op(self):
+        return UnstackLayers(self.dim)
+
+
+class UnstackLayers(SplitModulelist):
+    """The per-layer tensors again, each in its own shape: transformers 5.17 squeezes [1, D] to [D]."""
+
+    def convert(self, input_dict, *args, **kwargs):
+        (stacked,) = (tensor[0] if isinstance(tensor, list) else tensor for tensor in input_dict.values())
+        layers = super().convert(input_dict, *args, **kwargs)
+        return {name: layer.reshape(stacked.shape[1:]) for name, layer in layers.items()}
+
+    @property
+    def reverse_op(self):
+        return StackLayers(self.dim)
+
+
 def depth_weight_conversions() -> list:
     """transformers' converters between the depth tensors on disk and the stacked ones of the `depth_mixer`."""
     per_layer = [
         WeightConverter(
             source_patterns=f"layers.*.{name}.weight",
             target_patterns=f"depth_mixer.{target}",
-            operations=[MergeModulelist(dim=0)],
+            operations=[StackLayers(dim=0)],
         )
         for name, target in _PER_LAYER_NAMES.items()
     ]
@@ -87,7 +113,7 @@ def depth_weight_conversions() -> list:
 
 def weight_conversions(config: AttnResConfig) -> list:
     """All converters of a checkpoint: the family's own, then those of the depth tensors."""
-    return (get_checkpoint_conversion_mapping(config.backbone_config.model_type) or []) + depth_weight_conversions()
+    return checkpoint_conversions(config.backbone_config) + depth_weight_conversions()
 
 
 @dataclass
@@ -309,6 +335,21 @@ class AttnResPreTrainedModel(PreTrainedModel):
         elif not isinstance(module, DepthMixer):
             init_weights(self.config.backbone_config, module)
 
+    def save_pretrained(self, save_directory, **kwargs):
+        if self.is_remote_code():
+            self.config.auto_map = dict(_AUTO_MAP)
+        return super().save_pretrained(save_directory, **kwargs)
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info):
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        depth_names = {name for name, _ in self.named_parameters() if _is_depth_name(name)}
+        if depth_names <= loading_info.missing_keys:  # none is there: a plain checkpoint, the lossless start
+            loading_info.missing_keys -= depth_names
+        if self.base_model is self:  # a head is no part of it
+            loading_info.unexpected_keys = {
+                name for name in loading_info.unexpected_keys if not name.startswith("lm_head.")
+            }
+
     def load_adapter(self, *args, **kwargs):
         register_checkpoint_conversion_mapping(self.config.model_type, weight_conversions(self.config), overwrite=True)
         return super().load_adapter(*args, **kwargs)
@@ -387,11 +428,17 @@ class AttnResPreTrainedModel(PreTrainedModel):
             ValueError: the tensors do not match, see `strict`.
         """
         with_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("use_safetensors", True)  # a pickle can run code
+        ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            pretrained_model_name_or_path,
+            *args,
+            output_loading_info=True,
+            ignore_mismatched_sizes=ignore_mismatched_sizes or strict,  # reported here, in one line
+            **kwargs,
         )
         if strict:
-            _check_loading(model, pretrained_model_name_or_path, info)
+            _check_loading(model, pretrained_model_name_or_path, info, ignore_mismatched_sizes)
         return (model, info) if with_info else model
 
 
@@ -407,16 +454,13 @@ def _some(names, limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "") or "none"
 
 
-def _check_loading(model: AttnResPreTrainedModel, source: str | os.PathLike, info: dict):
-    missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
-    depth_names = {name for name, _ in model.named_parameters() if _is_depth_name(name)}
-    if missing >= depth_names:  # none of them: a plain checkpoint, the lossless start
-        missing -= depth_names
-    if model.base_model is model:  # a head is no part of it
-        unexpected = {name for name in unexpected if not name.startswith("lm_head.")}
-    problems = [
-        f"{kind} {_some(names)}" for kind, names in (("missing", missing), ("unexpected", unexpected)) if names
-    ]
+def _check_loading(model: AttnResPreTrainedModel, source: str | os.PathLike, info: dict, ignore_mismatched_sizes: bool):
+    problems = [f"{kind} {_some(info[f'{kind}_keys'])}" for kind in ("missing", "unexpected") if info[f"{kind}_keys"]]
+    if info["mismatched_keys"] and not ignore_mismatched_sizes:
+        misshapen = (
+            f"{name} {list(stored)} instead of {list(expected)}" for name, stored, expected in info["mismatched_keys"]
+        )
+        problems.append(f"misshapen {_some(misshapen)}")
     if problems:
         raise ValueError(
             f"checkpoint {source} does not have the tensors of this {type(model).__name__} "

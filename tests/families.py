@@ -17,7 +17,14 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-MLA = {"q_lora_rank": 20, "kv_lora_rank": 12, "qk_rope_head_dim": 6, "qk_nope_head_dim": 10, "v_head_dim": 10, "head_dim": 6}
+MLA = {
+    "q_lora_rank": 20,
+    "kv_lora_rank": 12,
+    "qk_rope_head_dim": 6,
+    "qk_nope_head_dim": 10,
+    "v_head_dim": 10,
+    "head_dim": 6,
+}
 GROUPED = {"n_group": 1, "topk_group": 1, "n_routed_experts": 5, "n_shared_experts": 1, "first_k_dense_replace": 1}
 WINDOWS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 6}
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
@@ -40,7 +47,13 @@ FAMILY_OPTIONS = {
     "deepseek_v2": {**MLA, **GROUPED, "moe_intermediate_size": 12, "num_experts_per_tok": 2, "num_key_value_heads": 4},
     "deepseek_v3": {**MLA, **GROUPED, "moe_intermediate_size": 12, "num_experts_per_tok": 2, "num_key_value_heads": 4},
     "glm4_moe": {**GROUPED, "moe_intermediate_size": 12, "num_experts_per_tok": 2},
-    "ernie4_5_moe": {"moe_num_experts": 5, "moe_k": 2, "moe_intermediate_size": 12, "moe_layer_start_index": 1, "use_bias": True},
+    "ernie4_5_moe": {
+        "moe_num_experts": 5,
+        "moe_k": 2,
+        "moe_intermediate_size": 12,
+        "moe_layer_start_index": 1,
+        "use_bias": True,
+    },
     "minimax_m2": {"num_local_experts": 5, "num_experts_per_tok": 2, "rotary_dim": 4},
     "qwen3_next": {
         **EXPERTS,

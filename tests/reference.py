@@ -12,7 +12,12 @@ SUBLAYERS = {
     "default": ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),
     "phi3": ("input_layernorm", "resid_attn_dropout", "post_attention_layernorm", "resid_mlp_dropout"),
     "granitemoe": ("input_layernorm", "self_attn", "post_attention_layernorm", "block_sparse_moe"),
-    "gemma2": ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    "gemma2": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
     "gemma3_text": (
         "input_layernorm",
         "post_attention_layernorm",
