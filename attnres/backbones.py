@@ -1,7 +1,7 @@
 """What differs between the backbone families, as data: everything else is the same code for all of them.
 
-A family is supported when its decoder layer is PreNorm-additive: x + f(norm(x)), twice. Replacing the sum by a mean of the
-sources then only rescales the input of an RMSNorm, which is what makes a conversion lossless.
+A family is supported when its decoder layer is PreNorm-additive: x + f(norm(x)), twice. Replacing the sum by a mean of
+the sources then only rescales the input of an RMSNorm, which is what makes a conversion lossless.
 """
 
 import sys
@@ -180,8 +180,8 @@ def build_lm_head(config: PreTrainedConfig) -> nn.Linear:
 def checkpoint_conversions(config: PreTrainedConfig) -> list:
     """The family's converters between the tensors on disk (per expert, ...) and in memory."""
     conversions = get_checkpoint_conversion_mapping(config.model_type) or []
-    # Some families rename by a pattern with unescaped dots: reverted, ".mlp." would also match the "_mlp_" and ".mlp_" in the
-    # names of the depth tensors.
+    # Some families rename by a pattern with unescaped dots: reverted, ".mlp." would also match the "_mlp_" and ".mlp_"
+    # in the names of the depth tensors.
     loose = [".block_sparse_moe.", ".mlp."]
     return [
         WeightRenaming(source_patterns=r"\.block_sparse_moe\.", target_patterns=r"\.mlp\.")

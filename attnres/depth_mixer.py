@@ -2,9 +2,9 @@
 
     h_l = sum_i a_{i->l} v_i,     a_{.->l} = softmax_i( w_l . RMSNorm_l(v_i) )
 
-w_l is the pseudo-query of sublayer l, RMSNorm_l its key norm with a gain of its own, v_i the sources. Pseudo-queries are
-parameters, so the logits of a source for all later sublayers are known the moment the source is complete: one matrix
-product per source ("score on commit"). A sublayer then only has to softmax a few small logits and to mix.
+w_l is the pseudo-query of sublayer l, RMSNorm_l its key norm with a gain of its own, v_i the sources. Pseudo-queries
+are parameters, so the logits of a source for all later sublayers are known the moment the source is complete: one
+matrix product per source ("score on commit"). A sublayer then only has to softmax a few small logits and to mix.
 
 Shapes: B batch, T tokens, D hidden size, L decoder layers, n sources, Q pseudo-queries scored at once.
 """
@@ -98,8 +98,8 @@ DEPTH_IMPLEMENTATIONS = {"eager": mix_eager}
 
 def mix(
     sources: list[torch.Tensor], logits: list[torch.Tensor], implementation: str
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`mix_eager` or another implementation of it; one source is passed through (its weight is 1) without weights."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`mix_eager` or another implementation of it; a single source is passed through, its weight is 1."""
     if len(sources) == 1:
-        return sources[0], None
+        return sources[0], torch.ones_like(logits[0]).unsqueeze(-1)
     return DEPTH_IMPLEMENTATIONS[implementation](sources, logits)

@@ -1,7 +1,8 @@
 """AttnRes models: a transformers backbone whose residual additions are replaced by a mixture over depth.
 
-The backbone's embeddings, sublayers, norms, rotary embeddings, masks and caches are its family's own modules under their own
-names; only the `depth_mixer` is added. Shapes: B batch, T tokens, D hidden size, V vocabulary, L decoder layers, n sources.
+The backbone's embeddings, sublayers, norms, rotary embeddings, masks and caches are its family's own modules under
+their own names; only the `depth_mixer` is added. Shapes: B batch, T tokens, D hidden size, V vocabulary, L decoder
+layers, n sources.
 """
 
 import copy
@@ -14,8 +15,6 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import MergeModulelist, SplitModulelist, WeightConverter, WeightRenaming
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -26,7 +25,6 @@ from .backbones import (
     build_base_model,
     build_lm_head,
     causal_lm_class,
-    checkpoint_conversions,
     create_masks,
     get_family,
     init_weights,
@@ -35,7 +33,9 @@ from .backbones import (
     rotary_embeddings,
     scale_logits,
 )
+from .checkpoint_names import weight_conversions
 from .configuration_attnres import AttnResConfig
+from .decoder_layer import AttnResDecoderLayer, DepthWeights, MixedInput, SublayerWeights
 from .depth_mixer import DepthMixer, DepthScore, mix, score
 
 # What a family's class says of itself; an AttnRes model of that family says the same.
@@ -63,58 +63,6 @@ _AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_attnres.AttnResForCausalLM",
 }
 
-# Depth tensors on disk (the names of the public Kimi K3 checkpoint) and in memory.
-_PER_LAYER_NAMES = {
-    "self_attention_res_proj": "attention_norm.query",
-    "self_attention_res_norm": "attention_norm.weight",
-    "mlp_res_proj": "mlp_norm.query",
-    "mlp_res_norm": "mlp_norm.weight",
-}
-_OUTPUT_NAMES = {"output_attn_res_proj": "output_norm.query", "output_attn_res_norm": "output_norm.weight"}
-
-
-class StackLayers(MergeModulelist):
-    """One tensor of the per-layer ones, in numeric order of the layers."""
-
-    @property
-    def reverse_op(self):
-        return UnstackLayers(self.dim)
-
-
-class UnstackLayers(SplitModulelist):
-    """The per-layer tensors again, each in its own shape: transformers 5.17 squeezes [1, D] to [D]."""
-
-    def convert(self, input_dict, *args, **kwargs):
-        (stacked,) = (tensor[0] if isinstance(tensor, list) else tensor for tensor in input_dict.values())
-        layers = super().convert(input_dict, *args, **kwargs)
-        return {name: layer.reshape(stacked.shape[1:]) for name, layer in layers.items()}
-
-    @property
-    def reverse_op(self):
-        return StackLayers(self.dim)
-
-
-def depth_weight_conversions() -> list:
-    """transformers' converters between the depth tensors on disk and the stacked ones of the `depth_mixer`."""
-    per_layer = [
-        WeightConverter(
-            source_patterns=f"layers.*.{name}.weight",
-            target_patterns=f"depth_mixer.{target}",
-            operations=[StackLayers(dim=0)],
-        )
-        for name, target in _PER_LAYER_NAMES.items()
-    ]
-    output = [
-        WeightRenaming(source_patterns=f"{name}.weight", target_patterns=f"depth_mixer.{target}")
-        for name, target in _OUTPUT_NAMES.items()
-    ]
-    return per_layer + output
-
-
-def weight_conversions(config: AttnResConfig) -> list:
-    """All converters of a checkpoint: the family's own, then those of the depth tensors."""
-    return checkpoint_conversions(config.backbone_config) + depth_weight_conversions()
-
 
 @dataclass
 class AttnResModelOutputWithPast(MoeModelOutputWithPast):
@@ -130,152 +78,11 @@ class AttnResCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     depth_weights: tuple[torch.FloatTensor, ...] | None = None
 
 
-class MixedInput(nn.Identity):
-    """The input a decoder layer mixed from its sources; a place for `output_hidden_states` to look."""
-
-
 @dataclass
 class HiddenStatesRecorder(OutputRecorder):
     """Records L + 1 states; a negative index in `output_hidden_states` counts back from there."""
 
     num_hidden_layers_key: str = "num_hidden_states"
-
-
-class DepthWeights(nn.Identity):
-    """The weights of one mixture; a place for `output_depth_weights` to look."""
-
-
-class SublayerWeights(nn.Identity):
-    """The attention weights of a softmax attention; a place for `output_attentions` to look."""
-
-
-class AttnResDecoderLayer(GradientCheckpointingLayer):
-    """A family's decoder layer whose two residual additions are mixtures over depth.
-
-    Takes over the sublayers and norms of `layer` under their own names.
-
-    Args:
-        config: configuration of the AttnRes model.
-        layer: the family's decoder layer.
-        layer_idx: its index, from 0.
-    """
-
-    def __init__(self, config: AttnResConfig, layer: nn.Module, layer_idx: int):
-        super().__init__()
-        for name, module in layer.named_children():
-            self.add_module(name, module)
-        backbone = config.backbone_config
-        self.config = config
-        self.layer_idx = layer_idx
-        self.family = get_family(backbone)
-        self.is_linear_attention = layer_type(backbone, layer_idx) == "linear_attention"
-        multiplier = self.family.output_multiplier
-        self.output_multiplier = 1.0 if multiplier is None else getattr(backbone, multiplier)
-        self.residual_mode = config.residual_mode
-        self.starts_block = config.residual_mode == "full" or layer_idx % config.layers_per_block == 0
-        self.mixed_input = MixedInput()
-        self.sublayer_weights = SublayerWeights()
-        self.depth_weights = DepthWeights()
-
-    def forward(
-        self,
-        *state: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = False,
-        position_embeddings=None,
-        output_depth_weights: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """One decoder layer.
-
-        All tensors of the depth computation come positionally and what is new is returned: nothing is changed in place, so
-        that activation checkpointing may run a layer twice.
-
-        Args:
-            state: in `"standard"` mode the hidden states `[B, T, D]`. Otherwise the gain-weighted pseudo-queries `[Q, D]`
-                from this layer's attention on (2 in `"block"` mode, all remaining in `"full"` mode), then per source its
-                value `[B, T, D]` and its logits `[B, T]` for the attention and for the MLP, then, within a block, the
-                partial sum `[B, T, D]`.
-
-        Returns:
-            `"standard"`: the hidden states. `"block"`: the partial sum including this layer. `"full"`: the attention
-            output, the MLP output, and the logits of the former for all later sublayers but the MLP.
-        """
-        attention_inputs = {
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "use_cache": use_cache,
-            **({} if position_embeddings is None else {"position_embeddings": position_embeddings}),
-            **kwargs,
-        }
-        if self.residual_mode == "standard":
-            (hidden_states,) = state
-            hidden_states = hidden_states + self._attention(self.mixed_input(hidden_states), attention_inputs)
-            return hidden_states + self._mlp(hidden_states)
-
-        queries, *sources = state
-        partial = None if self.starts_block else sources.pop()
-        values, attention_logits, mlp_logits = sources[0::3], sources[1::3], sources[2::3]
-        dtype = values[0].dtype  # under autocast sublayers return a narrower one; sums keep that of the embedding
-
-        if partial is None:
-            mixed = self._mix(values, attention_logits, output_depth_weights)
-        else:
-            (logits,) = self._score(partial, queries[:1])
-            mixed = self._mix([*values, partial], [*attention_logits, logits], output_depth_weights)
-        newest = self._attention(self.mixed_input(mixed), attention_inputs).to(dtype)
-        newest = newest if partial is None else partial + newest
-
-        logits, *later_logits = self._score(newest, queries[1:2] if self.residual_mode == "block" else queries[1:])
-        mixed = self._mix([*values, newest], [*mlp_logits, logits], output_depth_weights)
-        mlp_output = self._mlp(mixed).to(dtype)
-        if self.residual_mode == "block":
-            return newest + mlp_output
-        return newest, mlp_output, *later_logits
-
-    def _score(self, source: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return score(source, queries, self.config.rms_norm_eps)
-
-    def _mix(self, values, logits, output_depth_weights: bool) -> torch.Tensor:
-        mixture, weights = mix(values, logits, self.config.depth_implementation)
-        if output_depth_weights:
-            self.depth_weights(_or_ones(weights, mixture))
-        return mixture
-
-    def _attention(self, hidden_states: torch.Tensor, inputs: dict) -> torch.Tensor:
-        """Norm, attention and what belongs to its output: `[B, T, D]` to `[B, T, D]`, one source."""
-        hidden_states = getattr(self, self.family.attention_pre_norm)(hidden_states)
-        if self.is_linear_attention:
-            inputs = {**inputs, "cache_params": inputs["past_key_values"]}
-            for name in ("past_key_values", "use_cache", "position_ids", "position_embeddings"):
-                inputs.pop(name, None)
-            output = getattr(self, self.family.linear_attention)(hidden_states=hidden_states, **inputs)
-        else:
-            output, weights = getattr(self, self.family.attention)(hidden_states=hidden_states, **inputs)
-            if weights is not None:
-                self.sublayer_weights(weights)
-        return self._finish(output, self.family.attention_post_norm, self.family.attention_dropout)
-
-    def _mlp(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Norm, MLP or mixture of experts and what belongs to its output: `[B, T, D]` to `[B, T, D]`, one source."""
-        output = getattr(self, self.family.mlp)(getattr(self, self.family.mlp_pre_norm)(hidden_states))
-        output = output[0] if isinstance(output, tuple) else output  # some experts return their router's logits too
-        return self._finish(output, self.family.mlp_post_norm, self.family.mlp_dropout)
-
-    def _finish(self, output: torch.Tensor, post_norm: str | None, dropout: str | None) -> torch.Tensor:
-        if post_norm is not None:
-            output = getattr(self, post_norm)(output)
-        if dropout is not None:
-            output = getattr(self, dropout)(output)
-        return output if self.output_multiplier == 1.0 else output * self.output_multiplier
-
-
-def _or_ones(weights: torch.Tensor | None, mixture: torch.Tensor) -> torch.Tensor:
-    """The weights of a mixture; those of a single source, which is passed through, are 1."""
-    return mixture.new_ones((*mixture.shape[:-1], 1), dtype=torch.float32) if weights is None else weights
 
 
 class AttnResPreTrainedModel(PreTrainedModel):
@@ -377,8 +184,8 @@ class AttnResPreTrainedModel(PreTrainedModel):
         """The lossless conversion of a PreNorm model: with zero pseudo-queries it computes what the model computed.
 
         Args:
-            model_or_path: a transformers model in memory, of a supported family and with the same head as this class (its
-                weights are copied, the model is left alone); or a local folder or hub id with such a checkpoint.
+            model_or_path: a transformers model in memory, of a supported family and with the same head as this class
+                (its weights are copied, the model is left alone); or a local folder or hub id with such a checkpoint.
             kwargs: depth options (`residual_mode`, `layers_per_block`, `num_blocks`) and, with a path, anything that
                 `from_pretrained` takes.
 
@@ -513,9 +320,9 @@ class AttnResModel(AttnResPreTrainedModel):
             position_ids: `[B, T]`; positions that start over mark packed sequences.
             past_key_values: the cache to read and extend.
             use_cache: whether to return a cache. Default: as the backbone configuration says.
-            output_depth_weights: whether to return `depth_weights`: 2 L + 1 tensors `[B, T, n]`, float32, each row summing
-                to 1, in the order attention, MLP, attention, MLP, ..., output; sources in the order of depth, the
-                embedding first.
+            output_depth_weights: whether to return `depth_weights`: 2 L + 1 tensors `[B, T, n]`, float32, each row
+                summing to 1, in the order attention, MLP, attention, MLP, ..., output; sources in the order of depth,
+                the embedding first.
             kwargs: `output_hidden_states` (what each decoder layer received, then the final normed state: L + 1 tensors
                 `[B, T, D]`), `output_attentions`, `output_router_logits`, and what the attention functions take.
         """
@@ -607,7 +414,7 @@ class AttnResModel(AttnResPreTrainedModel):
             self.config.depth_implementation,
         )
         if output_depth_weights:
-            self.depth_weights(_or_ones(weights, mixture))
+            self.depth_weights(weights)
         return mixture
 
 
@@ -659,10 +466,10 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
 
         Args:
             labels: `[B, T]`, -100 where there is no loss; shifted here. `num_items_in_batch` in kwargs is the divisor.
-            output_router_logits: whether to return the routers' logits and, in families with one, to add the load-balancing
-                loss. Default: as the backbone configuration says.
-            logits_to_keep: positions to compute logits for; 0: all. A number of last ones, indices `[K]` or `[B, K]`: logits
-                `[B, K, V]`. A boolean mask `[B, T]`: logits `[number of True, V]`.
+            output_router_logits: whether to return the routers' logits and, in families with one, to add the
+                load-balancing loss. Default: as the backbone configuration says.
+            logits_to_keep: positions to compute logits for; 0: all. A number of last ones, indices `[K]` or `[B, K]`:
+                logits `[B, K, V]`. A boolean mask `[B, T]`: logits `[number of True, V]`.
         """
         backbone = self.config.backbone_config
         if output_router_logits is None:

@@ -1,4 +1,5 @@
-"""Tiny configurations of every supported family: 12 decoder layers, uneven sizes (grouped experts on CPU need multiples of 4)."""
+"""Tiny configurations of every supported family: 12 decoder layers, uneven sizes (grouped experts on CPU need
+multiples of 4)."""
 
 from transformers import AutoConfig
 

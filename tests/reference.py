@@ -1,8 +1,8 @@
 """The oracle: Attention Residuals written down naively, on top of the family's own unchanged forward pass.
 
-Knows nothing of the package. The plain transformers model runs as it is; hooks replace what its norms read by a mixture that
-is stacked, normed and summed from scratch at every sublayer, and record what its sublayers return. Its residual stream is
-computed and ignored.
+Knows nothing of the package. The plain transformers model runs as it is; hooks replace what its norms read by a
+mixture that is stacked, normed and summed from scratch at every sublayer, and record what its sublayers return. Its
+residual stream is computed and ignored.
 """
 
 import torch

@@ -1,0 +1,151 @@
+"""A family's decoder layer with mixtures over depth in place of its residual additions.
+
+Shapes: B batch, T tokens, D hidden size, n sources, Q pseudo-queries.
+"""
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from .backbones import get_family, layer_type
+from .configuration_attnres import AttnResConfig
+from .depth_mixer import mix, score
+
+
+class MixedInput(nn.Identity):
+    """The input a decoder layer mixed from its sources; a place for `output_hidden_states` to look."""
+
+
+class DepthWeights(nn.Identity):
+    """The weights of one mixture; a place for `output_depth_weights` to look."""
+
+
+class SublayerWeights(nn.Identity):
+    """The attention weights of a softmax attention; a place for `output_attentions` to look."""
+
+
+class AttnResDecoderLayer(GradientCheckpointingLayer):
+    """A family's decoder layer whose two residual additions are mixtures over depth.
+
+    Takes over the sublayers and norms of `layer` under their own names.
+
+    Args:
+        config: configuration of the AttnRes model.
+        layer: the family's decoder layer.
+        layer_idx: its index, from 0.
+    """
+
+    def __init__(self, config: AttnResConfig, layer: nn.Module, layer_idx: int):
+        super().__init__()
+        for name, module in layer.named_children():
+            self.add_module(name, module)
+        backbone = config.backbone_config
+        self.config = config
+        self.layer_idx = layer_idx
+        self.family = get_family(backbone)
+        self.is_linear_attention = layer_type(backbone, layer_idx) == "linear_attention"
+        multiplier = self.family.output_multiplier
+        self.output_multiplier = 1.0 if multiplier is None else getattr(backbone, multiplier)
+        self.residual_mode = config.residual_mode
+        self.starts_block = config.residual_mode == "full" or layer_idx % config.layers_per_block == 0
+        self.mixed_input = MixedInput()
+        self.sublayer_weights = SublayerWeights()
+        self.depth_weights = DepthWeights()
+
+    def forward(
+        self,
+        *state: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings=None,
+        output_depth_weights: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """One decoder layer.
+
+        All tensors of the depth computation come positionally and what is new is returned: nothing is changed in
+        place, so that activation checkpointing may run a layer twice.
+
+        Args:
+            state: in `"standard"` mode the hidden states `[B, T, D]`. Otherwise the gain-weighted pseudo-queries `[Q,
+                D]` from this layer's attention on (2 in `"block"` mode, all remaining in `"full"` mode), then per
+                source its value `[B, T, D]` and its logits `[B, T]` for the attention and for the MLP, then, within a
+                block, the partial sum `[B, T, D]`.
+
+        Returns:
+            `"standard"`: the hidden states. `"block"`: the partial sum including this layer. `"full"`: the attention
+            output, the MLP output, and the logits of the former for all later sublayers but the MLP.
+        """
+        attention_inputs = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            **({} if position_embeddings is None else {"position_embeddings": position_embeddings}),
+            **kwargs,
+        }
+        if self.residual_mode == "standard":
+            (hidden_states,) = state
+            hidden_states = hidden_states + self._attention(self.mixed_input(hidden_states), attention_inputs)
+            return hidden_states + self._mlp(hidden_states)
+
+        queries, *sources = state
+        partial = None if self.starts_block else sources.pop()
+        values, attention_logits, mlp_logits = sources[0::3], sources[1::3], sources[2::3]
+        dtype = values[0].dtype  # under autocast sublayers return a narrower one; sums keep that of the embedding
+
+        if partial is None:
+            mixed = self._mix(values, attention_logits, output_depth_weights)
+        else:
+            (logits,) = self._score(partial, queries[:1])
+            mixed = self._mix([*values, partial], [*attention_logits, logits], output_depth_weights)
+        newest = self._attention(self.mixed_input(mixed), attention_inputs).to(dtype)
+        newest = newest if partial is None else partial + newest
+
+        logits, *later_logits = self._score(newest, queries[1:2] if self.residual_mode == "block" else queries[1:])
+        mixed = self._mix([*values, newest], [*mlp_logits, logits], output_depth_weights)
+        mlp_output = self._mlp(mixed).to(dtype)
+        if self.residual_mode == "block":
+            return newest + mlp_output
+        return newest, mlp_output, *later_logits
+
+    def _score(self, source: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return score(source, queries, self.config.rms_norm_eps)
+
+    def _mix(self, values, logits, output_depth_weights: bool) -> torch.Tensor:
+        mixture, weights = mix(values, logits, self.config.depth_implementation)
+        if output_depth_weights:
+            self.depth_weights(weights)
+        return mixture
+
+    def _attention(self, hidden_states: torch.Tensor, inputs: dict) -> torch.Tensor:
+        """Norm, attention and what belongs to its output: `[B, T, D]` to `[B, T, D]`, one source."""
+        hidden_states = getattr(self, self.family.attention_pre_norm)(hidden_states)
+        if self.is_linear_attention:
+            inputs = {**inputs, "cache_params": inputs["past_key_values"]}
+            for name in ("past_key_values", "use_cache", "position_ids", "position_embeddings"):
+                inputs.pop(name, None)
+            output = getattr(self, self.family.linear_attention)(hidden_states=hidden_states, **inputs)
+        else:
+            output, weights = getattr(self, self.family.attention)(hidden_states=hidden_states, **inputs)
+            if weights is not None:
+                self.sublayer_weights(weights)
+        return self._finish(output, self.family.attention_post_norm, self.family.attention_dropout)
+
+    def _mlp(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Norm, MLP or mixture of experts and what belongs to its output: `[B, T, D]` to `[B, T, D]`, one source."""
+        output = getattr(self, self.family.mlp)(getattr(self, self.family.mlp_pre_norm)(hidden_states))
+        output = output[0] if isinstance(output, tuple) else output  # some experts return their router's logits too
+        return self._finish(output, self.family.mlp_post_norm, self.family.mlp_dropout)
+
+    def _finish(self, output: torch.Tensor, post_norm: str | None, dropout: str | None) -> torch.Tensor:
+        if post_norm is not None:
+            output = getattr(self, post_norm)(output)
+        if dropout is not None:
+            output = getattr(self, dropout)(output)
+        return output if self.output_multiplier == 1.0 else output * self.output_multiplier
