@@ -1,5 +1,6 @@
 """Models whose depth mixing matters: with zero pseudo-queries a wiring fault hides behind uniform weights."""
 
+import pytest
 import torch
 from families import FAMILY_OPTIONS, tiny_config
 
@@ -63,3 +64,10 @@ def random_tokens(batch: int, length: int, seed: int = 0, vocab_size: int = 97) 
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference by the norm of what is expected."""
     return ((value - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def compiles(test):
+    """Marks a test that runs torch's compiler, whose parts warn of each other's deprecations."""
+    for category in ("DeprecationWarning", "FutureWarning", "UserWarning"):
+        test = pytest.mark.filterwarnings(f"ignore::{category}")(test)
+    return test
