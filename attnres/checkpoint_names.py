@@ -1,6 +1,18 @@
 """Names of the depth tensors on disk, and transformers' converters between them and the stacked ones in memory."""
 
-from transformers.core_model_loading import MergeModulelist, SplitModulelist, WeightConverter, WeightRenaming
+from copy import deepcopy
+
+import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import (
+    MergeModulelist,
+    SplitModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
 from .backbones import checkpoint_conversions
 from .configuration_attnres import AttnResConfig
@@ -56,3 +68,44 @@ def depth_weight_conversions() -> list:
 def weight_conversions(config: AttnResConfig) -> list:
     """All converters of a checkpoint: the family's own, then those of the depth tensors."""
     return checkpoint_conversions(config.backbone_config) + depth_weight_conversions()
+
+
+def names_in_memory(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], partial: bool = False) -> dict:
+    """A state dict under the names of the model's parameters, from one under names on disk, in memory, or a mix of both.
+
+    Args:
+        model: whose names to use.
+        state_dict: tensors under either name.
+        partial: whether one part of a stacked tensor may be missing, as in one shard of several: it stays as it is.
+    """
+    own = model.state_dict()
+    conversions = weight_conversions(model.config)
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+
+    converted, groups = {}, {}
+    for name in sorted(state_dict, key=dot_natural_key):
+        target, pattern = (name, None) if name in own else rename_source_key(name, renamings, converters)
+        if pattern is None:
+            converted[target] = state_dict[name]
+        else:
+            groups.setdefault(target, {})[name] = pattern
+
+    def convert(target: str, patterns: dict[str, str], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        converter = deepcopy(converter_of[next(iter(patterns.values()))])
+        for name, pattern in patterns.items():
+            converter.add_tensor(target, name, pattern, tensors[name])
+        values = converter.convert(target, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in values.items()}
+
+    for target, patterns in groups.items():
+        if partial and target in own:
+            whole = revert_weight_conversion(model, {target: own[target]})
+            if whole.keys() > patterns.keys():
+                tensors = {**whole, **{name: state_dict[name] for name in patterns}}
+                patterns = {name: rename_source_key(name, renamings, converters)[1] for name in whole}
+                converted.update(convert(target, patterns, tensors))
+                continue
+        converted.update(convert(target, patterns, state_dict))
+    return converted

@@ -33,7 +33,7 @@ from .backbones import (
     rotary_embeddings,
     scale_logits,
 )
-from .checkpoint_names import weight_conversions
+from .checkpoint_names import names_in_memory, weight_conversions
 from .configuration_attnres import AttnResConfig
 from .decoder_layer import AttnResDecoderLayer, DepthWeights, MixedInput, SublayerWeights
 from .depth_mixer import DepthMixer, DepthScore, mix, score
@@ -156,6 +156,12 @@ class AttnResPreTrainedModel(PreTrainedModel):
             loading_info.unexpected_keys = {
                 name for name in loading_info.unexpected_keys if not name.startswith("lm_head.")
             }
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As in torch, and also from the names on disk (per layer, per expert): Trainer resumes from the saved file."""
+        if not state_dict.keys() <= self.state_dict().keys():
+            state_dict = names_in_memory(self, state_dict, partial=not strict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def load_adapter(self, *args, **kwargs):
         register_checkpoint_conversion_mapping(self.config.model_type, weight_conversions(self.config), overwrite=True)
