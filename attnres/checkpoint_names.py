@@ -71,7 +71,7 @@ def weight_conversions(config: AttnResConfig) -> list:
 
 
 def names_in_memory(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], partial: bool = False) -> dict:
-    """A state dict under the names of the model's parameters, from one under names on disk, in memory, or a mix of both.
+    """A state dict under the names of the model's parameters, from one under names on disk, in memory, or both.
 
     Args:
         model: whose names to use.
