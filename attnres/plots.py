@@ -1,0 +1,134 @@
+"""Every figure, drawn from plain arrays: no model, no file but the one that is written."""
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+DPI = 150
+# Okabe and Ito's palette, told apart with every kind of colour vision; dashes tell the lines apart in print.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+DASHES = ("-", "--", "-.", ":", "-", "--")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+COLOUR_MAP = "cividis"
+
+
+def loss_curves(
+    path: str | PathLike,
+    curves: Mapping[str, Mapping[str, Sequence[float]]],
+    baseline: str,
+    step_label: str = "optimiser step",
+):
+    """Draws losses over steps and, beside them, the held-out loss relative to the baseline at the same step.
+
+    Args:
+        path: PNG to write, 1800 x 750 pixels.
+        curves: per arm `train_steps`, `train_loss`, `held_out_steps`, `held_out_loss`; losses in nats per token.
+        baseline: name of the arm that the right panel subtracts.
+        step_label: label of the horizontal axis, with its unit.
+
+    Raises:
+        ValueError: `baseline` is not among the curves.
+    """
+    if baseline not in curves:
+        raise ValueError(f"baseline {baseline!r} is not among the curves: {', '.join(curves)}")
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    reference = dict(zip(curves[baseline]["held_out_steps"], curves[baseline]["held_out_loss"], strict=True))
+    for index, (name, curve) in enumerate(curves.items()):
+        style = {
+            "color": COLOURS[index % len(COLOURS)],
+            "linestyle": DASHES[index % len(DASHES)],
+            "marker": MARKERS[index % len(MARKERS)],
+            "markersize": 4,
+        }
+        left.plot(curve["train_steps"], curve["train_loss"], color=style["color"], linewidth=0.7, alpha=0.3)
+        left.plot(curve["held_out_steps"], curve["held_out_loss"], label=name, **style)
+        steps = [step for step in curve["held_out_steps"] if step in reference]
+        loss = dict(zip(curve["held_out_steps"], curve["held_out_loss"], strict=True))
+        right.plot(steps, [loss[step] - reference[step] for step in steps], label=name, **style)
+    left.plot([], [], color="0.4", linewidth=0.7, alpha=0.6, label="training batches (thin)")
+    left.set_title("Loss on held-out text")
+    left.set_ylabel("loss (nats per token)")
+    right.set_title(f"Held-out loss relative to {baseline}")
+    right.set_ylabel(f"loss minus that of {baseline} (nats per token)")
+    right.annotate("below zero: better", (0.02, 0.02), xycoords="axes fraction", color="0.35")
+    for axes in (left, right):
+        axes.set_xlabel(step_label)
+        axes.grid(color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def depth_weights(
+    path: str | PathLike,
+    panels: Mapping[str, Sequence[Sequence[float]]],
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    partial_columns: Sequence[int | None],
+):
+    """Draws mean depth weights as heatmaps side by side: a row per mixture, a column per source.
+
+    Args:
+        path: PNG to write.
+        panels: per title one row of weights per mixture; a row may end before the last column; sources count from
+            the left.
+        row_labels: of the mixtures, from the first sublayer to the output.
+        column_labels: of the sources, from the embedding on.
+        partial_columns: per row the column whose source is a partial sum, outlined; or None.
+
+    Raises:
+        ValueError: a panel has more rows or columns than there are labels.
+    """
+    height = 1.9 + 0.27 * len(row_labels)
+    width = max(7.5, 2.2 + len(panels) * max(4.0, 0.85 * len(column_labels)))
+    figure = Figure(figsize=(width, height), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (title, rows) in zip(all_axes, panels.items(), strict=True):
+        image = axes.imshow(
+            _matrix(title, rows, row_labels, column_labels), cmap=COLOUR_MAP, vmin=0, vmax=1, aspect="auto"
+        )
+        for row, weights in enumerate(rows):
+            for column, weight in enumerate(weights):
+                colour = "black" if weight > 0.5 else "white"
+                axes.text(column, row, f"{weight:.2f}", ha="center", va="center", fontsize=7, color=colour)
+            if partial_columns[row] is not None:
+                axes.add_patch(_outline(row, partial_columns[row]))
+        axes.set_title(title)
+        axes.set_xticks(range(len(column_labels)), column_labels, fontsize=8)
+        axes.set_yticks(range(len(row_labels)), row_labels, fontsize=8)
+        axes.set_xlabel("source")
+        axes.spines[:].set_visible(False)
+    all_axes[0].set_ylabel("sublayer that mixes")
+    figure.colorbar(image, ax=all_axes, label="mean depth weight", fraction=0.03)
+    figure.suptitle(
+        "Which sources each sublayer mixes: depth weights, mean over tokens; each row sums to 1\n"
+        "outlined: the partial sum of the sublayer's own block",
+        fontsize=10,
+    )
+    _save(figure, path)
+
+
+def _matrix(title: str, rows, row_labels: Sequence[str], column_labels: Sequence[str]) -> np.ma.MaskedArray:
+    if len(rows) != len(row_labels) or max(map(len, rows)) > len(column_labels):
+        raise ValueError(
+            f"{title}: {len(rows)} rows of up to {max(map(len, rows))} weights do not fit "
+            f"{len(row_labels)} row labels and {len(column_labels)} column labels"
+        )
+    matrix = np.full((len(rows), len(column_labels)), np.nan)
+    for row, weights in enumerate(rows):
+        matrix[row, : len(weights)] = weights
+    return np.ma.masked_invalid(matrix)
+
+
+def _outline(row: int, column: int) -> Rectangle:
+    return Rectangle((column - 0.46, row - 0.43), 0.92, 0.86, fill=False, edgecolor="#D55E00", linewidth=1.3)
+
+
+def _save(figure: Figure, path: str | PathLike):
+    # A canvas of its own: pyplot's would keep every figure of the process alive.
+    FigureCanvasAgg(figure).print_figure(str(path), dpi=DPI, format="png")

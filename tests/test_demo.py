@@ -1,0 +1,314 @@
+"""The demo: its corpus, its fairness between arms, its result folder, and one quick run from end to end."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from attnres import AttnResForCausalLM
+from attnres.demo import QUICK, backbone_config, build_plain, build_scratch, corpus
+from attnres.demo.evaluation import compare_logits, held_out_loss, mean_depth_weights
+from attnres.demo.folder import MARKER, building
+from attnres.demo.training import HalfWay, learning_rate_factor, train_arm
+
+TINY = replace(
+    QUICK,
+    vocab_size=300,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=3,
+    moe_intermediate_size=12,
+    num_blocks=2,
+    sequence_length=13,
+    batch_size=2,
+    steps=6,
+    warmup_steps=2,
+    eval_every=2,
+    eval_batch_size=3,
+)
+# A run without any of the variables that keep libraries offline: whatever asks for a network is found out.
+WITHOUT_NETWORK = """
+import socket, sys
+asked = []
+def refuse(*args, **kwargs):
+    asked.append(args)
+    raise OSError("no network")
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+from attnres.cli import main
+status = main(sys.argv[1:])
+assert not asked, asked
+sys.exit(status)
+"""
+
+
+@pytest.fixture
+def sequences() -> torch.Tensor:
+    return torch.randint(1, TINY.vocab_size, (TINY.steps * TINY.batch_size, TINY.sequence_length))
+
+
+@pytest.fixture
+def held_out() -> torch.Tensor:
+    return torch.randint(1, TINY.vocab_size, (7, TINY.sequence_length))
+
+
+def write_library(root: Path, num_files: int):
+    for index in range(num_files):
+        path = root / f"package{index % 7}" / f"module{index}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'"""Module {index}."""\n', encoding="utf-8")
+
+
+def test_the_corpus_is_split_by_file_and_the_same_everywhere(tmp_path):
+    for root in (tmp_path / "here", tmp_path / "there" / "lib"):
+        write_library(root, 150)
+    here, there = corpus.read_corpus(tmp_path / "here"), corpus.read_corpus(tmp_path / "there" / "lib")
+    assert here == there
+    names = [{document.name for document in part} for part in (here.train, here.held_out)]
+    assert not names[0] & names[1] and len(names[0] | names[1]) == 150
+    assert 3 <= len(here.held_out) <= 25
+
+
+def test_a_new_file_moves_no_other_file_to_the_other_part(tmp_path):
+    write_library(tmp_path, 60)
+    before = corpus.read_corpus(tmp_path)
+    (tmp_path / "zzz.py").write_text("new = 1\n", encoding="utf-8")
+    after = corpus.read_corpus(tmp_path)
+    assert set(before.train) <= set(after.train) and set(before.held_out) <= set(after.held_out)
+
+
+def test_tests_bundled_packages_copies_and_undecodable_files_are_left_out(tmp_path):
+    write_library(tmp_path, 60)
+    before = corpus.read_corpus(tmp_path)
+    for name in (
+        "test/test_x.py",
+        "json/tests/a.py",
+        "site-packages/p.py",
+        "config-3.11-x/c.py",
+        "_sysconfigdata_l.py",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"# {name}\n", encoding="utf-8")
+    (tmp_path / "latin.py").write_bytes(b"# caf\xe9\n")
+    (tmp_path / "copy.py").write_text((tmp_path / "package0" / "module0.py").read_text("utf-8"), encoding="utf-8")
+    after = corpus.read_corpus(tmp_path)
+    texts = [document.text for document in after.train + after.held_out]
+    assert sorted(texts) == sorted(document.text for document in before.train + before.held_out)
+
+
+def test_a_machine_without_sources_is_an_error(tmp_path):
+    with pytest.raises(OSError, match="too few Python sources"):
+        corpus.read_corpus(tmp_path)
+
+
+def test_tokenizer_and_packing_lose_nothing(tmp_path):
+    documents = [corpus.Document("a", "def fäñcy():\n\treturn  '\u2603'\n"), corpus.Document("b", "x = 1\n" * 20)]
+    tokenizer = corpus.train_tokenizer(documents, vocab_size=270, max_length=64)
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    packed = corpus.pack(documents, tokenizer, num_sequences=2, length=20)
+    assert packed.shape == (2, 20)
+    text = tokenizer.decode(packed.flatten())
+    assert ("".join(corpus.END_OF_TEXT + document.text for document in documents)).startswith(text)
+    with pytest.raises(OSError, match="tokens, 2000 are needed"):
+        corpus.pack(documents, tokenizer, num_sequences=100, length=20)
+
+
+def test_documents_are_cut_to_the_budget_between_characters():
+    documents = [corpus.Document("a", "ä" * 10), corpus.Document("b", "b" * 4), corpus.Document("c", "c")]
+    chosen = corpus.limit_documents(documents, document_bytes=7, total_bytes=10)
+    assert chosen == [corpus.Document("a", "äää"), corpus.Document("b", "b" * 4)]
+
+
+def test_arms_start_from_the_same_backbone_weights():
+    plain, scratch = build_plain(TINY, 0), build_scratch(TINY, 0)
+    weights = scratch.state_dict()
+    for name, weight in plain.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+
+
+def test_learning_rates_rise_to_the_peak_and_fall_to_the_final_ratio():
+    factors = [learning_rate_factor(step, QUICK) for step in range(QUICK.steps + 1)]
+    assert factors[0] == 1 / QUICK.warmup_steps and max(factors) == factors[QUICK.warmup_steps] == 1
+    assert factors[-1] == pytest.approx(QUICK.final_lr_ratio)
+
+
+def test_arms_see_the_same_batches_and_a_half_way_start_changes_nothing(tmp_path, sequences, held_out):
+    """A plain model taken up half-way, as the converted arm is, ends with the weights of the uninterrupted one."""
+    states = []
+
+    def keep(model, optimizer_state):
+        model.save_pretrained(tmp_path / "half-way")
+        states.append(optimizer_state)
+
+    plain = build_plain(TINY, 0)
+    history = train_arm("plain", plain, sequences, held_out, TINY, tmp_path / "t", at_half_way=keep)
+    start = HalfWay(TINY.half_way_step, states[0])
+    resumed = AutoModelForCausalLM.from_pretrained(tmp_path / "half-way")
+    resumed_history = train_arm("resumed", resumed, sequences, held_out, TINY, tmp_path / "t", start=start)
+    converted = AttnResForCausalLM.from_backbone(tmp_path / "half-way", num_blocks=TINY.num_blocks)
+    converted_history = train_arm("converted", converted, sequences, held_out, TINY, tmp_path / "t", start=start)
+
+    assert resumed_history.batch_digests == converted_history.batch_digests == history.batch_digests[3:]
+    assert len(set(history.batch_digests)) == TINY.steps
+    assert resumed_history.curves()["train_steps"] == [4, 5, 6]
+    assert resumed_history.held_out_steps == [3, 4, 6] and history.held_out_steps == [0, 2, 4, 6]
+    for name, weight in plain.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], weight, msg=name)
+    assert all(parameter.grad is None or parameter.abs().sum() > 0 for parameter in converted.depth_parameters())
+    assert not torch.equal(converted.depth_mixer.mlp_norm.query, torch.zeros_like(converted.depth_mixer.mlp_norm.query))
+
+
+def test_held_out_loss_is_the_mean_over_tokens_without_the_balancing_loss(held_out):
+    model = build_plain(TINY, 0)
+    logits = model(held_out).logits[:, :-1].log_softmax(-1)
+    expected = -logits.gather(-1, held_out[:, 1:, None]).mean().item()
+    assert held_out_loss(model, held_out, batch_size=3) == pytest.approx(expected, rel=1e-5)
+
+
+def test_depth_weights_are_means_over_tokens_in_the_order_of_depth(held_out):
+    model = build_scratch(TINY, 0)
+    for parameter in model.depth_parameters():
+        torch.nn.init.normal_(parameter)
+    rows = mean_depth_weights(model, held_out, batch_size=3)
+    assert [len(row) for row in rows] == [1, 2, 2, 2, 2, 3, 3]  # layers 0 and 1 form a block, layer 2 another
+    expected = model(held_out, output_depth_weights=True).depth_weights[-1].mean((0, 1)).tolist()
+    assert rows[-1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_compare_logits_sees_a_difference(held_out):
+    model, other = build_plain(TINY, 0), build_plain(replace(TINY, seed=1), 0)
+    assert compare_logits(model, model, held_out)["max_abs_logit_difference"] == 0
+    assert compare_logits(model, other, held_out)["max_abs_logit_difference"] > 0
+
+
+def test_the_backbone_is_a_mixture_of_experts_deep_enough_for_blocks():
+    config = backbone_config(QUICK, 0)
+    assert config.num_experts > config.num_experts_per_tok and config.num_hidden_layers >= QUICK.num_blocks
+
+
+def test_a_folder_appears_when_it_is_complete(tmp_path):
+    out = tmp_path / "new" / "out"
+    with building(out, overwrite=False) as work:
+        (work / "result").write_text("1")
+        assert not out.exists() and work.parent == out.parent
+    assert sorted(path.name for path in out.iterdir()) == [MARKER, "result"]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failed_run_leaves_the_old_result_and_no_rest(tmp_path, error):
+    with building(tmp_path / "out", overwrite=False) as work:
+        (work / "result").write_text("old")
+    with pytest.raises(error), building(tmp_path / "out", overwrite=True) as work:
+        (work / "result").write_text("new")
+        raise error
+    assert (tmp_path / "out" / "result").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_old_result_is_replaced_only_on_request(tmp_path):
+    out = tmp_path / "out"
+    with building(out, overwrite=False) as work:
+        (work / "old").touch()
+    with pytest.raises(FileExistsError, match="--overwrite"), building(out, overwrite=False):
+        pass
+    with building(out, overwrite=True) as work:
+        (work / "new").touch()
+    assert sorted(path.name for path in out.iterdir()) == [MARKER, "new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_folders_and_files_of_others_are_never_replaced(tmp_path, overwrite):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path, tmp_path / "file"):
+        with pytest.raises(FileExistsError), building(out, overwrite):
+            pass
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_filled_meanwhile_is_left_alone(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(FileExistsError), building(out, overwrite=True):
+        (out / "thesis.tex").touch()
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """One `attnres demo --quick` in a process without network: the finished process and its folder."""
+    home = tmp_path_factory.mktemp("home")
+    out = tmp_path_factory.mktemp("demo") / "out"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
+    process = subprocess.run(
+        [sys.executable, "-c", WITHOUT_NETWORK, "demo", "--quick", "--out", str(out)],
+        env=environment | {"HOME": str(home), "MPLCONFIGDIR": str(home / "matplotlib")},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    return process, out, home
+
+
+def test_quick_demo_writes_everything_and_leaves_nothing_else(quick):
+    _, out, home = quick
+    expected = {MARKER, "plain", "half-way", "converted", "from-scratch", "held-out.jsonl"}
+    expected |= {"results.md", "results.json", "loss-curves.png", "depth-weights.png"}
+    assert {path.name for path in out.iterdir()} == expected
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert not list(home.rglob("*.arrow")) and not (home / ".cache" / "huggingface" / "datasets").exists()
+    for figure in ("loss-curves.png", "depth-weights.png"):
+        assert min(matplotlib.image.imread(out / figure).shape[:2]) > 400
+
+
+def test_quick_demo_results_are_finite_and_the_same_in_every_place(quick):
+    process, out, _ = quick
+    results = json.loads((out / "results.json").read_text("utf-8"), parse_constant=pytest.fail)
+    rows = dict(
+        re.findall(r"^\| ([a-z-]+) \| (\d.*) \|$", (out / "results.md").read_text("utf-8").split("\n## ")[0], re.M)
+    )
+    assert list(rows) == list(results["arms"]) == ["half-way", "plain", "converted", "from-scratch"]
+    for arm, row in results["arms"].items():
+        assert f"| {arm} | {rows[arm]} |" in process.stdout
+        cells = rows[arm].split(" | ")
+        assert [int(cells[0]), float(cells[2]), float(cells[3])] == [
+            row["steps"],
+            pytest.approx(row["held_out_loss"], abs=1e-4),
+            pytest.approx(row["bits_per_byte"], abs=1e-4),
+        ]
+        assert 0.5 < row["bits_per_byte"] < 5
+        assert row["byte_perplexity"] == pytest.approx(2 ** row["bits_per_byte"], rel=1e-6)
+    assert results["lossless_start"]["max_abs_logit_difference"] < 0.01 * results["lossless_start"]["logit_std"]
+    assert results["arms"]["plain"]["bits_per_byte"] < results["arms"]["half-way"]["bits_per_byte"]
+    for arm in ("converted", "from-scratch"):
+        assert [sum(row) for row in results["depth_weights"][arm]] == pytest.approx([1.0] * 9, abs=1e-4)
+
+
+def test_quick_demo_arms_reload_and_predict_what_was_measured(quick):
+    _, out, _ = quick
+    results = json.loads((out / "results.json").read_text("utf-8"))
+    documents = [json.loads(line) for line in (out / "held-out.jsonl").read_text("utf-8").splitlines()]
+    documents = [corpus.Document(document["name"], document["text"]) for document in documents]
+    for arm, row in results["arms"].items():
+        tokenizer = AutoTokenizer.from_pretrained(out / arm)
+        model = AutoModelForCausalLM.from_pretrained(out / arm)
+        assert isinstance(model, AttnResForCausalLM) == (arm in ("converted", "from-scratch"))
+        sequences = corpus.pack(documents, tokenizer, QUICK.held_out_sequences, QUICK.sequence_length)
+        assert held_out_loss(model, sequences, QUICK.eval_batch_size) == pytest.approx(row["held_out_loss"], rel=1e-5)
+
+
+def test_quick_demo_keeps_progress_and_results_apart(quick):
+    process, out, _ = quick
+    assert "train plain" in process.stderr and "lm-eval converted" in process.stderr
+    assert "step/s" not in process.stdout and "conversion: " in process.stdout and "from_backbone" in process.stdout
+    assert str(out) in process.stdout
+    assert "Warning" not in process.stderr and "Traceback" not in process.stderr
