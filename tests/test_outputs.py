@@ -10,6 +10,8 @@ from families import FAMILIES, LINEAR_FAMILIES, MOE_FAMILIES
 from helpers import random_attnres, random_tokens, relative_error, short_config
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeForCausalLM
+from transformers.utils.output_capturing import OutputRecorder
 
 from attnres import AttnResConfig, AttnResForCausalLM, AttnResModel
 
@@ -29,6 +31,15 @@ def manual_loss(logits, labels, reduction="mean"):
     return nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction=reduction
     )
+
+
+# In older versions of transformers the router of granitemoe returns the chosen experts first, and the plain class
+# records no router logits.
+RECORDED_ROUTERS = [
+    family
+    for family in MOE_FAMILIES
+    if family != "granitemoe" or "router_logits" in GraniteMoeForCausalLM._can_record_outputs
+]
 
 
 # ------------------------------------------------------------------------------------------------------------- losses
@@ -53,7 +64,7 @@ def test_num_items_in_batch_divides_the_summed_loss():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", MOE_FAMILIES)
+@pytest.mark.parametrize("family", RECORDED_ROUTERS)
 def test_the_loss_of_experts_is_that_of_the_plain_backbone(family):
     plain, model = plain_and_converted(family, router_aux_loss_coef=0.7)
     tokens = random_tokens(2, 9)
@@ -186,16 +197,17 @@ def test_hidden_states_are_what_each_layer_received_and_the_final_normed_state(f
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attentions_and_router_logits_with_zero_queries_are_those_of_the_plain_backbone(family):
     plain, model = plain_and_converted(family)
-    options = {"output_attentions": True, "output_router_logits": family in MOE_FAMILIES}
+    options = {"output_attentions": True, "output_router_logits": family in RECORDED_ROUTERS}
     tokens = random_tokens(2, 7)
     expected, output = plain(tokens, **options), model(tokens, **options)
     for name in ("attentions", "router_logits"):
         values, wanted = getattr(output, name) or (), getattr(expected, name, None) or ()
-        assert len(values) == len(wanted), name
-        for value, tensor in zip(values, wanted, strict=True):
-            torch.testing.assert_close(value, tensor, rtol=1e-3, atol=1e-4)
+        if wanted:  # older versions of some families record no router logits
+            assert len(values) == len(wanted), name
+            for value, tensor in zip(values, wanted, strict=True):
+                torch.testing.assert_close(value, tensor, rtol=1e-3, atol=1e-4)
     assert len(output.attentions) == (1 if family in LINEAR_FAMILIES else 5)
-    assert bool(output.router_logits) == (family in MOE_FAMILIES)
+    assert bool(output.router_logits) == (family in RECORDED_ROUTERS)
 
 
 SOURCES = {
@@ -295,6 +307,10 @@ def test_the_configuration_can_ask_for_outputs():
     assert len(output.router_logits) == 2
 
 
+@pytest.mark.skipif(
+    "num_hidden_layers_key" not in OutputRecorder.__dataclass_fields__,
+    reason="this version of transformers counts selected layers, not hidden states",
+)
 @torch.no_grad()
 def test_some_hidden_states_can_be_selected_as_in_the_plain_backbone():
     plain, model = plain_and_converted("llama")
@@ -311,7 +327,7 @@ def test_some_hidden_states_can_be_selected_as_in_the_plain_backbone():
 @torch.no_grad()
 def test_two_families_in_one_process_each_capture_their_own_outputs():
     options = {"output_attentions": True, "output_router_logits": True, "output_hidden_states": True}
-    models = {name: random_attnres(name) for name in ("qwen3_moe", "llama", "kimi_linear", "granitemoe")}
+    models = {name: random_attnres(name) for name in ("qwen3_moe", "llama", "kimi_linear", "gpt_oss")}
     tokens = random_tokens(1, 5)
     for _ in range(2):
         for name, model in models.items():
@@ -320,7 +336,7 @@ def test_two_families_in_one_process_each_capture_their_own_outputs():
                 "qwen3_moe": (5, 2),
                 "llama": (5, 0),
                 "kimi_linear": (1, 4),
-                "granitemoe": (5, 5),
+                "gpt_oss": (5, 5),
             }[name]
             assert len(output.attentions) == attentions, name
             assert len(output.router_logits or ()) == routers, name
