@@ -94,8 +94,9 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
             hidden_states = hidden_states + self._attention(self.mixed_input(hidden_states), attention_inputs)
             return hidden_states + self._mlp(hidden_states)
 
-        queries, *sources = state
-        partial = None if self.starts_block else sources.pop()
+        # Slices: older compilers take a starred name for a tuple.
+        queries, partial = state[0], None if self.starts_block else state[-1]
+        sources = state[1:] if partial is None else state[1:-1]
         values, attention_logits, mlp_logits = sources[0::3], sources[1::3], sources[2::3]
         dtype = values[0].dtype  # under autocast sublayers return a narrower one; sums keep that of the embedding
 
