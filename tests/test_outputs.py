@@ -237,8 +237,8 @@ def test_depth_weights_have_one_column_per_source_and_sum_to_one(family, case):
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", SOURCES)
-def test_depth_weights_mix_the_outputs_of_the_sublayers_into_the_hidden_states(case):
-    """Sources are rebuilt from what the sublayers returned; weights and states must fit together."""
+def test_depth_weights_are_softmaxes_over_normed_sources_and_mix_the_sublayers_inputs(case):
+    """Sources are rebuilt from what the sublayers returned, weights from the pseudo-queries and gains."""
     mode, layers_per_block, _ = SOURCES[case]
     model = random_attnres("llama", mode, layers_per_block)
     outputs = []
@@ -253,10 +253,21 @@ def test_depth_weights_mix_the_outputs_of_the_sublayers_into_the_hidden_states(c
     tokens = random_tokens(2, 7)
     weights = model(tokens, output_depth_weights=True).depth_weights
 
+    mixer = model.depth_mixer
+    queries, gains = [], []
+    for layer in range(5):
+        for part in (mixer.attention_norm, mixer.mlp_norm):
+            queries.append(part.query[layer, 0])
+            gains.append(part.weight[layer])
+    queries.append(mixer.output_norm.query[0])
+    gains.append(mixer.output_norm.weight)
+
     size = 1 if mode == "full" else 2 * layers_per_block
     for index, (mixture, tensor) in enumerate(zip(inputs, weights, strict=True)):
         blocks = [sum(outputs[start : min(start + size, index)]) for start in range(0, index, size)]
         sources = torch.stack([model.get_input_embeddings()(tokens), *blocks], dim=-1)
+        keys = nn.functional.rms_norm(sources.mT, (40,), eps=model.config.rms_norm_eps) * gains[index]
+        torch.testing.assert_close(tensor, torch.softmax(keys @ queries[index], dim=-1), rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(mixture, (sources * tensor.unsqueeze(-2)).sum(-1), rtol=1e-4, atol=1e-5)
 
 
