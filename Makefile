@@ -25,7 +25,7 @@ check: .venv/.installed
 	@.venv/bin/ruff format --check .
 
 clean:
-	rm -rf .venv .venv-floor build dist demo-out .pytest_cache .ruff_cache .hypothesis attnres.egg-info
+	rm -rf .venv .venv-floor build dist demo-out .demo-out.* .pytest_cache .ruff_cache .hypothesis attnres.egg-info
 	find attnres tests -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.installed: requirements/current.txt
