@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, MOE_FAMILIES
 from helpers import compiles, random_attnres, random_tokens, relative_error
 
 TOLERANCE = 1e-3  # see test_generation
@@ -62,7 +62,11 @@ def assert_compiled_step_is_equal(model, backend="aot_eager"):
     "family", cases([family for family in FAMILIES if family not in NOT_COMPILED_IN_TRAINING], default=("llama",))
 )
 def test_training_compiles_into_one_graph_with_equal_gradients(family):
-    assert_compiled_step_is_equal(random_attnres(family, layers=3))
+    model = random_attnres(family, layers=3)
+    if family in MOE_FAMILIES:
+        # Grouped experts fall back to a loop over token counts on CPU, whose backward older versions cannot compile.
+        model.set_experts_implementation("batched_mm")
+    assert_compiled_step_is_equal(model)
 
 
 @compiles
