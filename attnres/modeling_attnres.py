@@ -57,7 +57,7 @@ _FAMILY_TRAITS = (
 )
 
 # Where remote code finds the classes in a saved folder.
-_AUTO_MAP = {
+AUTO_MAP = {
     "AutoConfig": "configuration_attnres.AttnResConfig",
     "AutoModel": "modeling_attnres.AttnResModel",
     "AutoModelForCausalLM": "modeling_attnres.AttnResForCausalLM",
@@ -144,7 +144,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, **kwargs):
         if self.is_remote_code():
-            self.config.auto_map = dict(_AUTO_MAP)
+            self.config.auto_map = dict(AUTO_MAP)
         return super().save_pretrained(save_directory, **kwargs)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info):

@@ -1,0 +1,337 @@
+"""Converting a checkpoint folder without loading the model.
+
+Weight shards are carried over as they are; what changes is the configuration, the index and one small shard with the
+depth tensors. Only where a name or a shape differs between layouts is a shard's header rewritten, never its data.
+"""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers.dynamic_module_utils import custom_object_save
+
+from ..configuration_attnres import DEPTH_OPTIONS, AttnResConfig
+from ..modeling_attnres import AUTO_MAP, AttnResForCausalLM
+from .checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, Checkpoint, CheckpointError, inside, read_checkpoint
+from .files import copy_file, copy_range, replaced_folder
+from .layouts import ATTNRES, KIMI_K3, PRENORM, Source, shape_in, to_k3, to_prenorm, understand
+from .structure import check_structure
+
+DEPTH_SHARD = "model-depth.safetensors"
+
+# What comes along: tokenizer, chat template, generation configuration, licence, documentation; never weights or code,
+# but for a tokenizer's own code, which runs only where somebody trusts it.
+COMPANIONS = (
+    "tokenizer*.json",
+    "*vocab*.json",
+    "*vocab*.txt",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "chat_template*",
+    "*.jinja",
+    "*.tiktoken",
+    "*.model",
+    "tokenization_*.py",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "README*",
+    "*.md",
+)
+
+TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass
+class Conversion:
+    """What a conversion did.
+
+    Attributes:
+        source, result: the folders.
+        from_layout, to_layout: `prenorm`, `attnres` or `kimi-k3`.
+        shards, bytes: weight files written and their size, depth shard included.
+        left_out: tensors of other parts of a multimodal checkpoint, which did not come along.
+        report: content of `conversion_report.json`, None with `verify="none"`.
+    """
+
+    source: Path
+    result: Path
+    from_layout: str
+    to_layout: str
+    shards: int
+    bytes: int
+    left_out: list[str]
+    report: dict | None = None
+
+
+def convert(
+    source: str | os.PathLike,
+    result: str | os.PathLike,
+    *,
+    to: str | None = None,
+    from_layout: str | None = None,
+    verify: str = "auto",
+    link: bool = False,
+    overwrite: bool = False,
+    reinit_depth: bool = False,
+    progress: bool = False,
+    **depth_options,
+) -> Conversion:
+    """Converts a checkpoint folder; `result` appears when everything is done and checked, or not at all.
+
+    Args:
+        source: folder with safetensors weights. It is not changed.
+        result: folder to make.
+        to: `"attnres"` (default), `"prenorm"` or `"kimi-k3"`.
+        from_layout: what `source` is taken for; by default its configuration says.
+        verify: `"auto"`, `"full"` or `"none"`, see `verification.verify_conversion`.
+        link: hard links instead of copies of unchanged shards: fast, but saving over the result changes the source.
+        overwrite: replace an existing `result` once the new one is complete.
+        reinit_depth: start with new (zero) pseudo-queries where trained ones do not fit the new depth options.
+        progress: show a bar on stderr.
+        depth_options: `residual_mode`, `layers_per_block`, `num_blocks` of the result.
+
+    Raises:
+        CheckpointError: the source cannot be read or not be converted, with the reason.
+        OSError: files cannot be written.
+    """
+    source, result = Path(source), Path(result)
+    _check_places(source, result)
+    origin = understand(read_checkpoint(source), from_layout)
+    to = ATTNRES if to is None else to
+    config = _result_config(origin, to, depth_options)
+    check_structure(origin)
+    new_depth = _depth_change(origin, config, to, reinit_depth)
+    plan = _plan_shards(origin, to, drop_depth=new_depth is not None)
+    depth_tensors = _depth_tensors(origin, config) if new_depth == "zero" else {}
+    _check_space(result, plan, origin.checkpoint, link)
+
+    with replaced_folder(result, overwrite) as folder:
+        weight_map = _write_shards(origin, plan, folder, link, progress)
+        if depth_tensors:
+            name = DEPTH_SHARD if len(plan) > 1 else "model-00002-of-00002.safetensors"
+            save_file(depth_tensors, folder / name, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(depth_tensors, name))
+        _write_index(folder, weight_map)
+        _write_companions(origin.checkpoint.folder, folder)
+        _write_config(folder, config, to)
+        written = read_checkpoint(folder)
+        outcome = Conversion(source, result, origin.layout, to, len(written.shards), written.bytes, origin.left_out)
+        if verify != "none":
+            from .verification import verify_conversion  # loads models: only who verifies pays for it
+
+            outcome.report = verify_conversion(origin, understand(written), verify, progress)
+            (folder / "conversion_report.json").write_text(json.dumps(outcome.report, indent=2) + "\n")
+    return outcome
+
+
+def _check_places(source: Path, result: Path):
+    inner, outer = result.resolve(), source.resolve()
+    if inner == outer or inner.is_relative_to(outer):
+        raise CheckpointError(f"{result}: the result must not be the source or inside it.")
+    if outer.is_relative_to(inner):
+        raise CheckpointError(f"{result}: the source {source} is inside the result; nothing of it must be replaced.")
+
+
+def _result_config(origin: Source, to: str, depth_options: dict) -> AttnResConfig:
+    options = {key: value for key, value in depth_options.items() if value is not None}
+    unknown = set(options) - set(DEPTH_OPTIONS)
+    if unknown:
+        raise TypeError(f"convert got an unexpected option {sorted(unknown)[0]!r}")
+    if to != ATTNRES and options:
+        raise CheckpointError(f"{sorted(options)[0]} is an option of an AttnRes result; --to {to} takes none.")
+    if to == KIMI_K3:
+        to_k3(origin.config)
+    content = origin.config.to_dict()
+    if "num_blocks" in options and "layers_per_block" not in options:
+        content.pop("layers_per_block")
+    return AttnResConfig.from_dict({**content, **options})
+
+
+def _depth_change(origin: Source, config: AttnResConfig, to: str, reinit_depth: bool) -> str | None:
+    """`"zero"`: new depth tensors, `"drop"`: none, None: those of the source stay."""
+    present = origin.depth_names & set(origin.stored_names)
+    has_depth = origin.layout != PRENORM and origin.config.residual_mode != "standard"
+    wants_depth = to != PRENORM and config.residual_mode != "standard"
+    if not has_depth:
+        return "zero" if wants_depth else "drop" if present else None
+    zero = depth_is_zero(origin)
+    if not wants_depth:
+        if not zero:
+            raise CheckpointError(
+                f"{origin.checkpoint.folder}: has trained pseudo-queries, so no model with plain residuals computes "
+                "what it computes."
+            )
+        return "drop"
+    old, new = origin.config, config
+    same = old.residual_mode == new.residual_mode and (
+        new.residual_mode == "full" or old.layers_per_block == new.layers_per_block
+    )
+    if same and not reinit_depth:
+        return None
+    if not zero and not reinit_depth:
+        raise CheckpointError(
+            f"{origin.checkpoint.folder}: its pseudo-queries are trained for residual_mode={old.residual_mode}, "
+            f"layers_per_block={old.layers_per_block}; other depth options need --reinit-depth, which starts them "
+            "at zero."
+        )
+    return "zero" if reinit_depth else None
+
+
+def depth_is_zero(origin: Source) -> bool:
+    """Whether all pseudo-queries are exactly zero; depth tensors with NaN or Inf are an error."""
+    zero = True
+    by_shard: dict[str, list[str]] = {}
+    for name in sorted(origin.depth_names):
+        if name not in origin.stored_names:
+            raise CheckpointError(f"{origin.checkpoint.folder}: lacks depth tensor {name}.")
+        by_shard.setdefault(origin.tensor(name).shard, []).append(name)
+    for shard, names in by_shard.items():
+        with safe_open(inside(origin.checkpoint.folder, shard), "pt") as file:
+            for name in names:
+                tensor = file.get_tensor(origin.stored_names[name])
+                if not torch.isfinite(tensor.float()).all():
+                    raise CheckpointError(f"{origin.checkpoint.folder}: depth tensor {name} has NaN or Inf.")
+                zero = zero and not (name.endswith("_res_proj.weight") and tensor.any())
+    return zero
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """A weight file of the result: which tensors of which file of the source, under which names and shapes."""
+
+    source: str
+    target: str
+    tensors: dict[str, tuple[str, tuple[int, ...]]]  # name on disk in the source: name and shape in the result
+    unchanged: bool
+
+
+def _plan_shards(origin: Source, to: str, drop_depth: bool) -> list[PlannedShard]:
+    dropped = origin.depth_names if drop_depth else set()
+    by_shard: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {shard: {} for shard in origin.checkpoint.shards}
+    for name, stored in origin.stored_names.items():
+        if name not in dropped:
+            tensor = origin.checkpoint.tensors[stored]
+            by_shard[tensor.shard][stored] = (name, shape_in(to, name, tensor.shape))
+    kept = {shard: tensors for shard, tensors in by_shard.items() if tensors}
+    in_source = dict.fromkeys(origin.checkpoint.shards, 0)
+    for tensor in origin.checkpoint.tensors.values():
+        in_source[tensor.shard] += 1
+    plan = []
+    for shard, tensors in kept.items():
+        unchanged = len(tensors) == in_source[shard] and all(
+            stored == name and origin.checkpoint.tensors[stored].shape == shape
+            for stored, (name, shape) in tensors.items()
+        )
+        # transformers reads model.safetensors before any index: beside a second shard it needs another name.
+        single = len(kept) == 1
+        alone = single and to == PRENORM
+        target = SINGLE_NAME if alone else "model-00001-of-00002.safetensors" if shard == SINGLE_NAME else shard
+        plan.append(PlannedShard(shard, target, tensors, unchanged))
+    return plan
+
+
+def _check_space(result: Path, plan: list[PlannedShard], checkpoint: Checkpoint, link: bool):
+    needed = sum((checkpoint.folder / shard.source).stat().st_size for shard in plan if not (link and shard.unchanged))
+    parent = next(path for path in (result, *result.parents) if path.exists())
+    free = shutil.disk_usage(parent).free
+    # Where blocks are shared a copy needs no space, so this only refuses what cannot work without sharing either.
+    if needed > free and not link:
+        raise CheckpointError(
+            f"{parent}: no space left, {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB free. Free some, "
+            "or use --link."
+        )
+
+
+def _write_shards(origin: Source, plan: list[PlannedShard], folder: Path, link: bool, progress: bool) -> dict[str, str]:
+    total = sum((origin.checkpoint.folder / shard.source).stat().st_size for shard in plan)
+    weight_map = {}
+    with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=not progress) as bar:
+        for shard in plan:
+            source, target = inside(origin.checkpoint.folder, shard.source), folder / shard.target
+            if shard.unchanged:
+                copy_file(source, target, link, bar.update)
+            else:
+                rewrite_shard(source, target, shard.tensors, bar.update)
+            weight_map.update({name: shard.target for name, _ in shard.tensors.values()})
+    return weight_map
+
+
+def rewrite_shard(
+    source: Path, target: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], progress: Callable[[int], None]
+):
+    """Copies tensors of a safetensors file, whose header has been checked, under other names and shapes."""
+    with source.open("rb") as reader, target.open("xb") as writer:
+        (length,) = struct.unpack("<Q", reader.read(8))
+        header = json.loads(reader.read(length))
+        new_header, pieces, position = {"__metadata__": header.get("__metadata__", {"format": "pt"})}, [], 0
+        for stored in sorted(tensors, key=lambda stored: header[stored]["data_offsets"]):
+            name, shape = tensors[stored]
+            begin, end = header[stored]["data_offsets"]
+            size = end - begin
+            new_header[name] = {
+                "dtype": header[stored]["dtype"],
+                "shape": list(shape),
+                "data_offsets": [position, position + size],
+            }
+            pieces.append((8 + length + begin, size))
+            position += size
+        encoded = json.dumps(new_header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        writer.write(struct.pack("<Q", len(encoded)) + encoded)
+        writer.flush()
+        for offset, size in pieces:
+            copy_range(reader.fileno(), writer.fileno(), offset, size, progress)
+
+
+def _depth_tensors(origin: Source, config: AttnResConfig) -> dict[str, torch.Tensor]:
+    """Depth tensors of a lossless start, in the dtype of the weights: zero pseudo-queries, unit gains."""
+    dtype = TORCH_DTYPES[origin.checkpoint.float_dtype]
+    return {
+        name: torch.zeros(1, config.hidden_size, dtype=dtype)
+        if name.endswith("_res_proj.weight")
+        else torch.ones(config.hidden_size, dtype=dtype)
+        for name in sorted(origin.depth_names)
+    }
+
+
+def _write_index(folder: Path, weight_map: dict[str, str]):
+    if set(weight_map.values()) == {SINGLE_NAME}:
+        return
+    size = sum((folder / shard).stat().st_size for shard in set(weight_map.values()))
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_companions(source: Path, folder: Path):
+    for path in sorted(source.iterdir()):
+        is_companion = any(fnmatch(path.name, pattern) for pattern in COMPANIONS) and path.name != CONFIG_NAME
+        if is_companion and inside(source, path.name).is_file():
+            shutil.copyfile(path, folder / path.name)
+
+
+def _write_config(folder: Path, config: AttnResConfig, to: str):
+    if to == ATTNRES:
+        config.architectures = [AttnResForCausalLM.__name__]
+        # Saves the code that the folder needs as remote code; the configuration gets all classes.
+        config.auto_map = dict(AUTO_MAP)
+        custom_object_save(AttnResForCausalLM, folder)
+        config.save_pretrained(folder)
+        return
+    content = to_k3(config) if to == KIMI_K3 else to_prenorm(config)
+    (folder / CONFIG_NAME).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+__all__ = ["Conversion", "convert"]
