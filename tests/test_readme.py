@@ -46,6 +46,7 @@ def folder_of_a_reader(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator:UserWarning")  # Trainer's
 def test_the_snippets_run_and_do_what_the_text_says(folder_of_a_reader):
     assert len(SNIPPETS) == 4
     torch.manual_seed(0)
