@@ -1,13 +1,14 @@
-"""Chooses the learning rate of the demo for its plain arm, so that the comparison favours the baseline.
+"""Chooses the learning rate and the initialisation of the demo for its plain arm: the comparison favours the baseline.
 
-    python benchmarks/demo_sweep.py --learning-rates 5e-4 1e-3 2e-3 4e-3 8e-3 1.6e-2
+    python benchmarks/demo_sweep.py --learning-rates 0.004 0.008 0.016 0.032 --initializer-ranges 0.02 0.06
 
-Trains the plain arm of `attnres demo` once per learning rate and prints a Markdown table of final held-out losses.
+Trains the plain arm of `attnres demo` once per combination and prints a Markdown table of final held-out losses.
 """
 
 import argparse
 import tempfile
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from transformers import logging
@@ -19,21 +20,33 @@ from attnres.demo.training import train_arm
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--learning-rates", type=float, nargs="+", required=True, help="peak learning rates of AdamW")
+    parser.add_argument(
+        "--initializer-ranges",
+        type=float,
+        nargs="+",
+        default=[FULL.initializer_range],
+        help="deviations of the weights",
+    )
     parser.add_argument("--seed", type=int, default=FULL.seed, help="of the weights and the order of the text")
     parser.add_argument("--quick", action="store_true", help="the settings of attnres demo --quick")
     options = parser.parse_args()
     logging.set_verbosity_error()
     base = replace(QUICK if options.quick else FULL, seed=options.seed)
-    print("| peak learning rate | held-out loss (nats/token) | training (s) |\n|--:|--:|--:|", flush=True)
+    print("| initializer_range | peak learning rate | held-out loss (nats/token) |\n|--:|--:|--:|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         data = prepare_data(base, Path(folder))
-        for learning_rate in options.learning_rates:
-            settings = replace(base, learning_rate=learning_rate)
+        for spread, learning_rate in product(options.initializer_ranges, options.learning_rates):
+            settings = replace(base, learning_rate=learning_rate, initializer_range=spread)
             model = build_plain(settings, data["tokenizer"].eos_token_id)
             history = train_arm(
-                f"plain, {learning_rate:g}", model, data["train"], data["held_out"], settings, Path(folder) / "trainer"
+                f"plain {spread:g} {learning_rate:g}",
+                model,
+                data["train"],
+                data["held_out"],
+                settings,
+                Path(folder) / "trainer",
             )
-            print(f"| {learning_rate:g} | {history.held_out_loss[-1]:.4f} | {history.seconds:.0f} |", flush=True)
+            print(f"| {spread:g} | {learning_rate:g} | {history.held_out_loss[-1]:.4f} |", flush=True)
 
 
 if __name__ == "__main__":

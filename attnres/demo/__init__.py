@@ -7,9 +7,11 @@ to the end, and Block AttnRes trained from scratch.
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +26,6 @@ from .evaluation import (
     complete,
     evaluate_with_lm_eval,
     mean_depth_weights,
-    say,
     write_documents,
 )
 from .folder import building
@@ -78,7 +79,7 @@ def prepare_data(settings: Settings, folder: Path) -> dict:
     root = text.standard_library()
     corpus = text.read_corpus(root)
     counts = corpus.describe()
-    say(
+    _say(
         f"corpus: {root}: {counts['train_files']} files, {counts['train_bytes'] / 1e6:.1f} MB to train on; "
         f"{counts['held_out_files']} files, {counts['held_out_bytes'] / 1e6:.1f} MB held out"
     )
@@ -91,7 +92,7 @@ def prepare_data(settings: Settings, folder: Path) -> dict:
         evaluated_files=len(held_out),
         evaluated_bytes=sum(len(document.text.encode()) for document in held_out),
     )
-    say(
+    _say(
         f"tokenizer: byte-level BPE with {len(tokenizer)} entries; {train.numel():,} training tokens, none seen twice; "
         f"evaluation on {counts['evaluated_files']} held-out files, {counts['evaluated_bytes'] / 1e3:.0f} kB"
     )
@@ -162,7 +163,7 @@ def _run_in(folder: Path, settings: Settings) -> dict:
 
     models = {arm: AutoModelForCausalLM.from_pretrained(folder / arm) for arm in ARMS}
     results = {
-        "settings": settings.__dict__ | {"half_way_step": settings.half_way_step},
+        "settings": asdict(settings) | {"half_way_step": settings.half_way_step},
         "versions": versions(),
         "threads": torch.get_num_threads(),
         "corpus": data["corpus"],
@@ -241,23 +242,24 @@ def _require_equal_start(plain: PreTrainedModel, scratch: AttnResForCausalLM):
 
 def _require_equal_batches(histories: dict[str, History], settings: Settings):
     plain = histories[PLAIN].batch_digests
-    if (
-        histories[SCRATCH].batch_digests != plain
-        or histories[CONVERTED].batch_digests != plain[settings.half_way_step :]
-    ):
+    expected = {SCRATCH: plain, CONVERTED: plain[settings.half_way_step :]}
+    if any(histories[arm].batch_digests != digests for arm, digests in expected.items()):
         raise RuntimeError("the arms were not trained on the same batches in the same order")
 
 
-class _quiet_transformers:
+@contextmanager
+def _quiet_transformers():
     """Hides the bars of loading weights and advice that does not concern a reader of the demo; errors are shown."""
-
-    def __enter__(self):
-        self.verbosity = transformers_logging.get_verbosity()
-        self.bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *_):
-        transformers_logging.set_verbosity(self.verbosity)
-        if self.bars:
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
             transformers_logging.enable_progress_bar()
+
+
+def _say(message: str):
+    print(message, file=sys.stderr, flush=True)

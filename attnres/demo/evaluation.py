@@ -144,11 +144,6 @@ def write_documents(documents: Sequence, path: Path):
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def say(message: str):
-    """Progress, on stderr."""
-    print(message, file=sys.stderr, flush=True)
-
-
 def _text_of(document: dict) -> str:
     return document["text"]
 

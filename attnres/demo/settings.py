@@ -24,17 +24,17 @@ class Settings:
     # training
     sequence_length: int = 128
     batch_size: int = 8
-    steps: int = 400
-    warmup_steps: int = 40
-    learning_rate: float = 4e-3
+    steps: int = 320
+    warmup_steps: int = 32
+    learning_rate: float = 1.6e-2
     final_lr_ratio: float = 0.1
     weight_decay: float = 0.1
     adam_beta2: float = 0.95
     max_grad_norm: float = 1.0
     # evaluation
-    eval_every: int = 25
+    eval_every: int = 20
     eval_batch_size: int = 16
-    held_out_sequences: int = 48
+    held_out_sequences: int = 40
     document_bytes: int = 16_384
     held_out_bytes: int = 200_000
     new_tokens: int = 48
