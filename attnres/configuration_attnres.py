@@ -233,6 +233,11 @@ def _wrap_backbone(config_dict: dict[str, Any]) -> dict[str, Any]:
     """An AttnRes configuration as it is, that of a plain backbone as the `backbone_config` of one."""
     if config_dict.get("model_type", AttnResConfig.model_type) == AttnResConfig.model_type:
         return config_dict
+    if "attn_res_block_size" in config_dict.get("text_config", config_dict):
+        raise ValueError(
+            "attn_res_block_size: this is a checkpoint in the Kimi K3 layout, which loads after "
+            "`attnres convert SRC DST --from kimi-k3`."
+        )
     backbone = dict(config_dict)
     # What concerns the whole checkpoint is read from the root configuration.
     root = {key: backbone.pop(key) for key in ("dtype", "torch_dtype", "quantization_config") if key in backbone}

@@ -71,6 +71,8 @@ def score(source: torch.Tensor, queries: torch.Tensor, eps: float) -> tuple[torc
     # vector_norm keeps the source itself for the backward pass, where mean(square) would keep a float32 copy of it.
     norm = torch.linalg.vector_norm(source, dim=-1, keepdim=True, dtype=torch.float32)
     inverse_rms = torch.rsqrt(norm.square() / source.shape[-1] + eps)
+    if source.dtype == torch.float16:  # a sum over D of unnormed values leaves its range
+        source = source.float()
     logits = nn.functional.linear(source, queries.to(source.dtype)).float() * inverse_rms
     return logits.unbind(-1)
 

@@ -171,6 +171,12 @@ def test_kimi_k3_layout_has_the_published_names_and_units_and_comes_back_to_the_
         assert torch.equal(new(random_tokens(2, 7)).logits, old(random_tokens(2, 7)).logits)
 
 
+def test_a_k3_folder_is_not_mistaken_for_a_plain_kimi_linear(save_trained, tmp_path):
+    convert(save_trained(), tmp_path / "k3", to="kimi-k3", verify="none")
+    with pytest.raises(ValueError, match="attnres convert SRC DST --from kimi-k3"):
+        AttnResForCausalLM.from_pretrained(tmp_path / "k3")
+
+
 def test_the_text_part_of_a_multimodal_k3_checkpoint_is_understood(save_trained, tmp_path):
     source = save_trained()
     convert(source, tmp_path / "k3", to="kimi-k3", verify="none")
