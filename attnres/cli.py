@@ -46,6 +46,7 @@ def demo(options: argparse.Namespace):
 def convert(options: argparse.Namespace):
     """Converts a checkpoint folder and prints what was measured."""
     from .conversion import convert as convert_folder
+    from .conversion.inspection import shown_size
     from .conversion.verification import report_table
 
     outcome = convert_folder(
@@ -64,7 +65,7 @@ def convert(options: argparse.Namespace):
     )
     print(
         f"{outcome.result}: {outcome.from_layout} -> {outcome.to_layout}, {outcome.shards} weight files, "
-        f"{outcome.bytes / 1e9:.2f} GB"
+        f"{shown_size(outcome.bytes)}"
     )
     if outcome.left_out:
         print(f"left out: {len(outcome.left_out)} tensors of other parts, such as {outcome.left_out[0]}")

@@ -54,12 +54,22 @@ def _depth_state(source: Source) -> str:
     return "pseudo-queries are zero" if depth_is_zero(source) else "trained"
 
 
+def shown_size(size: int) -> str:
+    """A number of bytes in the decimal unit that suits it."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}"
+    return f"{size} B"
+
+
 def inspection_table(facts: dict) -> str:
-    """The facts as a table for the terminal; numbers of parameters and bytes in full and in billions."""
+    """The facts as a table for the terminal; numbers in full and, where they are large, rounded."""
 
     def shown(key, value) -> str:
-        if key.endswith("parameters") or key == "bytes":
-            return f"{value:,} ({value / 1e9:.2f} {'GB' if key == 'bytes' else 'B'})"
+        if key.endswith("parameters"):
+            return f"{value:,}" + (f" ({value / 1e9:.2f} B)" if value >= 1e7 else "")
+        if key == "bytes":
+            return f"{value:,} ({shown_size(value)})"
         return ", ".join(value) if isinstance(value, list) else "-" if value is None else str(value)
 
     width = max(map(len, facts))
