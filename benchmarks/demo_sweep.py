@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import logging
 
-from attnres.demo import FULL, QUICK, build_plain, prepare_data
+from attnres.demo import FULL, build_plain, prepare_data
 from attnres.demo.training import train_arm
 
 
@@ -27,11 +27,11 @@ def main():
         default=[FULL.initializer_range],
         help="deviations of the weights",
     )
+    parser.add_argument("--layers", type=int, default=FULL.num_hidden_layers, help="decoder layers")
     parser.add_argument("--seed", type=int, default=FULL.seed, help="of the weights and the order of the text")
-    parser.add_argument("--quick", action="store_true", help="the settings of attnres demo --quick")
     options = parser.parse_args()
     logging.set_verbosity_error()
-    base = replace(QUICK if options.quick else FULL, seed=options.seed)
+    base = replace(FULL, seed=options.seed, num_hidden_layers=options.layers)
     print("| initializer_range | peak learning rate | held-out loss (nats/token) |\n|--:|--:|--:|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         data = prepare_data(base, Path(folder))

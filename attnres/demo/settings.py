@@ -19,7 +19,7 @@ class Settings:
     num_experts_per_tok: int = 2
     moe_intermediate_size: int = 128
     decoder_sparse_step: int = 2
-    initializer_range: float = 0.06
+    initializer_range: float = 0.09
     num_blocks: int = 6
     # training
     sequence_length: int = 128
