@@ -112,7 +112,7 @@ def _add_demo(commands):
         description=(
             "Trains a small PreNorm mixture of experts on Python's standard library, converts its half-way checkpoint "
             "to Block AttnRes, trains Block AttnRes from scratch, and compares all on held-out files. Needs no "
-            "network; takes 5 to 8 minutes on 2 cores."
+            "network; takes 4 to 8 minutes on 2 cores."
         ),
     )
     parser.add_argument("--out", metavar="DIR", default="demo-out", help="folder to make (default: %(default)s)")
