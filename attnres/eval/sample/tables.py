@@ -193,7 +193,7 @@ def _mgsm(items) -> Table:
                 "answer_number": result,
                 "equation_solution": None,
             }
-        steps = "".join(f" {step}{language['stop']}" for step in solved)
+        steps = "".join(f"{language['gap']}{step}{language['stop']}" for step in solved)
         return {
             "question": language["question"] + text.format(**named),
             "answer": language["answer"] + explanation.format(**named) + steps + language["final"].format(r=result),
