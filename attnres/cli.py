@@ -13,6 +13,7 @@ from pathlib import Path
 from . import __version__
 
 USER_ERROR = 2
+SOME_FAILED = 1
 INTERRUPTED = 130
 OTHER_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]  # of weights, which are not read
 
@@ -22,17 +23,16 @@ class CommandError(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit status: 0, 2 after a user error, 130 after Ctrl-C."""
+    """Runs the command line and returns the exit status: 0, 1 if a row failed, 2 for a user error, 130 for Ctrl-C."""
     options = _parser().parse_args(arguments)
     try:
-        options.command(options)
+        return options.command(options) or 0
     except KeyboardInterrupt:
         print("attnres: interrupted", file=sys.stderr)
         return INTERRUPTED
     except (CommandError, ValueError, OSError) as error:
         print(f"attnres: error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR
-    return 0
 
 
 def demo(options: argparse.Namespace):
@@ -81,6 +81,55 @@ def inspect_checkpoint(options: argparse.Namespace):
     print(json.dumps(facts, indent=2) if options.json else inspection_table(facts))
 
 
+def evaluate(options: argparse.Namespace) -> int:
+    """Measures the rows of a suite and prints the table; or fetches the data sets that they need."""
+    _require("lm_eval", "datasets", extra="eval")
+    from .eval import evaluate as run
+
+    if options.fetch_only:
+        return _fetch(options)
+    if options.model is None:
+        raise CommandError("name a MODEL: a folder or hub id (only --fetch-only needs none)")
+    outcome = run(
+        options.model,
+        options.suite,
+        out=options.out,
+        data_dir=options.data_dir,
+        tokenizer=options.tokenizer,
+        revision=options.revision,
+        dtype=options.dtype,
+        device=options.device,
+        device_map=options.device_map,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        limit=options.limit,
+        seed=options.seed,
+        seeds=options.gpqa_seeds,
+        trust_remote_code=options.trust_remote_code,
+        allow_code_execution=options.allow_code_execution,
+        chat_template=options.chat_template,
+    )
+    if outcome["writes"]:
+        print((Path(options.out) / "results.md").read_text(encoding="utf-8"))
+    for name, reason in outcome["failed"].items():
+        print(f"attnres: {name} failed: {reason}", file=sys.stderr)
+    return SOME_FAILED if outcome["failed"] else 0
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from .eval.fetch import fetch
+    from .eval.suites import select_rows
+
+    if options.data_dir is None:
+        raise CommandError("--fetch-only needs --data-dir, the folder to build")
+    if options.suite == "sample":
+        raise CommandError("the suite 'sample' brings its own items: nothing is to be fetched")
+    missing = fetch(select_rows(options.suite), options.data_dir)
+    if missing:
+        raise CommandError("; ".join(f"{repository} {reason}" for repository, reason in missing.items()))
+    return 0
+
+
 def _local_folder(name: str) -> str:
     """A local folder as it is; a hub id is downloaded, without the formats that are not read."""
     if Path(name).is_dir() or name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -102,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_convert(commands)
     _add_inspect_checkpoint(commands)
+    _add_eval(commands)
     return parser
 
 
@@ -191,6 +241,84 @@ def _add_inspect_checkpoint(commands):
     parser.add_argument("path", metavar="PATH", help="folder or hub id")
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.set_defaults(command=inspect_checkpoint)
+
+
+def _add_eval(commands):
+    parser = commands.add_parser(
+        "eval",
+        help="the paper's benchmark table on any causal language model",
+        description=(
+            "Runs lm-eval's tasks with the paper's protocol, a row at a time. Each row is written to OUT when it ends; "
+            "the same command goes on where it was interrupted. The table is printed at the end and is in "
+            "OUT/results.md, .csv and .json. Several GPUs, a copy of the model on each: accelerate launch -m attnres "
+            "eval ..."
+        ),
+    )
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="folder or hub id that transformers loads")
+    parser.add_argument(
+        "--suite",
+        metavar="NAME",
+        default="paper",
+        help="paper (15 rows), readme (9), sample (miniature items, no data sets needed), a row, or several joined by "
+        "commas (default: %(default)s)",
+    )
+    parser.add_argument("--out", metavar="DIR", default="eval-out", help="folder of results (default: %(default)s)")
+    parser.add_argument(
+        "--data-dir", metavar="ROOT", help="local mirror of the data sets, ROOT/<org>/<name>/ (default: the hub)"
+    )
+    parser.add_argument(
+        "--fetch-only", action="store_true", help="only build the mirror at --data-dir from the hub; needs no MODEL"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the weights; auto: as in the checkpoint (default: %(default)s)",
+    )
+    parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1 (default: a GPU where there is one)")
+    parser.add_argument("--device-map", metavar="MAP", help="spread one model over devices, such as auto (default: no)")
+    parser.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=_batch_size,
+        default=8,
+        help="sequences at a time, or auto; scores move with it, so compare models at the same one "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-length", metavar="TOKENS", type=int, help="longest input (default: what the configuration says)"
+    )
+    parser.add_argument(
+        "--limit",
+        metavar="N",
+        type=float,
+        help="items per task, or a share below 1, to try things out; marked everywhere (default: all)",
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=_seed, default=1234, help="of the examples that are drawn (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--gpqa-seeds", metavar="N", type=int, help="orders of the choices that GPQA-Diamond averages (default: 8)"
+    )
+    parser.add_argument("--tokenizer", metavar="NAME", help="folder or hub id (default: the model's own)")
+    parser.add_argument("--revision", metavar="NAME", help="of a model on the hub (default: its main branch)")
+    parser.add_argument("--chat-template", action="store_true", help="wrap prompts in the tokenizer's chat template")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
+    parser.add_argument(
+        "--allow-code-execution",
+        action="store_true",
+        help="run the programs that the model writes for HumanEval and MBPP; without it they are skipped",
+    )
+    parser.set_defaults(command=evaluate)
+
+
+def _batch_size(value: str) -> int | str:
+    if value == "auto":
+        return value
+    size = int(value)
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1 or auto, got {size}")
+    return size
 
 
 def _seed(value: str) -> int:

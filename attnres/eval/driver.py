@@ -1,0 +1,348 @@
+"""Runs rows one after the other: measure, write, go on. What is finished is kept and not measured again."""
+
+import errno
+import json
+import os
+import random
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import asdict
+from io import StringIO
+from pathlib import Path
+
+from . import records
+from .identity import versions
+from .loading import LoadedTask, load_tasks, task_fingerprint
+from .mirror import Mirror, MissingData, serving
+from .progress import quiet_lm_eval, request_bar
+from .results import write_tables
+from .scores import row_scores, task_scores
+from .subject import Settings, Subject, describe
+from .suites import Row, select_rows
+
+FEWSHOT_SEED = 1234  # lm-eval's
+NO_CODE = "runs programs that the model wrote: pass --allow-code-execution"
+
+
+def evaluate(
+    model=None,
+    suite: str = "paper",
+    *,
+    out: str | os.PathLike,
+    data_dir: str | os.PathLike | None = None,
+    tokenizer=None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    device_map: str | None = None,
+    batch_size: int | str = 8,
+    max_length: int | None = None,
+    limit: int | float | None = None,
+    seed: int = FEWSHOT_SEED,
+    seeds: int | None = None,
+    trust_remote_code: bool = False,
+    allow_code_execution: bool = False,
+    chat_template: bool = False,
+    lm=None,
+    progress: bool = True,
+) -> dict:
+    """Measures the rows of a suite and writes `out/<row>/result.json` and `samples.jsonl` as each ends.
+
+    Args:
+        model: folder, hub id, or a causal LM in memory (then with its tokenizer).
+        suite: of SUITES, a row, or several joined by commas.
+        data_dir: mirror of the hub's data sets; without it they come from the hub.
+        tokenizer: folder or hub id, or a tokenizer; by default the model's own.
+        batch_size: a number, or "auto". Scores move with it: compare two models at the same number.
+        max_length: longest input in tokens, instead of what the configuration says.
+        limit: items per task, or a share below 1, to try things out; results are marked as such.
+        seed: of the examples that are drawn.
+        seeds: orders of the choices where a row averages over several (GPQA-Diamond), instead of eight.
+        allow_code_execution: run model-written programs (HumanEval, MBPP); otherwise these rows are skipped.
+        lm: a ready lm_eval LM instead of a model. Results are reused only if it has an `identity`.
+
+    Returns:
+        `rows`: results by row; `failed` and `skipped`: reasons by row; `reused`: rows that were finished before;
+        `writes`: whether this is the process that writes, of several.
+
+    Raises:
+        ValueError: the user's mistake, before any model is loaded.
+        OSError: results cannot be written; what was finished is kept.
+    """
+    rows = select_rows(suite)
+    out = Path(out)
+    skipped = {row.name: NO_CODE for row in rows if row.code and not allow_code_execution}
+    say = _speaker(progress)
+    for name, reason in skipped.items():
+        say(f"{name}: skipped, it {reason}")
+    rows = [row for row in rows if row.name not in skipped]
+    settings = Settings(
+        dtype, batch_size, _checked_limit(limit), seed, seeds, max_length, chat_template, trust_remote_code,
+        device or "", device_map, int(os.environ.get("WORLD_SIZE", "1")),
+    )  # fmt: skip
+    mirror = _mirror(suite, data_dir)
+    with serving(mirror, _code_metric if allow_code_execution else None):
+        tasks = _load_all(rows, settings, mirror, say)
+        subject = describe(model, tokenizer, revision, lm, settings, say)
+        return _run(rows, tasks, subject, settings, mirror, suite, out, skipped, progress, say)
+
+
+def _run(rows, tasks, subject, settings, mirror, suite, out, skipped, progress, say) -> dict:
+    packages = versions()
+    fingerprints = {row.name: _fingerprint(tasks[row.name], subject, settings, packages, mirror) for row in rows}
+    # Decided for all rows before any is measured: several processes must come to the same plan.
+    finished = {row.name: _reusable(out / row.name, fingerprints[row.name], say) for row in rows}
+    finished = {name: result for name, result in finished.items() if result}
+    outcome = {
+        "rows": dict(finished),
+        "failed": {},
+        "skipped": skipped,
+        "reused": sorted(finished),
+        "writes": _rank() == 0,
+    }
+    for number, row in enumerate(rows, 1):
+        where = f"row {number} of {len(rows)}, {row.name}"
+        if row.name in finished:
+            say(f"{where}: {shown(finished[row.name])}, measured before")
+            continue
+        measured = _measure(row, tasks[row.name], subject, settings, where, progress)
+        if measured is None:  # not the process that writes
+            continue
+        folder = out / row.name
+        try:
+            records.set_aside(folder)
+            if isinstance(measured, Exception):
+                outcome["failed"][row.name] = reason = _reason(measured)
+                records.write_text(folder / records.FAILURE, traceback.format_exception(measured))
+                say(f"{where}: failed, {reason}")
+                continue
+            items, facts = measured
+            result = _result(row, suite, settings, fingerprints[row.name], subject, packages, items, facts)
+            records.write_lines(folder / records.SAMPLES, items)
+            records.write_json(folder / records.RESULT, result)
+            outcome["rows"][row.name] = result
+            write_tables(out, subject.identity)
+        except OSError as error:
+            raise _cannot_write(out, error) from None
+        say(f"{where}: {shown(result)}")
+    try:
+        if _rank() == 0:
+            write_tables(out, subject.identity, outcome["failed"], skipped)
+    except OSError as error:
+        raise _cannot_write(out, error) from None
+    return outcome
+
+
+def shown(result: dict) -> str:
+    """One line of a result."""
+    score = result["score"]
+    error = f" ± {score['stderr']:.2f}" if score["stderr"] is not None else ""
+    cut = result["prompts_cut"]
+    notes = [f"{cut} prompts longer than the context were cut"] if cut else []
+    notes += ["LIMITED RUN"] if result["limit"] is not None else []
+    return f"{score['metric']} {score['value']:.2f}{error} on {score['n']} items" + "".join(
+        f", {note}" for note in notes
+    )
+
+
+def _measure(row: Row, tasks: list[LoadedTask], subject: Subject, settings: Settings, where: str, progress: bool):
+    """The row's items and facts; the exception if it fails; None in a process that does not write."""
+    lm = subject.lm  # outside: a model that cannot be loaded fails every row
+    counts = getattr(lm, "counts", None)
+    if counts is not None:
+        counts.clear()
+    started = time.perf_counter()
+    bar = _bar(lm, where, progress)
+    try:
+        # lm-eval prints and shows bars per task; ours is one per row.
+        with quiet_lm_eval(), redirect_stdout(StringIO()), redirect_stderr(StringIO()), bar:
+            results = _lm_eval(row, tasks, lm, settings)
+    except Exception as error:  # whatever it is, the other rows go on
+        return error
+    if results is None:
+        return None
+    seconds = time.perf_counter() - started
+    try:
+        items = [item for task in tasks for item in _items(task, results["samples"][task.key])]
+        scores = row_scores(row, items)
+    except (ValueError, KeyError, TypeError) as error:
+        return error
+    facts = {"scores": scores, "tasks": task_scores(items), "seconds": seconds, "counts": dict(counts or {})}
+    return items, facts
+
+
+def _lm_eval(row: Row, tasks: list[LoadedTask], lm, settings: Settings):
+    import numpy
+    import torch
+    from lm_eval.evaluator import evaluate as run
+
+    # Before every row, so that a row does not depend on which others ran.
+    random.seed(settings.seed)
+    numpy.random.seed(settings.seed % 2**32)
+    torch.manual_seed(settings.seed)
+    for task in tasks:
+        task.task.set_fewshot_seed(seed=settings.seed)
+    return run(
+        lm=lm,
+        task_dict={"tasks": {task.key: task.task for task in tasks}, "groups": {}},
+        limit=settings.limit,
+        bootstrap_iters=0,
+        log_samples=True,
+        apply_chat_template=settings.chat_template,
+        fewshot_as_multiturn=settings.chat_template,
+        confirm_run_unsafe_code=row.code,
+    )
+
+
+def _items(loaded: LoadedTask, samples: list[dict]) -> list[dict]:
+    """lm-eval's samples as they are kept: what joins two runs, what was asked and answered, the metrics."""
+    return [
+        {
+            "task": loaded.name,
+            "subtask": loaded.name,
+            "seed": loaded.seed,
+            **{key: sample[key] for key in ("doc_id", "doc_hash", "prompt_hash", "target_hash", "filter")},
+            "metrics": {metric: float(sample[metric]) for metric in sample["metrics"] if _is_number(sample[metric])},
+            "target": sample["target"],
+            "resps": sample["resps"],
+            "filtered_resps": sample["filtered_resps"],
+        }
+        for sample in samples
+    ]
+
+
+def _result(row, suite, settings, fingerprint, subject, packages, items, facts) -> dict:
+    score, secondary = facts["scores"]
+    counts = facts["counts"]
+    return {
+        "row": row.name,
+        "title": row.title,
+        "suite": suite,
+        "limit": settings.limit,
+        "fingerprint": fingerprint,
+        "score": score,
+        "secondary": secondary,
+        "tasks": facts["tasks"],
+        "shots": row.shots,
+        "protocol": row.protocol,
+        "versions": packages,
+        "seeds": {"fewshot": settings.seed, "choices": sorted({item["seed"] for item in items} - {None})},
+        "settings": asdict(settings),
+        "model": {"name": subject.name, **subject.identity, **subject.facts},
+        "wall_seconds": round(facts["seconds"], 3),
+        "tokens": counts.get("tokens"),
+        "tokens_per_second": round(counts["tokens"] / facts["seconds"], 1) if counts.get("tokens") else None,
+        "prompts_cut": counts.get("prompts_cut", 0),
+        "answers_short": counts.get("answers_short", 0),
+    }
+
+
+def _fingerprint(tasks: list[LoadedTask], subject: Subject, settings: Settings, packages: dict, mirror) -> dict:
+    return {
+        "model": subject.identity,
+        "tasks": {task.key: task_fingerprint(task, mirror) for task in tasks},
+        "packages": packages,
+        "settings": asdict(settings),
+    }
+
+
+def _reusable(folder: Path, fingerprint: dict, say) -> dict | None:
+    try:
+        result = records.read_result(folder)
+    except ValueError as error:
+        say(f"{error}; measuring {folder.name} again")
+        return None
+    if result is None:
+        return None
+    changed = records.differences(result["fingerprint"], _as_json(fingerprint))
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        say(f"{folder.name}: earlier result set aside, other {', '.join(changed[:3])}{more}")
+        return None
+    return result
+
+
+def _load_all(rows: list[Row], settings: Settings, mirror, say) -> dict[str, list[LoadedTask]]:
+    """The tasks of all rows with their data, so that a missing data set shows before any model is loaded."""
+    loaded, missing = {}, {}
+    for row in rows:
+        try:
+            with quiet_lm_eval():
+                loaded[row.name] = load_tasks(row, settings.seed, settings.seeds)
+        except MissingData as error:
+            missing.setdefault(str(error), row.name)
+        except (ConnectionError, FileNotFoundError, RuntimeError) as error:
+            if mirror is not None:
+                raise
+            reason = " ".join(str(error).split())[:160]
+            missing.setdefault(f"cannot be had from the hub ({reason}); --data-dir reads a local mirror", row.name)
+    if missing:
+        raise MissingData("; ".join(f"{name}: {reason}" for reason, name in missing.items()))
+    return loaded
+
+
+def _mirror(suite: str, data_dir) -> Mirror | None:
+    if suite == "sample":
+        if data_dir is not None:
+            raise ValueError("the suite 'sample' brings its own items: leave --data-dir out.")
+        from .sample import root
+
+        data_dir = root()
+    if data_dir is None:
+        return None
+    if not Path(data_dir).is_dir():
+        raise MissingData(f"{data_dir}: no such folder; --fetch-only builds it")
+    return Mirror(data_dir)
+
+
+def _code_metric():
+    from .sandbox import code_eval_metric
+
+    return code_eval_metric()
+
+
+def _checked_limit(limit):
+    if limit is not None and (limit <= 0 or (limit >= 1 and limit != int(limit))):
+        raise ValueError(f"limit must be a number of items, or a share below 1, got {limit}")
+    return int(limit) if limit is not None and limit >= 1 else limit
+
+
+def _cannot_write(out: Path, error: OSError) -> OSError:
+    what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+    return OSError(f"{out}: cannot write, {what}. Finished rows are kept; the same command goes on from there.")
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) or hasattr(value, "__float__")
+
+
+def _as_json(value):
+    return json.loads(json.dumps(value, default=str))
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _speaker(progress: bool) -> Callable[[str], None]:
+    stream = sys.stderr
+
+    def say(text: str) -> None:
+        if progress and _rank() == 0:
+            print(text, file=stream, flush=True)
+
+    return say
+
+
+def _bar(lm, where: str, progress: bool):
+    """A bar over the row's requests for our own LM; others show none."""
+    if not progress or not hasattr(lm, "counts") or _rank() != 0:
+        return nullcontext()
+    return request_bar(lm, where, sys.stderr)

@@ -1,0 +1,134 @@
+"""What a result depends on besides its task: the checkpoint's content and the versions of packages."""
+
+import hashlib
+import json
+import os
+import platform
+import re
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+OTHER_FORMATS = ["*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]  # of weights, which are not loaded
+TOKENIZER = re.compile(r"tokeniz|vocab|merges|special_tokens|added_tokens|spiece|chat_template|\.model$|\.jinja$")
+PACKAGES = (
+    "attnres", "lm_eval", "torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy", "evaluate",
+    "math-verify", "sympy", "antlr4-python3-runtime", "flash-linear-attention", "triton", "kernels",
+)  # fmt: skip
+BLOB_NAME = re.compile(r"[0-9a-f]{64}")
+
+
+def checkpoint_folder(model: str, revision: str | None = None) -> Path:
+    """A local folder as it is, a hub id as its snapshot.
+
+    Raises:
+        ValueError: neither there nor to be had.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        if model.count("/") != 1 or model.startswith((".", "/", "~")):
+            raise ValueError(f"{model}: no such folder.")
+        folder = _snapshot(model, revision)
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise ValueError(f"{model}: has no config.json; it is no transformers checkpoint.")
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config_path}: not valid JSON ({' '.join(str(error).split())[:120]}).") from None
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    if text.get("model_type") == "kimi_linear" and text.get("attn_res_block_size"):
+        raise ValueError(
+            f"{model}: Kimi K3's layout, which transformers does not load with its depth mixing. Convert it first: "
+            f"attnres convert {model} DST --from kimi-k3"
+        )
+    return folder
+
+
+def tokenizer_source(name: str) -> Path:
+    """The folder of a tokenizer given by folder or hub id."""
+    folder = Path(name).expanduser()
+    return (
+        folder
+        if folder.is_dir()
+        else _snapshot(name, None, allow=["*token*", "*vocab*", "merges*", "*.model", "*.jinja"])
+    )
+
+
+def tokenizer_identity(folder: Path) -> str:
+    """SHA-256 of a tokenizer's files."""
+    return _digest(sorted(path for path in folder.iterdir() if path.is_file() and TOKENIZER.search(path.name)))
+
+
+def checkpoint_identity(folder: Path) -> dict[str, str]:
+    """SHA-256 of a checkpoint's weights, of its configuration with its code, and of its tokenizer."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    weights = [path for path in files if path.suffix in WEIGHTS]
+    if not weights:
+        raise ValueError(f"{folder}: has no weight files ({', '.join(WEIGHTS)}).")
+    others = [path for path in files if path.suffix in (".json", ".py") and not TOKENIZER.search(path.name)]
+    return {"weights": _digest(weights), "config": _digest(others), "tokenizer": tokenizer_identity(folder)}
+
+
+def model_identity(model, tokenizer) -> dict[str, str]:
+    """The same for a model in memory."""
+    import torch
+
+    weights = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode() + data.numpy().tobytes())
+    vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), repr(tokenizer)], default=str)
+    return {
+        "weights": weights.hexdigest(),
+        "config": hashlib.sha256(model.config.to_json_string().encode()).hexdigest(),
+        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of every package that a score may depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _digest(paths: list[Path]) -> str:
+    """Over names and contents, several files at a time: hashing releases the interpreter's lock."""
+    total = hashlib.sha256()
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for path, digest in zip(paths, pool.map(_file_digest, paths), strict=True):
+            total.update(f"{path.name} {digest}\n".encode())
+    return total.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    target = path.resolve()
+    if target.parent.name == "blobs" and BLOB_NAME.fullmatch(target.name):
+        return target.name  # the hub's cache names a large file by its SHA-256
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _chunked(file)
+
+
+def _chunked(file) -> str:
+    """hashlib.file_digest of Python 3.10."""
+    digest = hashlib.sha256()
+    while chunk := file.read(2**20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _snapshot(model: str, revision: str | None, allow: list[str] | None = None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=allow, ignore_patterns=OTHER_FORMATS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{model}: no such folder, and not to be had from the hub ({reason})") from None

@@ -1,0 +1,175 @@
+"""lm-eval's transformers model, which here counts what it cuts, refuses NaN and shows one progress bar per row."""
+
+import os
+from collections import Counter
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
+
+# Where configurations keep the longest input, in the order in which they are asked.
+LENGTH_NAMES = (
+    "max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len", "model_max_length",
+)  # fmt: skip
+UNLIMITED = 10**9  # tokenizers say a huge number where they know of no limit
+
+
+class NonFiniteLogits(ArithmeticError):
+    """The model gave NaN: its scores would be those of an arbitrary choice."""
+
+
+class CausalLM(HFLM):
+    """HFLM that never cuts a prompt silently.
+
+    Attributes:
+        counts: "tokens" through the model, "prompts_cut" from the left because they exceed the context, and
+            "answers_short" for which less room than the token limit was left. Cleared by the driver before a row.
+    """
+
+    def __init__(self, model, tokenizer, max_length: int, batch_size: int | str):
+        self.counts: Counter[str] = Counter()
+        self.expect = None  # told how many requests come, by the progress bar
+        self._room = 0
+        super().__init__(
+            pretrained=model, tokenizer=tokenizer, backend="causal", max_length=max_length, batch_size=batch_size
+        )
+
+    @property
+    def max_length(self) -> int:
+        # lm-eval cuts prompts so that the token limit always fits, and fails where that leaves nothing. While answers
+        # are generated, let it see as much more room as it will ask for: prompts stay whole, answers get what is left.
+        return self._max_length + self._room
+
+    def tok_decode(self, tokens, skip_special_tokens=True):
+        # lm-eval decodes the end token to stop at it; a tokenizer may have none.
+        return None if tokens is None else super().tok_decode(tokens, skip_special_tokens=skip_special_tokens)
+
+    def generate_until(self, requests, disable_tqdm=False):
+        limits = {request.args[1].get("max_gen_toks", self.max_gen_toks) for request in requests}
+        for request in requests:
+            length = len(self.tok_encode(request.args[0]))
+            limit = request.args[1].get("max_gen_toks", self.max_gen_toks)
+            self.counts["prompts_cut"] += length > self._max_length - 1
+            self.counts["answers_short"] += length + limit > self._max_length
+        if len(limits) > 1:
+            raise ValueError(f"a row must have one token limit, got {sorted(limits)}")
+        if self.expect:
+            self.expect(len(requests))
+        self._room = max(limits, default=1) - 1
+        try:
+            return super().generate_until(requests, disable_tqdm=True)
+        finally:
+            self._room = 0
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
+        for _, context, continuation in requests:
+            self.counts["prompts_cut"] += len(context) + len(continuation) > self._max_length + 1
+        if self.expect:
+            self.expect(len(requests))
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+    def _model_call(self, inps, attn_mask=None, labels=None):
+        logits = super()._model_call(inps, attn_mask=attn_mask, labels=labels)
+        self.counts["tokens"] += inps.numel()
+        if torch.isnan(logits).any():
+            raise NonFiniteLogits("the model's logits are NaN")
+        return logits
+
+    def _model_generate(self, context, max_length, stop, **generation_kwargs):
+        max_length = min(max_length, self._max_length)
+        output = super()._model_generate(
+            context, max_length, stop, logits_processor=LogitsProcessorList([_RefuseNaN()]), **generation_kwargs
+        )
+        self.counts["tokens"] += output.numel()
+        return output
+
+
+class _RefuseNaN(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        if torch.isnan(scores).any():
+            raise NonFiniteLogits("the model's logits are NaN")
+        return scores
+
+
+def load_tokenizer(source: str, trust_remote_code: bool):
+    """The tokenizer of a checkpoint, with a padding token.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        usable = len(tokenizer) > 0
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"{source}: no tokenizer can be loaded from it ({_line(error)}). Name one with --tokenizer."
+        ) from None
+    if not usable:
+        raise ValueError(f"{source}: its tokenizer has no tokens. Name one with --tokenizer.")
+    return with_padding(tokenizer)
+
+
+def with_padding(tokenizer):
+    """A token to pad with: masked wherever it is used, so any will do, and no embedding has to be added for it."""
+    if tokenizer.pad_token_id is None:
+        for other in (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token):
+            if other is not None:
+                tokenizer.pad_token = other
+                break
+        else:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def load_model(folder: str, dtype: str, device_map, trust_remote_code: bool, device: str | None):
+    """A causal LM by transformers; on one device unless there is a device map."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+        )
+    except (ValueError, OSError, ImportError, KeyError) as error:
+        raise ValueError(f"{folder}: transformers cannot load it as a causal language model ({_line(error)})") from None
+    return (model if device_map else model.to(device or _default_device())).eval()
+
+
+def context_length(config, tokenizer, given: int | None, name: str) -> int:
+    """Tokens that fit: as given, as the configuration or one nested in it says, or as the tokenizer says.
+
+    lm-eval falls back to 2048 where it finds nothing; a long prompt would then be cut although the model could read it.
+    """
+    if given:
+        return given
+    text = config.get_text_config()
+    nested = [getattr(config, key, None) for key in getattr(config, "sub_configs", {})]
+    for place in [text, config, *nested]:
+        for key in LENGTH_NAMES:
+            value = getattr(place, key, None)
+            if isinstance(value, int) and value > 0:
+                return value
+    length = getattr(tokenizer, "model_max_length", None)
+    if length and length < UNLIMITED:
+        return int(length)
+    raise ValueError(f"{name}: neither configuration nor tokenizer says how long an input may be. Pass --max-length.")
+
+
+def wrap(model, tokenizer, max_length: int, batch_size: int | str) -> CausalLM:
+    """The model for lm-eval; one of several copies where `accelerate launch` started several processes."""
+    lm = CausalLM(model, tokenizer, max_length, batch_size)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import Accelerator
+
+        lm.accelerator = Accelerator()
+        lm._rank, lm._world_size = lm.accelerator.process_index, lm.accelerator.num_processes
+    return lm
+
+
+def _default_device() -> str:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        return str(PartialState().device)
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,181 @@
+"""Data sets from a local mirror of the hub: `ROOT/<org>/<name>/` with data files and a README.md that lists configs.
+
+lm-eval's own task definitions run unchanged: for the duration of a run, `datasets.load_dataset` and `evaluate.load`
+look here. fetch.py builds such a mirror where there is a network.
+"""
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+README = "README.md"
+READ_IN_MEMORY = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+
+
+class MissingData(ValueError):
+    """A data set, config or file that the mirror does not have; names what is expected and where."""
+
+
+class Mirror:
+    """A folder laid out as `<org>/<name>/` per data set."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root).expanduser().absolute()
+        self._digests: dict[tuple[str, str | None], str] = {}
+
+    def folder(self, repository: str) -> Path:
+        """Where a data set is.
+
+        Raises:
+            MissingData: it is not there.
+        """
+        folder = self.root / repository
+        if not folder.is_dir():
+            raise MissingData(
+                f"{repository} is not in {self.root}: expected the folder {folder} with its data files and a {README} "
+                "whose front matter lists configs (attnres eval --fetch-only builds it)"
+            )
+        return folder
+
+    def load(self, repository: str, name: str | None = None, split: str | None = None, **_):
+        """What `datasets.load_dataset` returns, read into memory: no cache is written anywhere."""
+        import datasets
+
+        splits = {
+            each: datasets.concatenate_datasets([_read(path) for path in paths])
+            for each, paths in self.files(repository, name).items()
+        }
+        return splits[split] if split else datasets.DatasetDict(splits)
+
+    def files(self, repository: str, name: str | None = None) -> dict[str, list[Path]]:
+        """The data files of one config by split, as the front matter of the README says."""
+        folder = self.folder(repository)
+        configs = {str(config.get("config_name", "default")): config for config in _front_matter(folder)}
+        if name is None:
+            chosen = next((config for config in configs.values() if config.get("default")), None)
+            chosen = chosen or configs.get("default") or next(iter(configs.values()))
+        elif name in configs:
+            chosen = configs[name]
+        else:
+            raise MissingData(
+                f"{repository} has no config {name!r}: expected it under configs in {folder / README}, "
+                f"which has {', '.join(list(configs)[:8])}"
+            )
+        return {split: _matching(folder, pattern) for split, pattern in _patterns(chosen.get("data_files"), folder)}
+
+    def digest(self, repository: str, name: str | None = None) -> str:
+        """SHA-256 over the contents of a config's files, so that a result knows which items it was measured on."""
+        key = (repository, name)
+        if key not in self._digests:
+            total = hashlib.sha256()
+            for split, paths in sorted(self.files(repository, name).items()):
+                for path in paths:
+                    total.update(f"{split}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
+            self._digests[key] = total.hexdigest()
+        return self._digests[key]
+
+
+@contextmanager
+def serving(mirror: Mirror | None, code_metric: Callable[[], object] | None = None) -> Iterator[None]:
+    """`datasets.load_dataset` from the mirror, if there is one; `evaluate.load("code_eval")` from the sandbox, always.
+
+    Args:
+        code_metric: makes the metric that runs programs; without it, code_eval cannot be loaded.
+    """
+    import datasets
+    import evaluate
+
+    from_hub, metric_from_hub = datasets.load_dataset, evaluate.load
+
+    def load_metric(path, *args, **options):
+        if path == "code_eval":
+            if code_metric is None:
+                raise ValueError("this task runs programs that the model wrote: it needs --allow-code-execution")
+            return code_metric()
+        if mirror is not None:
+            raise MissingData(f"metric {path!r}: only lm-eval's own metrics are there without a network")
+        return metric_from_hub(path, *args, **options)
+
+    def load_dataset(path, name=None, *args, **options):
+        if mirror is None:
+            return from_hub(path, name, *args, **options)
+        return mirror.load(path, name, split=options.get("split"))
+
+    datasets.load_dataset, evaluate.load = load_dataset, load_metric
+    try:
+        yield
+    finally:
+        datasets.load_dataset, evaluate.load = from_hub, metric_from_hub
+
+
+def _front_matter(folder: Path) -> list[dict]:
+    """The `configs:` of a data set's card."""
+    readme = folder / README
+    if not readme.is_file():
+        raise MissingData(f"{readme} is missing: its front matter must list configs")
+    parts = readme.read_text(encoding="utf-8").split("---\n", 2)
+    try:
+        content = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+    except yaml.YAMLError as error:
+        raise MissingData(f"{readme}: front matter is not valid YAML ({' '.join(str(error).split())[:120]})") from None
+    configs = content.get("configs") if isinstance(content, dict) else None
+    if not isinstance(configs, list) or not configs or not all(isinstance(config, dict) for config in configs):
+        raise MissingData(f"{readme}: front matter must have a list of configs, each with its data_files")
+    return configs
+
+
+def _patterns(data_files, folder: Path) -> list[tuple[str, list[str]]]:
+    """(split, patterns) from the forms that the hub admits: a pattern, a list of them, a list of {split, path}."""
+    if isinstance(data_files, dict):
+        data_files = [{"split": split, "path": path} for split, path in data_files.items()]
+    elif isinstance(data_files, str):
+        data_files = [data_files]
+    if not isinstance(data_files, list) or not data_files:
+        raise MissingData(f"{folder / README}: a config has no data_files")
+    if all(isinstance(entry, str) for entry in data_files):
+        return [("train", data_files)]
+    try:
+        entries = [(str(entry["split"]), entry["path"]) for entry in data_files]
+    except (TypeError, KeyError):
+        raise MissingData(f"{folder / README}: data_files must be patterns or a list of split and path") from None
+    return [(split, [path] if isinstance(path, str) else list(path)) for split, path in entries]
+
+
+def _matching(folder: Path, patterns: list[str]) -> list[Path]:
+    found: list[Path] = []
+    for pattern in patterns:
+        if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+            raise MissingData(f"{folder / README}: data file {pattern!r} is outside the folder")
+        matches = sorted(folder.glob(pattern))
+        if not matches:
+            raise MissingData(f"{folder / pattern} is missing, which {README} lists")
+        found += matches
+    return found
+
+
+def _read(path: Path):
+    """One data file as a Dataset in memory."""
+    from datasets import Dataset
+
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            return Dataset(pyarrow.parquet.read_table(path))
+        if path.suffix in (".csv", ".tsv"):
+            with path.open(encoding="utf-8", newline="") as file:
+                return Dataset.from_list(list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")))
+        if path.suffix == ".jsonl":
+            # Not splitlines: a text may hold U+2028, which is no end of a line in JSON.
+            lines = path.read_text(encoding="utf-8").split("\n")
+            return Dataset.from_list([json.loads(line) for line in lines if line.strip()])
+        if path.suffix == ".json":
+            return Dataset.from_list(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as error:  # pyarrow's errors are ValueErrors
+        raise MissingData(f"{path}: cannot be read ({' '.join(str(error).split())[:160]})") from None
+    raise MissingData(f"{path}: data files must be {', '.join(READ_IN_MEMORY)}")

@@ -1,0 +1,84 @@
+"""Result files: written whole or not at all, read with suspicion, never deleted."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+RESULT, SAMPLES, FAILURE = "result.json", "samples.jsonl", "failure.txt"
+REQUIRED = ("row", "suite", "limit", "fingerprint", "tasks", "score", "shots")
+
+
+def write_json(path: Path, content) -> None:
+    """JSON, so that a reader sees the old file or the new one."""
+    write_text(path, [json.dumps(content, indent=2, ensure_ascii=False, default=str), "\n"])
+
+
+def write_lines(path: Path, objects: Iterable) -> None:
+    """JSON lines, likewise."""
+    write_text(path, (json.dumps(each, ensure_ascii=False, default=str) + "\n" for each in objects))
+
+
+def write_text(path: Path, pieces: Iterable[str]) -> None:
+    """Text in pieces, likewise.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; no part of the file is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        # A lone surrogate, which a tokenizer can produce, has no UTF-8.
+        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_result(folder: Path) -> dict | None:
+    """The result in a row's folder, None where there is none.
+
+    Raises:
+        ValueError: the file is there and is no result.
+    """
+    path = folder / RESULT
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({' '.join(str(error).split())[:120]})") from None
+    missing = [key for key in REQUIRED if key not in content] if isinstance(content, dict) else list(REQUIRED)
+    if missing:
+        raise ValueError(f"{path}: not a result, it lacks {', '.join(missing)}")
+    if not (folder / SAMPLES).is_file():
+        raise ValueError(f"{folder / SAMPLES}: is missing beside its result")
+    return content
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Moves a row's files that no longer count into a numbered folder beside them; the folder, None without files."""
+    files = [folder / name for name in (RESULT, SAMPLES, FAILURE) if (folder / name).exists()]
+    if not files:
+        return None
+    number = 1
+    while (aside := folder / f"superseded-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for path in files:
+        path.rename(aside / path.name)
+    return aside
+
+
+def differences(first, second, prefix: str = "") -> list[str]:
+    """Dotted names of what differs between two fingerprints."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return [
+            found
+            for key in sorted({*first, *second})
+            for found in differences(first.get(key), second.get(key), f"{prefix}{key}.")
+        ]
+    return [] if first == second else [prefix.rstrip(".")]
