@@ -61,12 +61,24 @@ def run(out: str | os.PathLike, *, quick: bool = False, overwrite: bool = False,
     """
     settings = replace(QUICK if quick else FULL, seed=seed)
     started = time.perf_counter()
-    with building(Path(out), overwrite) as folder, _quiet_transformers():
+    with building(Path(out), overwrite) as folder, _quiet_transformers(), _few_threads():
         results = _run_in(folder, settings)
         results["seconds"] = round(time.perf_counter() - started, 1)
         write_tables(results, folder)
     print(conclude(results, Path(out)))
     return results
+
+
+@contextmanager
+def _few_threads(most: int = 2):
+    """Operations this small gain nothing from more threads, and lose two orders of magnitude on a busy machine, where
+    threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(most, before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def prepare_data(settings: Settings, folder: Path) -> dict:
