@@ -1,0 +1,366 @@
+"""The two ends of one judged program: `serve` runs the program, `check` runs the tests, in processes of their own.
+
+The tests never run where the program runs. The checker holds proxies of the program's functions; a call sends plain
+values over a socket and takes plain values back, and the comparison is made on the checker's side. So nothing that
+the program does to its own interpreter (builtins patched, `sys.exit`, a result that equals everything, frames read)
+reaches the verdict: the program sees neither the expected values nor the pipe on which the verdict is written.
+
+Only the standard library is imported here: this file runs inside the sandbox.
+"""
+
+import ast
+import builtins
+import collections
+import datetime
+import decimal
+import fractions
+import importlib
+import json
+import os
+import signal
+import sys
+import traceback
+import types
+from contextlib import suppress
+
+FRAME_BYTES = 64 * 2**20  # the longest message that either end accepts
+REASON_CHARACTERS = 300
+MUTABLE = (list, dict, set, bytearray)
+ISO = {"date": datetime.date, "time": datetime.time, "datetime": datetime.datetime}
+
+
+class ProtocolError(Exception):
+    """The other end sent what is no message, or a value cannot be sent."""
+
+
+class ProgramEnded(Exception):
+    """The program's process is gone."""
+
+
+class Values:
+    """Python values as JSON and back: plain data by value, everything else as a numbered handle."""
+
+    def __init__(self, to_handle, from_handle):
+        self.to_handle, self.from_handle = to_handle, from_handle
+
+    def encode(self, value):
+        if value is None or isinstance(value, bool | str | float):
+            return float(value) if isinstance(value, float) else str(value) if isinstance(value, str) else value
+        if isinstance(value, int):
+            return int(value)
+        if isinstance(value, type):
+            known = getattr(builtins, value.__name__, None) is value
+            return ["type", value.__name__] if known else ["handle", self.to_handle(value)]
+        kind = type(value)
+        for name in ("Counter", "OrderedDict"):
+            if kind is getattr(collections, name):
+                return [name, [[self.encode(key), self.encode(item)] for key, item in value.items()]]
+        if kind is collections.deque:
+            return ["deque", [self.encode(item) for item in value], value.maxlen]
+        for base in (list, tuple, set, frozenset):
+            if isinstance(value, base):
+                return [base.__name__, [self.encode(item) for item in value]]
+        if isinstance(value, dict):
+            return ["dict", [[self.encode(key), self.encode(item)] for key, item in value.items()]]
+        if isinstance(value, bytes | bytearray):
+            return [kind.__name__, bytes(value).decode("latin-1")]
+        if kind is complex:
+            return ["complex", value.real, value.imag]
+        if kind is range:
+            return ["range", value.start, value.stop, value.step]
+        if kind in (decimal.Decimal, fractions.Fraction):
+            return [kind.__name__, str(value)]
+        if kind is datetime.timedelta:
+            return ["timedelta", value.days, value.seconds, value.microseconds]
+        if kind in ISO.values():
+            return [kind.__name__, value.isoformat()]
+        if kind.__module__ == "numpy" and getattr(value, "shape", None) == ():
+            return self.encode(value.item())
+        return ["handle", self.to_handle(value)]
+
+    def decode(self, data):
+        if data is None or isinstance(data, bool | int | float | str):
+            return data
+        try:
+            tag, first, *rest = data
+            if tag == "handle":
+                return self.from_handle(first)
+            return self._built(tag, first, rest)
+        except (TypeError, ValueError, ArithmeticError, KeyError, AttributeError) as error:
+            raise ProtocolError(f"no value: {error}") from None
+
+    def _built(self, tag, first, rest):
+        if tag in ("list", "tuple", "set", "frozenset"):
+            return getattr(builtins, tag)([self.decode(item) for item in first])
+        if tag in ("dict", "Counter", "OrderedDict"):
+            made = dict if tag == "dict" else getattr(collections, tag)
+            return made({self.decode(key): self.decode(item) for key, item in first})
+        if tag == "deque":
+            return collections.deque([self.decode(item) for item in first], *rest)
+        if tag in ("bytes", "bytearray"):
+            return getattr(builtins, tag)(first.encode("latin-1"))
+        if tag in ("complex", "range"):
+            return getattr(builtins, tag)(first, *rest)
+        if tag == "Decimal":
+            return decimal.Decimal(first)
+        if tag == "Fraction":
+            return fractions.Fraction(first)
+        if tag == "timedelta":
+            return datetime.timedelta(first, *rest)
+        if tag in ISO:
+            return ISO[tag].fromisoformat(first)
+        if tag == "type" and isinstance(getattr(builtins, first), type):
+            return getattr(builtins, first)
+        raise ValueError(f"unknown kind {tag!r:.20}")
+
+
+def send(connection, message):
+    data = json.dumps(message).encode()
+    if len(data) > FRAME_BYTES:
+        raise ProtocolError(f"a message of {len(data)} bytes")
+    connection.sendall(len(data).to_bytes(4, "big") + data)
+
+
+def receive(connection):
+    size = int.from_bytes(_exactly(connection, 4), "big")
+    if size > FRAME_BYTES:
+        raise ProtocolError(f"a message of {size} bytes")
+    return json.loads(_exactly(connection, size))
+
+
+def _exactly(connection, size):
+    data = bytearray()
+    while len(data) < size:
+        try:
+            part = connection.recv(min(size - len(data), 2**20))
+        except OSError:
+            part = b""
+        if not part:
+            raise ProgramEnded
+        data += part
+    return bytes(data)
+
+
+# ---------------------------------------------------------------------------------------------- the program's process
+
+
+def serve(connection, program: str):
+    """Runs the program, then calls its functions as asked, until the other end hangs up."""
+    _unlimited_digits()
+    objects, handles = [], {}
+
+    def to_handle(value):
+        if id(value) not in handles:
+            handles[id(value)] = len(objects)
+            objects.append(value)
+        return handles[id(value)]
+
+    values = Values(to_handle, objects.__getitem__)
+    module = types.ModuleType("program")
+    sys.modules["program"] = module
+    send(connection, "started")
+    try:
+        exec(compile(program, "<program>", "exec"), module.__dict__)
+    except BaseException as error:
+        send(connection, {"error": _exception(error)})
+        return
+    send(connection, {"value": None})
+    while True:
+        operation, *arguments = receive(connection)
+        try:
+            answer = _served(operation, arguments, values, module.__dict__)
+        except BaseException as error:
+            answer = {"error": _exception(error)}
+        send(connection, answer)
+
+
+def _served(operation, arguments, values, namespace):
+    if operation == "names":
+        found = {name: namespace[name] for name in arguments if name in namespace}
+        modules = {name: value.__name__ for name, value in found.items() if isinstance(value, types.ModuleType)}
+        rest = {name: values.encode(value) for name, value in found.items() if name not in modules}
+        return {"modules": modules, "values": rest}
+    target, *decoded = [values.decode(argument) for argument in arguments]
+    if operation != "call":
+        return {"value": values.encode(OPERATIONS[operation](target, *decoded))}
+    positional, keywords = decoded
+    before = [json.dumps(values.encode(item)) if isinstance(item, MUTABLE) else None for item in positional]
+    result = values.encode(target(*positional, **keywords))
+    changed = {}
+    for index, (item, was) in enumerate(zip(positional, before, strict=True)):
+        if was is not None and json.dumps(now := values.encode(item)) != was:
+            changed[index] = now
+    return {"value": result, "changed": changed}
+
+
+OPERATIONS = {
+    "getattr": getattr,
+    "setattr": setattr,
+    "getitem": lambda target, key: target[key],
+    "iter": iter,
+    "next": next,
+    "len": len,
+    "bool": bool,
+    "str": str,
+    "equal": lambda target, other: bool(target == other),
+}
+
+
+def _exception(error):
+    return [type(error).__name__, str(error)[:REASON_CHARACTERS]]
+
+
+# ---------------------------------------------------------------------------------------------- the checker's process
+
+
+class Remote:
+    """An object of the program. Only other objects of the program can equal it: its own `__eq__` has no say."""
+
+    def __init__(self, checker, number):
+        self.__dict__.update(_checker=checker, _number=number)
+
+    def __call__(self, *positional, **keywords):
+        answer = self._checker.ask("call", self, positional, keywords)
+        for index, now in answer.get("changed", {}).items():
+            _overwrite(positional[int(index)], self._checker.values.decode(now))
+        return self._checker.values.decode(answer["value"])
+
+    def __getattr__(self, name):
+        return self._checker.value("getattr", self, name)
+
+    def __setattr__(self, name, value):
+        self._checker.value("setattr", self, name, value)
+
+    def __getitem__(self, key):
+        return self._checker.value("getitem", self, key)
+
+    def __iter__(self):
+        iterator = self._checker.value("iter", self)
+        while True:
+            try:
+                item = self._checker.value("next", iterator)
+            except StopIteration:
+                return
+            yield item
+
+    def __len__(self):
+        return self._checker.value("len", self)
+
+    def __bool__(self):
+        return self._checker.value("bool", self) is True
+
+    def __str__(self):
+        return self._checker.value("str", self)
+
+    __repr__ = __str__
+
+    def __eq__(self, other):
+        if self is other:
+            return True
+        return isinstance(other, Remote) and self._checker.value("equal", self, other) is True
+
+    def __hash__(self):
+        return hash(self._number)
+
+
+def _overwrite(argument, now):
+    """A list that the program changed in place changes here too, as it would in one interpreter."""
+    if type(argument) is not type(now):
+        raise ProtocolError("an argument changed its type")
+    if isinstance(argument, list | bytearray):
+        argument[:] = now
+    else:
+        argument.clear()
+        argument.update(now)
+
+
+def _error(name: str, message: str) -> Exception:
+    known = getattr(builtins, name, None)
+    if isinstance(known, type) and issubclass(known, Exception):
+        with suppress(TypeError):  # some want more than a message
+            return known(message)
+    return RuntimeError(f"{name}: {message}")
+
+
+class Checker:
+    def __init__(self, connection):
+        self.connection, self.remotes = connection, {}
+        self.values = Values(self._number, self._remote)
+
+    def ask(self, operation, *arguments):
+        send(self.connection, [operation, *[self.values.encode(argument) for argument in arguments]])
+        return self.answer()
+
+    def value(self, operation, *arguments):
+        return self.values.decode(self.ask(operation, *arguments).get("value"))
+
+    def names(self, names):
+        answer = self.ask("names", *names)
+        found = {name: self.values.decode(value) for name, value in answer["values"].items() if name in names}
+        for name, module in answer["modules"].items():
+            if name in names:
+                found[name] = importlib.import_module(module)
+        return found
+
+    def answer(self):
+        answer = receive(self.connection)
+        if not isinstance(answer, dict):
+            raise ProtocolError("no answer")
+        if "error" in answer:
+            raise _error(*(str(part) for part in answer["error"]))
+        return answer
+
+    def _remote(self, number):
+        if not isinstance(number, int):
+            raise ValueError("a handle that is no number")
+        return self.remotes.setdefault(number, Remote(self, number))
+
+    @staticmethod
+    def _number(value):
+        if isinstance(value, Remote):
+            return value._number
+        raise ProtocolError(f"the tests hand over a {type(value).__name__}, which cannot be sent to the program")
+
+
+def check(connection, tests: str, timeout: float, report):
+    """Waits for the program, runs the tests against it and reports (verdict, reason); does not return.
+
+    Verdicts: "passed", "failed", "timeout", and "not started" where the fault is not the program's.
+    """
+    _unlimited_digits()
+
+    def end(verdict, reason):
+        report(verdict, " ".join(reason.split())[:REASON_CHARACTERS])
+        os._exit(0)
+
+    def out_of_time(*_):
+        end("timeout", f"not finished after {timeout:g} s")
+
+    try:
+        if receive(connection) != "started":
+            end("not started", "the sandbox did not start")
+    except ProgramEnded:
+        end("not started", "the sandbox ended before the program started")
+    signal.signal(signal.SIGALRM, out_of_time)
+    signal.setitimer(signal.ITIMER_REAL, timeout)
+    checker = Checker(connection)
+    try:
+        checker.answer()
+        code = compile(tests, "<tests>", "exec")
+        mentioned = {node.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)}
+        # A program that defines `abs` or `all` must not choose what the tests' own `abs` means.
+        namespace = checker.names(sorted(name for name in mentioned if not hasattr(builtins, name)))
+        exec(code, namespace | {"__name__": "tests"})
+    except ProgramEnded:
+        end("failed", "the program's process ended before the tests did")
+    except BaseException as error:
+        # Not str(error) of a failed assert, which is empty: the line says more.
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<tests>"]
+        line = tests.splitlines()[frames[-1].lineno - 1] if frames else ""
+        end("failed", f"{type(error).__name__}: {str(error) or line}")
+    end("passed", "passed")
+
+
+def _unlimited_digits():
+    with suppress(AttributeError):  # a limit of Python 3.11 and later on turning long integers into text
+        sys.set_int_max_str_digits(0)
