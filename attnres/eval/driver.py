@@ -8,9 +8,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import nullcontext
 from dataclasses import asdict
-from io import StringIO
 from pathlib import Path
 
 from . import records
@@ -66,7 +65,8 @@ def evaluate(
 
     Returns:
         `rows`: results by row; `failed` and `skipped`: reasons by row; `reused`: rows that were finished before;
-        `writes`: whether this is the process that writes, of several.
+        `writes`: whether this is the process that writes, of several; `missing_fences`: what the kernel does not grant
+        the programs that the model wrote.
 
     Raises:
         ValueError: the user's mistake, before any model is loaded.
@@ -84,10 +84,12 @@ def evaluate(
         device or "", device_map, int(os.environ.get("WORLD_SIZE", "1")),
     )  # fmt: skip
     mirror = _mirror(suite, data_dir)
+    missing_fences = _missing_fences(say) if any(row.code for row in rows) else []
     with serving(mirror, _code_metric if allow_code_execution else None):
         tasks = _load_all(rows, settings, mirror, say)
         subject = describe(model, tokenizer, revision, lm, settings, say)
-        return _run(rows, tasks, subject, settings, mirror, suite, out, skipped, progress, say)
+        outcome = _run(rows, tasks, subject, settings, mirror, suite, out, skipped, progress, say)
+    return outcome | {"missing_fences": missing_fences}
 
 
 def _run(rows, tasks, subject, settings, mirror, suite, out, skipped, progress, say) -> dict:
@@ -157,8 +159,7 @@ def _measure(row: Row, tasks: list[LoadedTask], subject: Subject, settings: Sett
     started = time.perf_counter()
     bar = _bar(lm, where, progress)
     try:
-        # lm-eval prints and shows bars per task; ours is one per row.
-        with quiet_lm_eval(), redirect_stdout(StringIO()), redirect_stderr(StringIO()), bar:
+        with quiet_lm_eval(), bar:
             results = _lm_eval(row, tasks, lm, settings)
     except Exception as error:  # whatever it is, the other rows go on
         return error
@@ -296,6 +297,17 @@ def _mirror(suite: str, data_dir) -> Mirror | None:
     if not Path(data_dir).is_dir():
         raise MissingData(f"{data_dir}: no such folder; --fetch-only builds it")
     return Mirror(data_dir)
+
+
+def _missing_fences(say) -> list[str]:
+    """What this kernel does not grant model-written programs, said before any of them runs."""
+    from .sandbox import FENCES, run_program
+
+    missing = run_program("def one():\n    return 1\n", "assert one() == 1\n").missing
+    if missing:
+        lacking = ", ".join(FENCES[name] for name in missing)
+        say(f"this kernel does not grant model-written programs {lacking}: use a container or a virtual machine")
+    return list(missing)
 
 
 def _code_metric():

@@ -40,6 +40,15 @@ class CausalLM(HFLM):
         # are generated, let it see as much more room as it will ask for: prompts stay whole, answers get what is left.
         return self._max_length + self._room
 
+    @property
+    def prefix_token_id(self) -> int:
+        # What stands before an empty context; a tokenizer may have neither begin nor end token.
+        return next(
+            token
+            for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+            if token is not None
+        )
+
     def tok_decode(self, tokens, skip_special_tokens=True):
         # lm-eval decodes the end token to stop at it; a tokenizer may have none.
         return None if tokens is None else super().tok_decode(tokens, skip_special_tokens=skip_special_tokens)

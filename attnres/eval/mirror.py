@@ -26,6 +26,7 @@ class Mirror:
 
     def __init__(self, root: str | Path):
         self.root = Path(root).expanduser().absolute()
+        self._configs: dict[str, list[dict]] = {}
         self._digests: dict[tuple[str, str | None], str] = {}
 
     def folder(self, repository: str) -> Path:
@@ -55,7 +56,9 @@ class Mirror:
     def files(self, repository: str, name: str | None = None) -> dict[str, list[Path]]:
         """The data files of one config by split, as the front matter of the README says."""
         folder = self.folder(repository)
-        configs = {str(config.get("config_name", "default")): config for config in _front_matter(folder)}
+        if repository not in self._configs:
+            self._configs[repository] = _front_matter(folder)
+        configs = {str(config.get("config_name", "default")): config for config in self._configs[repository]}
         if name is None:
             chosen = next((config for config in configs.values() if config.get("default")), None)
             chosen = chosen or configs.get("default") or next(iter(configs.values()))

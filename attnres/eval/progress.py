@@ -1,7 +1,8 @@
 """One bar per row, where lm-eval shows one per task and step."""
 
 import logging
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from typing import TextIO
 
 from tqdm import tqdm
@@ -36,13 +37,14 @@ def request_bar(lm, description: str, stream: TextIO):
 
 @contextmanager
 def quiet_lm_eval():
-    """lm-eval warns of options that are set on purpose, and logs every task."""
+    """lm-eval warns of options that are set on purpose, logs every task, prints, and shows bars that last no time."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

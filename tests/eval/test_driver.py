@@ -1,0 +1,291 @@
+"""Running rows: what is reused and what is not, what fails alone and what stops everything."""
+
+import errno
+import json
+import shutil
+
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from safetensors.torch import load_file, save_file
+from tiny_eval import Scripted, byte_tokenizer, tiny_llama
+from transformers import PreTrainedConfig
+
+from attnres import cli
+from attnres.eval import driver, evaluate, records, subject
+from attnres.eval.lm import CausalLM, context_length, with_padding
+
+ROWS = "gsm8k,arc_challenge"
+
+
+@pytest.fixture
+def run(mirror_root, tmp_path):
+    """Evaluates into one folder, quietly."""
+
+    def run(model=None, suite=ROWS, **options):
+        return evaluate(
+            model, suite, **{"out": tmp_path / "out", "data_dir": mirror_root, "progress": False, **options}
+        )
+
+    return run
+
+
+def test_result_and_samples_of_a_row_are_on_disk(run, tmp_path):
+    run(lm=Scripted())
+    result = json.loads((tmp_path / "out" / "gsm8k" / "result.json").read_text())
+    assert (result["score"]["value"], result["score"]["n"], result["shots"]) == (100, 5, 8)
+    assert result["tasks"]["gsm8k"]["exact_match,strict-match"]["value"] == 100
+    assert result["secondary"][0]["filter"] == "flexible-extract"
+    assert {"versions", "seeds", "wall_seconds", "tokens_per_second", "model", "protocol"} <= set(result)
+    samples = [json.loads(line) for line in (tmp_path / "out" / "gsm8k" / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 10  # five items, two filters
+    keys = {
+        "task",
+        "subtask",
+        "seed",
+        "doc_id",
+        "doc_hash",
+        "prompt_hash",
+        "target_hash",
+        "filter",
+        "metrics",
+        "target",
+    }
+    assert keys <= set(samples[0]) and samples[0]["metrics"] == {"exact_match": 1.0}
+
+
+def test_gpqa_items_keep_their_seed_and_count_once(run, tmp_path):
+    result = run(lm=Scripted(choose=lambda doc, index, right: -index), suite="gpqa_diamond")["rows"]["gpqa_diamond"]
+    samples = [json.loads(line) for line in (tmp_path / "out/gpqa_diamond/samples.jsonl").read_text().splitlines()]
+    assert {sample["seed"] for sample in samples} == set(range(8)) and len(samples) == 240
+    assert result["score"]["n"] == 30 and 10 < result["score"]["value"] < 40  # always "(A)" is about chance
+
+
+def test_finished_rows_are_not_measured_again(run):
+    run(lm=Scripted(identity="a"))
+    again = Scripted(identity="a")
+    outcome = run(lm=again, suite=ROWS + ",gpqa_diamond")
+    assert outcome["reused"] == ["arc_challenge", "gsm8k"] and len(again.requests) == 30 * 8 * 4
+
+
+def test_two_models_never_share_a_result(run, tmp_path):
+    run(lm=Scripted(identity="a"))
+    outcome = run(lm=Scripted(write=lambda doc: "no", identity="b"))
+    assert outcome["reused"] == [] and outcome["rows"]["gsm8k"]["score"]["value"] == 0
+    aside = json.loads((tmp_path / "out" / "gsm8k" / "superseded-1" / "result.json").read_text())
+    assert aside["score"]["value"] == 100  # nothing that was finished is lost
+
+
+def test_a_model_without_hashes_is_always_measured(run):
+    run(lm=Scripted())
+    assert run(lm=Scripted())["reused"] == []
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 3}, {"dtype": "float32"}, {"limit": 2}, {"seed": 7}, {"max_length": 99}], ids=str
+)
+def test_other_settings_are_another_result(run, options):
+    run(lm=Scripted(identity="a"), suite="gsm8k")
+    assert run(lm=Scripted(identity="a"), suite="gsm8k", **options)["reused"] == []
+
+
+def test_other_package_versions_are_another_result(run, monkeypatch):
+    run(lm=Scripted(identity="a"), suite="gsm8k")
+    monkeypatch.setattr(driver, "versions", lambda: {"torch": "0"})
+    assert run(lm=Scripted(identity="a"), suite="gsm8k")["reused"] == []
+
+
+def test_other_items_are_another_result(run, mirror_root, tmp_path):
+    run(lm=Scripted(identity="a"), suite="gsm8k")
+    shutil.copytree(mirror_root, tmp_path / "changed")
+    path = tmp_path / "changed/openai/gsm8k/main/test.jsonl"
+    path.write_text("\n".join(path.read_text().splitlines()[:4]))
+    outcome = run(lm=Scripted(identity="a"), suite="gsm8k", data_dir=tmp_path / "changed")
+    assert outcome["reused"] == [] and outcome["rows"]["gsm8k"]["score"]["n"] == 4
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"row": "gsm8k"}', ""], ids=repr)
+def test_corrupt_result_is_said_and_measured_again(run, tmp_path, capsys, damage):
+    run(lm=Scripted(identity="a"), suite="gsm8k")
+    (tmp_path / "out" / "gsm8k" / "result.json").write_text(damage)
+    outcome = run(lm=Scripted(identity="a"), suite="gsm8k", progress=True)
+    assert outcome["reused"] == [] and outcome["rows"]["gsm8k"]["score"]["value"] == 100
+    assert "gsm8k/result.json: not" in capsys.readouterr().err
+
+
+def test_interrupted_run_goes_on_where_it_was(run):
+    def interrupt(doc):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(lm=Scripted(write=interrupt, identity="a"))  # arc_challenge comes before gsm8k
+    assert run(lm=Scripted(identity="a"))["reused"] == ["arc_challenge"]
+
+
+def test_a_row_that_fails_leaves_the_others(run, tmp_path):
+    def fail(doc, index, right):
+        raise RuntimeError("out of\nmemory")
+
+    outcome = run(lm=Scripted(choose=fail))
+    assert outcome["failed"] == {"arc_challenge": "RuntimeError: out of memory"}
+    assert outcome["rows"]["gsm8k"]["score"]["value"] == 100
+    assert "Traceback" in (tmp_path / "out" / "arc_challenge" / "failure.txt").read_text()
+    assert "ARC-Challenge: failed. RuntimeError: out of memory" in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_full_disk_is_one_line_and_keeps_what_was_finished(run, tmp_path, monkeypatch):
+    write = records.write_lines
+
+    def full(path, objects):
+        if path.parent.name == "gsm8k":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, objects)
+
+    monkeypatch.setattr(records, "write_lines", full)
+    with pytest.raises(OSError, match="cannot write, the disk is full. Finished rows are kept"):
+        run(lm=Scripted(identity="a"))
+    monkeypatch.undo()
+    assert run(lm=Scripted(identity="a"))["reused"] == ["arc_challenge"]
+
+
+def test_a_broken_write_leaves_the_old_file(tmp_path):
+    def pieces():
+        yield "new"
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    records.write_text(tmp_path / "x", ["old"])
+    with pytest.raises(OSError):
+        records.write_text(tmp_path / "x", pieces())
+    assert [path.name for path in tmp_path.iterdir()] == ["x"] and (tmp_path / "x").read_text() == "old"
+
+
+def test_missing_data_stops_before_a_model_is_loaded(run, checkpoint, monkeypatch):
+    monkeypatch.setattr(subject, "describe", None)
+    monkeypatch.setattr(driver, "describe", None)
+    with pytest.raises(ValueError, match=r"mmlu: cais/mmlu is not in .*; hellaswag: Rowan/hellaswag is not in"):
+        run(str(checkpoint), "mmlu,hellaswag,gsm8k")
+
+
+def test_code_rows_are_skipped_unless_allowed(run, tmp_path):
+    outcome = run(lm=Scripted(), suite="gsm8k,humaneval,mbpp")
+    assert set(outcome["skipped"]) == {"humaneval", "mbpp"}
+    assert "HumanEval: skipped" in (tmp_path / "out" / "results.md").read_text()
+
+
+@pytest.mark.parametrize("limit", [0, -1, 2.5])
+def test_impossible_limit_is_refused(run, limit):
+    with pytest.raises(ValueError, match="limit must be"):
+        run(lm=Scripted(), limit=limit)
+
+
+def test_checkpoint_is_measured_and_its_weights_tell_it_apart(run, checkpoint, tmp_path):
+    first = run(str(checkpoint), "arc_challenge", limit=2)["rows"]["arc_challenge"]
+    assert first["model"]["max_length"] == 3000 and first["tokens_per_second"] > 0 and first["prompts_cut"] == 0
+    assert run(str(checkpoint), "arc_challenge", limit=2)["reused"] == ["arc_challenge"]
+    shutil.copytree(checkpoint, tmp_path / "other")
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["lm_head.weight"][0, 0] += 1
+    save_file(weights, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    assert run(str(tmp_path / "other"), "arc_challenge", limit=2)["reused"] == []
+
+
+def test_nan_logits_fail_the_row_and_not_the_run(run, mirror_root):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[0] = torch.nan
+    outcome = run(model, tokenizer=byte_tokenizer(eos_token="<end>"), limit=1)
+    assert set(outcome["failed"]) == {"arc_challenge", "gsm8k"}
+    assert all("logits are NaN" in reason for reason in outcome["failed"].values())
+
+
+def test_prompts_longer_than_the_context_are_counted(run, tmp_path):
+    model = tiny_llama(length=700)
+    outcome = run(model, tokenizer=byte_tokenizer(eos_token="<end>"), limit=2)
+    assert outcome["rows"]["arc_challenge"]["prompts_cut"] == 2 * 4  # 25 shots, four choices each
+    assert outcome["rows"]["gsm8k"]["prompts_cut"] == 2 == outcome["rows"]["gsm8k"]["answers_short"]
+    assert "8 prompts are longer than the model's context" in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_whole_prompt_is_read_although_the_token_limit_does_not_fit(monkeypatch):
+    """lm-eval would cut a prompt of 40 tokens to nothing to make room for 1024."""
+    lm = CausalLM(tiny_llama(length=64), byte_tokenizer(eos_token="<end>"), 64, 2)
+    seen = []
+
+    def generate(self, context, max_length, stop, **_):
+        seen.append((context.shape[1], max_length))
+        return torch.cat([context, context[:, :1]], 1)
+
+    monkeypatch.setattr(HFLM, "_model_generate", generate)
+    request = type("Request", (), {"args": ("x" * 40, {"until": ["\n"], "max_gen_toks": 1024})})
+    lm.generate_until([request])
+    assert seen == [(40, 64)] and dict(lm.counts) == {"prompts_cut": 0, "answers_short": 1, "tokens": 41}
+
+
+@pytest.mark.parametrize("special", [{}, {"eos_token": "<end>"}, {"unk_token": "<what>"}], ids=str)
+def test_tokenizer_without_padding_gets_one_from_its_own_tokens(run, special):
+    tokenizer = with_padding(byte_tokenizer(**special))
+    assert tokenizer.pad_token_id is not None and len(tokenizer) == len(byte_tokenizer(**special))
+
+
+def test_tokenizer_without_end_token_generates(run):
+    outcome = run(tiny_llama(length=300), tokenizer=byte_tokenizer(), suite="gsm8k", limit=1)
+    assert outcome["failed"] == {}
+
+
+def test_context_length_is_never_guessed():
+    config = tiny_llama().config
+    assert context_length(config, byte_tokenizer(), None, "m") == 3000
+    assert context_length(config, byte_tokenizer(), 77, "m") == 77
+    config = PreTrainedConfig()  # as of a recurrent model
+    with pytest.raises(ValueError, match="--max-length"):
+        context_length(config, byte_tokenizer(), None, "m")
+
+
+def error_of(capsys, *arguments) -> str:
+    assert cli.main(["eval", *map(str, arguments)]) == 2
+    captured = capsys.readouterr()
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("attnres: error: ")]
+    assert captured.out == "" and captured.err.rstrip().endswith(line)
+    return line
+
+
+def test_model_without_tokenizer_is_one_line(mirror_root, checkpoint, tmp_path, capsys):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(checkpoint / name, tmp_path)
+    error = error_of(capsys, tmp_path, "--suite", "gsm8k", "--data-dir", mirror_root, "--out", tmp_path / "out")
+    assert "no tokenizer" in error and "--tokenizer" in error
+
+
+def test_kimi_k3_layout_is_answered_with_the_conversion(mirror_root, tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "kimi_linear", "attn_res_block_size": 3}')
+    error = error_of(capsys, tmp_path, "--suite", "gsm8k", "--data-dir", mirror_root)
+    assert "attnres convert" in error and "--from kimi-k3" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such-folder", "--suite", "gsm8k"], "no such folder"),
+        (["x", "--suite", "gsm9k"], "Did you mean 'gsm8k'"),
+        (["x", "--data-dir", "no-such-mirror"], "no-such-mirror: no such folder"),
+        (["x", "--suite", "sample", "--data-dir", "."], "brings its own items"),
+        ([], "name a MODEL"),
+        (["--fetch-only"], "needs --data-dir"),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line_and_status_2(arguments, message, mirror_root, capsys):
+    if arguments[:1] == ["no-such-folder"]:
+        arguments = [*arguments, "--data-dir", mirror_root]
+    assert message in error_of(capsys, *arguments)
+
+
+def test_command_prints_the_table_and_status_1_where_a_row_failed(run, mirror_root, checkpoint, tmp_path, capsys):
+    options = ["--data-dir", mirror_root, "--out", tmp_path, "--limit", "1"]
+    assert cli.main(["eval", *map(str, [checkpoint, "--suite", "arc_challenge", *options])]) == 0
+    assert capsys.readouterr().out.startswith("> **LIMITED RUN")
+    shutil.copytree(checkpoint, tmp_path / "nan")
+    weights = {name: tensor * torch.nan for name, tensor in load_file(checkpoint / "model.safetensors").items()}
+    save_file(weights, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
+    assert cli.main(["eval", *map(str, [tmp_path / "nan", "--suite", "arc_challenge", *options])]) == 1
+    assert "arc_challenge failed: NonFiniteLogits" in capsys.readouterr().err

@@ -1,0 +1,137 @@
+"""The local mirror of the hub: reading it, and what is said when something is missing."""
+
+import datasets
+import evaluate as hf_evaluate
+import pytest
+from tiny_eval import gsm8k_item, write_data_set
+
+from attnres.eval import fetch
+from attnres.eval.mirror import Mirror, MissingData, serving
+from attnres.eval.suites import ROWS
+
+
+def test_splits_are_read_as_the_front_matter_says(mirror_root):
+    data = Mirror(mirror_root).load("openai/gsm8k", "main")
+    assert {split: len(part) for split, part in data.items()} == {"train": 30, "test": 5}
+    assert data["test"][0] == gsm8k_item(100)
+
+
+@pytest.mark.parametrize("name", [None, "main"])
+def test_one_config_needs_no_name(mirror_root, name):
+    assert set(Mirror(mirror_root).load("openai/gsm8k", name)) == {"train", "test"}
+
+
+def test_missing_data_set_is_named_with_the_folder_that_is_expected(tmp_path):
+    with pytest.raises(MissingData, match=f"cais/mmlu is not in .* expected the folder {tmp_path / 'cais' / 'mmlu'}"):
+        Mirror(tmp_path).load("cais/mmlu", "anatomy")
+
+
+def test_missing_config_is_named(mirror_root):
+    with pytest.raises(MissingData, match="openai/gsm8k has no config 'socratic'"):
+        Mirror(mirror_root).load("openai/gsm8k", "socratic")
+
+
+@pytest.mark.parametrize(
+    ("readme", "message"),
+    [
+        (None, "README.md is missing"),
+        ("no front matter", "must have a list of configs"),
+        ("---\nconfigs: [\n---\n", "not valid YAML"),
+        ("---\nconfigs:\n- config_name: main\n---\n", "has no data_files"),
+        ("---\nconfigs:\n- config_name: main\n  data_files: gone.jsonl\n---\n", "gone.jsonl is missing"),
+        ("---\nconfigs:\n- config_name: main\n  data_files: ../x.jsonl\n---\n", "outside the folder"),
+        ("---\nconfigs:\n- config_name: main\n  data_files: bad.jsonl\n---\n", "bad.jsonl: cannot be read"),
+        ("---\nconfigs:\n- config_name: main\n  data_files: odd.zip\n---\n", "data files must be"),
+    ],
+    ids=["none", "empty", "yaml", "no-files", "gone", "outside", "damaged", "format"],
+)
+def test_damaged_data_set_is_one_clear_line(tmp_path, readme, message):
+    folder = tmp_path / "org" / "name"
+    folder.mkdir(parents=True)
+    (folder / "bad.jsonl").write_text('{"a": 1}\n{"a": ')
+    (folder / "odd.zip").touch()
+    if readme is not None:
+        (folder / "README.md").write_text(readme)
+    with pytest.raises(MissingData, match=message) as error:
+        Mirror(tmp_path).load("org/name", "main")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "json"])
+def test_other_formats_of_the_hub_are_read(tmp_path, suffix):
+    folder = tmp_path / "org" / "name"
+    folder.mkdir(parents=True)
+    data = datasets.Dataset.from_dict({"text": ["a, b", "c"], "number": ["1", "2"]})
+    if suffix == "json":
+        (folder / "x.json").write_text('[{"text": "a, b", "number": "1"}, {"text": "c", "number": "2"}]')
+    else:
+        getattr(data, f"to_{suffix}")(folder / f"x.{suffix}")
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: c\n  data_files:\n    test: x.{suffix}\n---\n")
+    assert Mirror(tmp_path).load("org/name")["test"].to_list() == data.to_list()
+
+
+def test_line_separators_inside_a_text_do_not_end_the_line(tmp_path):
+    folder = tmp_path / "org" / "name"
+    folder.mkdir(parents=True)
+    (folder / "x.jsonl").write_text('{"text": "a\u2028b"}\n', encoding="utf-8")
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: c\n  data_files: x.jsonl\n---\n")
+    assert Mirror(tmp_path).load("org/name")["train"]["text"] == ["a\u2028b"]
+
+
+def test_digest_follows_the_items(tmp_path):
+    items = [gsm8k_item(number) for number in range(3)]
+    for place, changed in (("a", items), ("b", items), ("c", items[::-1])):
+        write_data_set(tmp_path / place, "openai/gsm8k", "main", {"test": changed})
+    first, second, third = (Mirror(tmp_path / place).digest("openai/gsm8k", "main") for place in "abc")
+    assert first == second != third
+
+
+def test_hub_functions_come_back_after_a_run_that_fails(mirror_root):
+    before = datasets.load_dataset, hf_evaluate.load
+    with pytest.raises(RuntimeError), serving(Mirror(mirror_root)):
+        assert datasets.load_dataset("openai/gsm8k", "main", split="test")[0] == gsm8k_item(100)
+        raise RuntimeError
+    assert (datasets.load_dataset, hf_evaluate.load) == before
+
+
+def test_code_eval_is_ours_or_none(mirror_root):
+    with serving(None), pytest.raises(ValueError, match="--allow-code-execution"):
+        hf_evaluate.load("code_eval")
+    with serving(None, lambda: "sandbox"):
+        assert hf_evaluate.load("code_eval") == "sandbox"
+    with serving(Mirror(mirror_root)), pytest.raises(MissingData, match="metric 'bleu'"):
+        hf_evaluate.load("bleu")
+
+
+def hub(failures: dict):
+    """A stand-in for `datasets.load_dataset` on a machine with a network."""
+
+    def load(repository, name=None, revision=None):
+        if repository in failures and revision is None:
+            raise failures[repository]
+        return {"test": datasets.Dataset.from_list([{"question": f"{name}?"}])}
+
+    return load
+
+
+def test_fetched_mirror_is_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", hub({}))
+    assert fetch.fetch([ROWS["gsm8k"], ROWS["mgsm"]], tmp_path) == {}
+    assert Mirror(tmp_path).load("juletxara/mgsm", "sw")["test"][0] == {"question": "sw?"}
+    monkeypatch.setattr(datasets, "load_dataset", None)  # what is there is not fetched again
+    assert fetch.fetch([ROWS["gsm8k"]], tmp_path) == {}
+
+
+def test_fetch_takes_the_hubs_conversion_of_a_loading_script_and_says_so(tmp_path, monkeypatch, capsys):
+    script = RuntimeError("Dataset scripts are no longer supported, but found mgsm.py")
+    monkeypatch.setattr(datasets, "load_dataset", hub({"juletxara/mgsm": script}))
+    assert fetch.fetch([ROWS["mgsm"]], tmp_path) == {}
+    assert "juletxara/mgsm: 11 configs, converted from a loading script" in capsys.readouterr().err
+
+
+def test_gated_data_set_is_said_and_does_not_stop_the_others(tmp_path, monkeypatch):
+    gated = datasets.exceptions.DatasetNotFoundError("Dataset 'Idavidrein/gpqa' is a gated dataset on the Hub.")
+    monkeypatch.setattr(datasets, "load_dataset", hub({"Idavidrein/gpqa": gated}))
+    missing = fetch.fetch([ROWS["gpqa_diamond"], ROWS["gsm8k"]], tmp_path)
+    assert list(missing) == ["Idavidrein/gpqa"] and "HF_TOKEN" in missing["Idavidrein/gpqa"]
+    assert Mirror(tmp_path).load("openai/gsm8k", "main") and not (tmp_path / "Idavidrein" / "gpqa").exists()
