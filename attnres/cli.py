@@ -116,6 +116,17 @@ def evaluate(options: argparse.Namespace) -> int:
     return SOME_FAILED if outcome["failed"] else 0
 
 
+def compare(options: argparse.Namespace):
+    """Pairs two evaluations item by item, prints the table and writes it with a figure."""
+    _require("scipy", "matplotlib", extra="eval")
+    from .eval import compare as comparison
+
+    result = comparison.compare(options.first, options.second, bootstrap=options.bootstrap, seed=options.seed)
+    comparison.write(result, options.out)
+    print(comparison.as_markdown(result))
+    print(f"attnres: wrote comparison.json, comparison.md and forest.png to {options.out}", file=sys.stderr)
+
+
 def _fetch(options: argparse.Namespace) -> int:
     from .eval.fetch import fetch
     from .eval.suites import select_rows
@@ -152,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_inspect_checkpoint(commands)
     _add_eval(commands)
+    _add_compare(commands)
     return parser
 
 
@@ -319,6 +331,26 @@ def _batch_size(value: str) -> int | str:
     if size < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1 or auto, got {size}")
     return size
+
+
+def _add_compare(commands):
+    parser = commands.add_parser(
+        "compare",
+        help="pair two evaluations item by item: differences, intervals, tests, figure",
+        description=(
+            "Compares what `attnres eval` wrote for two models, row by row on the same items: exact McNemar test for "
+            "right and wrong answers, else a paired bootstrap; Holm's correction over the rows; the paper's difference "
+            "beside it. Refuses rows whose items or settings differ."
+        ),
+    )
+    parser.add_argument("first", metavar="DIR_A", help="folder of the evaluation that is subtracted: the baseline")
+    parser.add_argument("second", metavar="DIR_B", help="folder of the other evaluation")
+    parser.add_argument("--out", metavar="DIR", default="compare-out", help="folder of results (default: %(default)s)")
+    parser.add_argument(
+        "--bootstrap", metavar="N", type=int, default=10_000, help="resamples, at least 100 (default: %(default)s)"
+    )
+    parser.add_argument("--seed", metavar="N", type=_seed, default=0, help="of the resampling (default: %(default)s)")
+    parser.set_defaults(command=compare)
 
 
 def _seed(value: str) -> int:

@@ -1,5 +1,6 @@
 """Every figure, drawn from plain arrays: no model, no file but the one that is written."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from os import PathLike
 
@@ -110,6 +111,62 @@ def depth_weights(
         "outlined: the partial sum of the sublayer's own block",
         fontsize=10,
     )
+    _save(figure, path)
+
+
+def forest(
+    path: str | PathLike,
+    labels: Sequence[str],
+    differences: Sequence[float],
+    intervals: Sequence[tuple[float, float]],
+    published: Sequence[float | None],
+    notes: Sequence[str],
+    note_title: str,
+    title: str,
+    warning: str = "",
+):
+    """Draws differences with their intervals, a row each from the top, and published differences beside them.
+
+    Args:
+        path: PNG to write.
+        labels: of the rows.
+        differences: in points.
+        intervals: 95 % intervals in points.
+        published: differences published for the rows, or None; drawn without an interval.
+        notes: a short text per row, printed at the right under `note_title`.
+        title: of the figure.
+        warning: printed across the top where the numbers must not be taken for more than they are.
+
+    Raises:
+        ValueError: the sequences differ in length or are empty.
+    """
+    lengths = {len(labels), len(differences), len(intervals), len(published), len(notes)}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"a forest plot needs as many of everything as there are rows, got {sorted(lengths)}")
+    figure = Figure(figsize=(9, 2.0 + 0.36 * len(labels)), layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(labels))
+    values = np.asarray(differences, dtype=float)
+    reach = np.abs(values[:, None] - np.asarray(intervals, dtype=float)).T
+    axes.axvline(0, color="0.4", linewidth=1)
+    style = {"color": COLOURS[1], "markersize": 6, "capsize": 3, "linewidth": 1.6}
+    axes.errorbar(values, places, xerr=reach, fmt=MARKERS[0], label="measured, 95 % interval", **style)
+    known = [(value, place) for value, place in zip(published, places, strict=True) if value is not None]
+    if known:
+        style = {"color": COLOURS[2], "marker": MARKERS[3], "facecolors": "none", "zorder": 3, "s": 42}
+        axes.scatter(*zip(*known, strict=True), label="paper, one run each", **style)
+    axes.set_yticks(places, labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlabel("difference (points); right of zero: the second model is better")
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    for place, note in zip(places, notes, strict=True):
+        axes.annotate(note, (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    axes.annotate(note_title, (1.02, 1.01), xycoords="axes fraction", va="bottom", fontsize=8, color="0.35")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.suptitle("\n".join([title, *textwrap.wrap(warning, 95)]), fontsize=10, color=COLOURS[0])
     _save(figure, path)
 
 

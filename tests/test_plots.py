@@ -56,3 +56,14 @@ def test_depth_weights_refuse_arrays_that_do_not_fit_the_labels(tmp_path, rows):
 
 def test_pyplot_is_not_imported():
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+def test_forest_refuses_what_is_not_one_of_each_per_row(tmp_path):
+    with pytest.raises(ValueError, match=r"as many of everything .* \[1, 2\]"):
+        plots.forest(tmp_path / "x.png", ["a", "b"], [1.0], [(0, 2)], [None], [""], "", "")
+
+
+def test_forest_shows_rows_with_and_without_a_published_difference(tmp_path):
+    path = tmp_path / "forest.png"
+    plots.forest(path, ["a", "b"], [1.0, -2.0], [(0, 2), (-5, 1)], [0.5, None], ["1", "2"], "n", "t", "a warning")
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000

@@ -1,0 +1,144 @@
+"""Paired statistics from plain arrays: exact McNemar, stratified bootstrap, Holm.
+
+Notation: b items that only the second model got right (wins), c that only the first did (losses), N pairs; the
+difference is (b - c) / N.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+CONFIDENCE = 0.95
+
+
+class Test(NamedTuple):
+    """A difference, its 95 % interval and two-sided p value; all in the unit of the values."""
+
+    __test__ = False  # not one of pytest's
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    method: str
+
+
+def mcnemar(first: Sequence[float], second: Sequence[float]) -> Test:
+    """Exact test on the discordant pairs of 0/1 values, which are binomial (b + c, 1/2) if the models are equal.
+
+    The interval is Newcombe's for paired proportions (1998, method 10): unlike b - c plus or minus a normal error
+    it stays within -1 and 1, and does not shrink to nothing where the models agree on every item.
+
+    Raises:
+        ValueError: the arrays differ in length, are empty or hold other values than 0 and 1.
+    """
+    first, second = _paired(first, second)
+    if not is_binary(first) or not is_binary(second):
+        raise ValueError("McNemar's test takes 0 and 1 only")
+    from scipy.stats import binomtest
+
+    wins, losses = int(np.sum(second > first)), int(np.sum(second < first))
+    p = binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
+    low, high = newcombe(int(np.sum((first == 1) & (second == 1))), losses, wins, int(np.sum((first + second) == 0)))
+    return Test((wins - losses) / len(first), low, high, float(p), "exact McNemar")
+
+
+def newcombe(both: int, only_first: int, only_second: int, neither: int) -> tuple[float, float]:
+    """95 % interval of the difference of two paired proportions, second minus first, from Wilson's intervals."""
+    total = both + only_first + only_second + neither
+    second, first = (both + only_second) / total, (both + only_first) / total
+    (low_2, high_2), (low_1, high_1) = wilson(both + only_second, total), wilson(both + only_first, total)
+    margins = (both + only_second) * (only_first + neither) * (both + only_first) * (only_second + neither)
+    product = both * neither - only_first * only_second
+    # Newcombe's continuity correction of phi, for positive association only.
+    phi = (max(product - total / 2, 0) if product > 0 else product) / np.sqrt(float(margins)) if margins else 0.0
+    delta = second - first
+    down_2, up_2, down_1, up_1 = second - low_2, high_2 - second, first - low_1, high_1 - first
+    down = np.sqrt(max(down_2**2 - 2 * phi * down_2 * up_1 + up_1**2, 0.0))
+    up = np.sqrt(max(down_1**2 - 2 * phi * down_1 * up_2 + up_2**2, 0.0))
+    return float(max(delta - down, -1.0)), float(min(delta + up, 1.0))
+
+
+def wilson(successes: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a proportion."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(successes, total).proportion_ci(CONFIDENCE, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def paired_bootstrap(
+    first: Sequence[float],
+    second: Sequence[float],
+    strata: Sequence[Hashable] | None = None,
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+    macro: bool = False,
+) -> Test:
+    """Percentile interval and p value of the mean difference, items redrawn with their pair within their subtask.
+
+    The spread of each subtask is widened by sqrt(n / (n - 1)): a redrawn sample varies too little by that factor.
+    p is twice the share of resampled differences on the far side of zero.
+
+    Args:
+        strata: subtask of each item; the number of items per subtask stays as it is.
+        macro: the mean of the subtasks' means instead of the mean over items.
+
+    Raises:
+        ValueError: the arrays differ in length or are empty, or a value is not finite.
+    """
+    first, second = _paired(first, second)
+    differences = second - first
+    groups = [differences] if strata is None else _grouped(differences, strata)
+    weights = [1 / len(groups) if macro else len(group) / len(differences) for group in groups]
+    generator = np.random.default_rng(seed)
+    drawn = np.zeros(resamples)
+    for group, weight in zip(groups, weights, strict=True):
+        mean, size = group.mean(), len(group)
+        widen = np.sqrt(size / (size - 1)) if size > 1 else 1.0
+        # In portions: 10,000 times 10,000 items are 800 MB.
+        portion = max(1, 4_000_000 // size)
+        for start in range(0, resamples, portion):
+            count = min(portion, resamples - start)
+            means = group[generator.integers(0, size, (count, size))].mean(axis=1)
+            drawn[start : start + count] += weight * (mean + widen * (means - mean))
+    observed = float(sum(weight * group.mean() for group, weight in zip(groups, weights, strict=True)))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    # Twice the smaller tail. Exact zeros count on both sides: where all pairs are equal, p is 1.
+    tolerance = 1e-12
+    tails = min(np.sum(drawn <= tolerance), np.sum(drawn >= -tolerance))
+    p = float(min(1.0, 2 * (tails + 1) / (resamples + 1)))
+    return Test(observed, float(low), float(high), p, f"paired bootstrap, {resamples} resamples")
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p values, in the order given: those below alpha are significant at alpha over all rows together."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def is_binary(values) -> bool:
+    return bool(np.all((np.asarray(values) == 0) | (np.asarray(values) == 1)))
+
+
+def _paired(first, second) -> tuple[np.ndarray, np.ndarray]:
+    first, second = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    if first.shape != second.shape or first.ndim != 1 or not len(first):
+        raise ValueError(f"pairs need two arrays of one length above 0, got {first.shape} and {second.shape}")
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise ValueError("a value is not finite")
+    return first, second
+
+
+def _grouped(differences: np.ndarray, strata: Sequence[Hashable]) -> list[np.ndarray]:
+    members: dict[Hashable, list[int]] = {}
+    for index, stratum in enumerate(strata):
+        members.setdefault(stratum, []).append(index)
+    return [differences[indices] for indices in members.values()]

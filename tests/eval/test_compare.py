@@ -1,0 +1,182 @@
+"""Two folders of results, compared."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from attnres.cli import main
+from attnres.eval.compare import as_markdown, compare
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def write_row(folder, row, values, *, metric="acc", average="items", limit=None, suite="paper", **changes):
+    """A row's two files; `values` are (task, seed, value), numbered within task and seed."""
+    folder = Path(folder) / row
+    folder.mkdir(parents=True, exist_ok=True)
+    result = {
+        "row": row, "title": row.upper(), "suite": suite, "limit": limit, "fingerprint": {}, "tasks": {}, "shots": 5,
+        "score": {"metric": metric, "filter": "none", "value": 0, "stderr": 0, "n": len(values), "average": average},
+        "settings": {"dtype": "float32", "batch_size": 8},
+    }  # fmt: skip
+    result = {**result, **changes}
+    (folder / "result.json").write_text(json.dumps(result))
+    numbers, lines = {}, []
+    for task, seed, value in values:
+        number = numbers[task, seed] = numbers.get((task, seed), -1) + 1
+        item = {
+            "task": task, "subtask": task, "seed": seed, "doc_id": number, "doc_hash": f"{task}{number}{seed}",
+            "prompt_hash": f"p{number}", "target_hash": "t", "filter": "none", "metrics": {metric: value},
+        }  # fmt: skip
+        # A second filter of the same item, which must not be counted.
+        lines += [json.dumps(item), json.dumps({**item, "filter": "other", "metrics": {metric: 1 - value}})]
+    (folder / "samples.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return tmp_path / "a", tmp_path / "b"
+
+
+def test_right_and_wrong_answers_are_compared_by_mcnemar(folders):
+    before, after = [1] * 20 + [0] * 20, [1] * 18 + [0] * 2 + [1] * 9 + [0] * 11
+    for folder, values in zip(folders, (before, after), strict=True):
+        write_row(folder, "mmlu", [("anatomy", None, value) for value in values])
+    (row,) = compare(*folders).rows
+    assert (row.items, row.wins, row.losses, row.ties) == (40, 9, 2, 29)
+    assert (row.first, row.second) == pytest.approx((50, 67.5)) and row.difference == pytest.approx(17.5)
+    assert row.p == row.p_holm == pytest.approx(2 * (1 + 11 + 55) / 2**11)
+    assert row.method == "exact McNemar" and row.low < 17.5 < row.high
+    assert row.paper_difference == 1.1
+
+
+def test_items_are_joined_by_their_key_and_not_by_their_order(folders):
+    random.seed(1)
+    values = [("t", None, float(random.random() < 0.5)) for _ in range(60)]
+    for folder in folders:
+        write_row(folder, "mmlu", values)
+    path = folders[1] / "mmlu" / "samples.jsonl"
+    lines = path.read_text().splitlines()
+    random.shuffle(lines)
+    path.write_text("\n".join(lines))
+    (row,) = compare(*folders).rows
+    assert (row.wins, row.losses, row.ties) == (0, 0, 60)
+
+
+def test_gpqa_averages_the_seeds_of_a_question_first(folders):
+    """Eight copies of a question are one question: they must not make the interval narrower."""
+    random.seed(2)
+    right = [[float(random.random() < chance) for _ in range(30)] for chance in (0.3, 0.5)]
+    for folder, values in zip(folders, right, strict=True):
+        write_row(folder, "gpqa_diamond", [("gpqa", seed, value) for seed in range(8) for value in values])
+    (eight,) = compare(*folders).rows
+    for folder, values in zip(folders, right, strict=True):
+        write_row(folder, "gpqa_diamond", [("gpqa", 0, value) for value in values])
+    (one,) = compare(*folders).rows
+    assert (eight.items, eight.difference, eight.low, eight.p) == (30, one.difference, one.low, one.p)
+    mixed = [("gpqa", seed, float(seed % 2)) for seed in range(8) for _ in range(30)]
+    write_row(folders[0], "gpqa_diamond", mixed)
+    write_row(folders[1], "gpqa_diamond", mixed)
+    (row,) = compare(*folders).rows
+    assert row.first == 50 and row.method.startswith("paired bootstrap")
+
+
+def test_a_mean_over_subtasks_stays_one(folders):
+    for folder, small in zip(folders, (0.0, 1.0), strict=True):
+        write_row(folder, "mgsm", [("de", None, 1.0)] * 30 + [("sw", None, small)] * 10, average="subtasks")
+    (row,) = compare(*folders).rows
+    assert (row.first, row.second, row.difference) == (50, 100, 50)
+    assert row.p == pytest.approx(2 / 2**10)
+
+
+def test_values_between_0_and_1_are_compared_by_bootstrap(folders):
+    numbers = np.random.default_rng(0).random((2, 80))
+    for folder, values in zip(folders, numbers, strict=True):
+        write_row(folder, "bbh", [(f"t{index % 3}", None, value) for index, value in enumerate(values)])
+    (row,) = compare(*folders, bootstrap=500, seed=3).rows
+    assert row.method == "paired bootstrap, 500 resamples"
+    assert row.difference == pytest.approx(100 * (numbers[1] - numbers[0]).mean())
+    assert compare(*folders, bootstrap=500, seed=3).rows == [row] != compare(*folders, bootstrap=500, seed=4).rows
+
+
+def test_holm_counts_the_rows(folders):
+    for name in ("mmlu", "bbh", "ceval"):
+        write_row(folders[0], name, [("t", None, 0.0)] * 6)
+        write_row(folders[1], name, [("t", None, 1.0)] * 6)
+    rows = compare(*folders).rows
+    assert [row.row for row in rows] == ["mmlu", "bbh", "ceval"]
+    assert [row.p_holm for row in rows] == pytest.approx([3 * row.p for row in rows])
+
+
+def damage(folder, name, change):
+    path = folder / "mmlu" / name
+    path.write_text(change(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("samples.jsonl", lambda text: text[text.index("\n") + 1 :], r"not the same items.* 1 only in .*a \(t #0\)"),
+        ("samples.jsonl", lambda text: text.replace('"p1"', '"px"'), r"the same questions, but their text, prompt"),
+        ("samples.jsonl", lambda text: text.replace('"t1', '"tx'), r"1 only in .*a \(t #1\); 1 only in .*b"),
+        ("samples.jsonl", lambda text: text[:-40], r"samples.jsonl: line 10 is no sample"),
+        ("samples.jsonl", lambda text: text + text.splitlines()[0], "line 11 repeats an item"),
+        ("samples.jsonl", lambda text: text.replace('"doc_hash"', '"hash"'), "line 1 is no sample .lacks 'doc_hash'"),
+        ("samples.jsonl", lambda text: text.replace('"acc": 1.0', '"acc": NaN'), "not finite"),
+        ("samples.jsonl", lambda text: "", "no sample has acc"),
+        ("result.json", lambda text: text[:50], "not valid JSON"),
+        ("result.json", lambda text: "[]", "not a result"),
+        ("result.json", lambda text: text.replace('"filter": "none"', '"other": 1'), "score lacks"),
+        ("result.json", lambda text: text.replace('"batch_size": 8', '"batch_size": 4'), r"batch_size \(8 and 4\)"),
+        ("result.json", lambda text: text.replace('"limit": null', '"limit": 5'), r"limit \(None and 5\)"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_paired_is_refused_in_one_line(folders, name, change, message, capsys, tmp_path):
+    for folder in folders:
+        write_row(folder, "mmlu", [("t", None, 1.0)] * 5)
+    damage(folders[1], name, change)
+    with pytest.raises((ValueError, OSError), match=message):
+        compare(*folders)
+    out = tmp_path / "out"
+    assert main(["compare", *map(str, folders), "--out", str(out)]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("attnres: error: ") and said.err.count("\n") == 1 and not said.out and not out.exists()
+
+
+def test_missing_folders_and_files_are_refused(folders):
+    write_row(folders[0], "mmlu", [("t", None, 1.0)])
+    with pytest.raises(ValueError, match="b: no such folder"):
+        compare(*folders)
+    write_row(folders[1], "bbh", [("t", None, 1.0)])
+    with pytest.raises(ValueError, match=r"no row is in both .*a \(mmlu\) and .*b \(bbh\)"):
+        compare(*folders)
+    write_row(folders[1], "mmlu", [("t", None, 1.0)])
+    assert compare(*folders).left_out == ["bbh"]
+    (folders[1] / "mmlu" / "samples.jsonl").unlink()
+    with pytest.raises(ValueError, match="samples.jsonl: is missing"):
+        compare(*folders)
+    with pytest.raises(ValueError, match="at least 100"):
+        compare(*folders, bootstrap=1)
+
+
+@pytest.mark.parametrize(
+    ("facts", "mark"),
+    [({"limit": 5}, "LIMITED RUN"), ({"suite": "sample"}, "SAMPLE ITEMS"), ({}, None)],
+    ids=("limit", "sample", "full"),
+)
+def test_the_command_writes_table_data_and_figure_with_their_marks(folders, facts, mark, capsys, tmp_path):
+    for folder, value in zip(folders, (0.0, 1.0), strict=True):
+        write_row(folder, "humaneval", [("t", None, value)] * 8 + [("t", None, 1.0)] * 3, **facts)
+    out = tmp_path / "out"
+    assert main(["compare", *map(str, folders), "--out", str(out), "--bootstrap", "200", "--seed", "7"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.strip() == (out / "comparison.md").read_text().strip() == as_markdown(compare(*folders)).strip()
+    assert "| HUMANEVAL | 11 | 27.27 | 100.00 | +72.73 |" in printed and "| 8 | 0 | +3.1 |" in printed
+    content = json.loads((out / "comparison.json").read_text())
+    assert content["rows"][0]["wins"] == 8
+    assert (out / "forest.png").read_bytes().startswith(PNG)
+    assert printed.startswith(f"> **{mark}") if mark else "**" not in printed
+    assert bool(content["marks"]) == bool(mark)
