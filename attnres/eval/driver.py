@@ -7,6 +7,7 @@ import random
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -156,6 +157,7 @@ def _measure(row: Row, tasks: list[LoadedTask], subject: Subject, settings: Sett
     counts = getattr(lm, "counts", None)
     if counts is not None:
         counts.clear()
+        lm.batch_sizes_found.clear()
     started = time.perf_counter()
     bar = _bar(lm, where, progress)
     try:
@@ -163,15 +165,21 @@ def _measure(row: Row, tasks: list[LoadedTask], subject: Subject, settings: Sett
             results = _lm_eval(row, tasks, lm, settings)
     except Exception as error:  # whatever it is, the other rows go on
         return error
+    if counts is not None:
+        shares = lm.gather_object(Counter(counts))
     if results is None:
         return None
+    if counts is not None:
+        counts = sum(shares, Counter())
     seconds = time.perf_counter() - started
     try:
         items = [item for task in tasks for item in _items(task, results["samples"][task.key])]
+        items.sort(key=lambda item: (item["task"], item["seed"] or 0, item["filter"], item["doc_id"]))
         scores = row_scores(row, items)
     except (ValueError, KeyError, TypeError) as error:
         return error
     facts = {"scores": scores, "tasks": task_scores(items), "seconds": seconds, "counts": dict(counts or {})}
+    facts["batch_sizes_found"] = list(getattr(lm, "batch_sizes_found", []))
     return items, facts
 
 
@@ -236,6 +244,7 @@ def _result(row, suite, settings, fingerprint, subject, packages, items, facts) 
         "wall_seconds": round(facts["seconds"], 3),
         "tokens": counts.get("tokens"),
         "tokens_per_second": round(counts["tokens"] / facts["seconds"], 1) if counts.get("tokens") else None,
+        "batch_sizes_found": facts["batch_sizes_found"],
         "prompts_cut": counts.get("prompts_cut", 0),
         "answers_short": counts.get("answers_short", 0),
     }

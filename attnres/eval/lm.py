@@ -24,11 +24,13 @@ class CausalLM(HFLM):
     Attributes:
         counts: "tokens" through the model, "prompts_cut" from the left because they exceed the context, and
             "answers_short" for which less room than the token limit was left. Cleared by the driver before a row.
+        batch_sizes_found: with batch size "auto". Likewise.
     """
 
     def __init__(self, model, tokenizer, max_length: int, batch_size: int | str):
         self.counts: Counter[str] = Counter()
         self.expect = None  # told how many requests come, by the progress bar
+        self.batch_sizes_found: list[int] = []
         self._room = 0
         super().__init__(
             pretrained=model, tokenizer=tokenizer, backend="causal", max_length=max_length, batch_size=batch_size
@@ -76,6 +78,13 @@ class CausalLM(HFLM):
         if self.expect:
             self.expect(len(requests))
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+    def _detect_batch_size(self, requests=None, pos=0):
+        tokens = self.counts["tokens"]
+        found = super()._detect_batch_size(requests, pos)
+        self.counts["tokens"] = tokens  # trials answer nothing
+        self.batch_sizes_found.append(found)
+        return found
 
     def _model_call(self, inps, attn_mask=None, labels=None):
         logits = super()._model_call(inps, attn_mask=attn_mask, labels=labels)

@@ -2,7 +2,10 @@
 
 import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -239,6 +242,29 @@ def test_context_length_is_never_guessed():
     config = PreTrainedConfig()  # as of a recurrent model
     with pytest.raises(ValueError, match="--max-length"):
         context_length(config, byte_tokenizer(), None, "m")
+
+
+def test_detected_batch_size_is_in_the_result(run, monkeypatch):
+    monkeypatch.setattr(HFLM, "_detect_batch_size", lambda *_: 5)
+    outcome = run(tiny_llama(), tokenizer=byte_tokenizer(eos_token="<end>"), suite="arc_challenge", batch_size="auto")
+    assert outcome["rows"]["arc_challenge"]["batch_sizes_found"] == [5]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_items_and_one_writes(checkpoint, mirror_root, tmp_path):
+    options = ["--suite", ROWS, "--data-dir", mirror_root, "--out", tmp_path, "--max-length", "900"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "attnres"]
+    done = subprocess.run(
+        [*launch, "eval", *map(str, [checkpoint, *options])],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout.count("| GSM8K |") == 1
+    result = records.read_result(tmp_path / "arc_challenge")
+    assert (result["score"]["n"], result["prompts_cut"], result["settings"]["processes"]) == (5, 20, 2)
+    samples = [json.loads(line) for line in (tmp_path / "gsm8k" / "samples.jsonl").read_text().splitlines()]
+    assert [sample["doc_id"] for sample in samples] == [0, 1, 2, 3, 4] * 2
 
 
 def error_of(capsys, *arguments) -> str:
