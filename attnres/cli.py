@@ -64,7 +64,8 @@ def convert(options: argparse.Namespace):
         num_blocks=options.num_blocks,
     )
     print(
-        f"{outcome.result}: {outcome.from_layout} -> {outcome.to_layout}, {outcome.shards} weight files, "
+        f"{outcome.result}: {outcome.from_layout} -> {outcome.to_layout} ({outcome.depth}), "
+        f"{outcome.shards} weight files, "
         f"{shown_size(outcome.bytes)}"
     )
     if outcome.left_out:
@@ -212,7 +213,9 @@ def _add_convert(commands):
         type=int,
         help="decoder layers (attention + MLP) per block; the paper's S is 2 K",
     )
-    parser.add_argument("--num-blocks", metavar="N", type=int, help="blocks, instead of K (default: 8)")
+    parser.add_argument(
+        "--num-blocks", metavar="N", type=int, help="at most this many blocks, instead of K (default: 8)"
+    )
     parser.add_argument(
         "--to",
         choices=("attnres", "prenorm", "kimi-k3"),

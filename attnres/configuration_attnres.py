@@ -27,6 +27,8 @@ DEFAULT_BACKBONE_LAYERS_PER_BLOCK = 3
 
 # Written by PreTrainedModel on its own config only; the backbone's modules read them from the backbone config.
 _PROPAGATED = ("_attn_implementation_internal", "_experts_implementation_internal")
+# What concerns the whole checkpoint, whatever the backbone's own configuration says.
+_ROOT_ONLY = ("auto_map", "quantization_config")
 # Set for the time of a forward pass, and read by the masks from the backbone config.
 _BACKBONE_ONLY = ("is_causal",)
 
@@ -51,7 +53,8 @@ class AttnResConfig(PreTrainedConfig):
             paper's S counts sublayers: S=6 is `layers_per_block=3`. Read only in `"block"` mode. Default: 3 for the
             default backbone, otherwise 8 blocks.
         num_blocks (`int`, *optional*):
-            Convenience: turned into `layers_per_block = ceil(num_hidden_layers / num_blocks)` and not stored.
+            Convenience: turned into `layers_per_block = ceil(num_hidden_layers / num_blocks)` and not stored; it makes
+            at most this many blocks (28 layers in 8 blocks: 4 layers each, 7 blocks).
         depth_implementation (`str`, defaults to `"eager"`):
             Which implementation mixes, a key of `attnres.depth_mixer.DEPTH_IMPLEMENTATIONS`. Not stored.
 
@@ -102,7 +105,10 @@ class AttnResConfig(PreTrainedConfig):
             )
         unknown = set(depth_options) - set(DEPTH_OPTIONS) - {"depth_implementation"}
         if unknown:
-            raise ValueError(f"unknown depth option {sorted(unknown)[0]!r}; known: {', '.join(DEPTH_OPTIONS)}")
+            raise ValueError(
+                f"unknown depth option {sorted(unknown)[0]!r}; known: {', '.join(DEPTH_OPTIONS)}. "
+                "Options of loading, such as dtype, go with a folder or hub id, not with a model in memory."
+            )
         return cls(backbone_config=deepcopy(config), dtype=config.dtype, **depth_options)
 
     @property
@@ -187,11 +193,12 @@ class AttnResConfig(PreTrainedConfig):
         d.pop("_depth_implementation_internal", None)
         if isinstance(d.get("backbone_config"), dict):
             d["backbone_config"].pop("_name_or_path", None)  # a local path is nobody else's business
+            d["backbone_config"].pop("auto_map", None)  # the code of a plain model, which is not used
         super()._remove_keys_not_serialized(d)
 
     def __getattr__(self, name: str):
         backbone = self.__dict__.get("backbone_config")
-        if backbone is None or isinstance(backbone, dict) or name.startswith("_"):
+        if backbone is None or isinstance(backbone, dict) or name.startswith("_") or name in _ROOT_ONLY:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(backbone, name)
 
@@ -201,7 +208,10 @@ class AttnResConfig(PreTrainedConfig):
             if name in _PROPAGATED:
                 setattr(backbone, name, value)
             elif name in _BACKBONE_ONLY or (
-                not name.startswith("_") and not hasattr(type(self), name) and hasattr(backbone, name)
+                not name.startswith("_")
+                and name not in _ROOT_ONLY
+                and not hasattr(type(self), name)
+                and hasattr(backbone, name)
             ):
                 setattr(backbone, name, value)
                 return
@@ -232,6 +242,8 @@ def _as_config(backbone) -> PreTrainedConfig:
 def _wrap_backbone(config_dict: dict[str, Any]) -> dict[str, Any]:
     """An AttnRes configuration as it is, that of a plain backbone as the `backbone_config` of one."""
     if config_dict.get("model_type", AttnResConfig.model_type) == AttnResConfig.model_type:
+        if config_dict.get("backbone_config") is None:
+            raise ValueError("backbone_config is missing: an attnres configuration file must say what its backbone is.")
         return config_dict
     if "attn_res_block_size" in config_dict.get("text_config", config_dict):
         raise ValueError(

@@ -66,14 +66,15 @@ def score(source: torch.Tensor, queries: torch.Tensor, eps: float) -> tuple[torc
         eps: epsilon of the key norms, the backbone's `rms_norm_eps`.
 
     Returns:
-        Q tensors `[B, T]`, float32.
+        Q tensors `[B, T]`, float32 (float64 for float64 sources).
     """
     # vector_norm keeps the source itself for the backward pass, where mean(square) would keep a float32 copy of it.
-    norm = torch.linalg.vector_norm(source, dim=-1, keepdim=True, dtype=torch.float32)
+    precision = torch.promote_types(source.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(source, dim=-1, keepdim=True, dtype=precision)
     inverse_rms = torch.rsqrt(norm.square() / source.shape[-1] + eps)
     if source.dtype == torch.float16:  # a sum over D of unnormed values leaves its range
         source = source.float()
-    logits = nn.functional.linear(source, queries.to(source.dtype)).float() * inverse_rms
+    logits = nn.functional.linear(source, queries.to(source.dtype)).to(precision) * inverse_rms
     return logits.unbind(-1)
 
 

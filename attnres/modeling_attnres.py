@@ -7,6 +7,7 @@ layers, n sources.
 
 import copy
 import os
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +35,12 @@ from .backbones import (
     scale_logits,
 )
 from .checkpoint_names import names_in_memory, weight_conversions
-from .configuration_attnres import AttnResConfig
+from .configuration_attnres import DEPTH_OPTIONS, AttnResConfig
 from .decoder_layer import AttnResDecoderLayer, DepthWeights, MixedInput, SublayerWeights
 from .depth_mixer import DepthMixer, DepthScore, mix, score
+
+# Held while converters are registered and while a model is loaded by them.
+_CONVERSIONS = threading.RLock()
 
 # What a family's class says of itself; an AttnRes model of that family says the same.
 _FAMILY_TRAITS = (
@@ -118,8 +122,14 @@ class AttnResPreTrainedModel(PreTrainedModel):
             if hasattr(family_class, name):
                 object.__setattr__(self, name, copy.copy(getattr(family_class, name)))
         super().__init__(config, *inputs, **kwargs)
-        # transformers looks converters up by class and model_type, which all families share: the last built holds.
-        register_checkpoint_conversion_mapping(config.model_type, weight_conversions(config), overwrite=True)
+        self._register_conversions()
+
+    def _register_conversions(self):
+        """transformers looks converters up by class and model_type, which all families share: the last to register
+        holds, so that nobody may register while another thread loads."""
+        with _CONVERSIONS:
+            conversions = weight_conversions(self.config)
+            register_checkpoint_conversion_mapping(self.config.model_type, conversions, overwrite=True)
 
     @property
     def _weight_conversions(self) -> list:
@@ -164,8 +174,9 @@ class AttnResPreTrainedModel(PreTrainedModel):
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def load_adapter(self, *args, **kwargs):
-        register_checkpoint_conversion_mapping(self.config.model_type, weight_conversions(self.config), overwrite=True)
-        return super().load_adapter(*args, **kwargs)
+        with _CONVERSIONS:
+            self._register_conversions()
+            return super().load_adapter(*args, **kwargs)
 
     def depth_parameters(self):
         """The pseudo-queries and key-norm gains: 6 parameters, none in `"standard"` mode."""
@@ -198,10 +209,10 @@ class AttnResPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the family is not supported, or the model is an AttnRes model already.
         """
+        if hasattr(model_or_path, "merge_and_unload"):
+            raise ValueError("from_backbone needs the model itself: call merge_and_unload() on the PEFT model first.")
         if not isinstance(model_or_path, PreTrainedModel):
-            stored, _ = super(AttnResConfig, AttnResConfig).get_config_dict(
-                model_or_path, **{key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
-            )
+            stored = cls._stored_config(model_or_path, kwargs)
             if stored.get("model_type") == AttnResConfig.model_type:
                 raise ValueError(f"{model_or_path} is an AttnRes checkpoint already; load it with from_pretrained.")
             return cls.from_pretrained(model_or_path, **kwargs)
@@ -229,13 +240,20 @@ class AttnResPreTrainedModel(PreTrainedModel):
         model.name_or_path = source.name_or_path
         return model.train(source.training)
 
+    @staticmethod
+    def _stored_config(model_or_path, kwargs: dict) -> dict:
+        """`config.json` as it is, that of a plain backbone not wrapped."""
+        hub_arguments = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+        return super(AttnResConfig, AttnResConfig).get_config_dict(model_or_path, **hub_arguments)[0]
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, strict: bool = True, **kwargs):
         """`PreTrainedModel.from_pretrained` for AttnRes checkpoints and, as their lossless conversion, plain ones.
 
         Args:
-            strict: raise if the checkpoint lacks backbone tensors, has tensors that the model does not, or has some but
-                not all depth tensors. With `False` transformers' behaviour: what is missing is random.
+            strict: raise if the checkpoint lacks backbone tensors, has tensors that the model does not, has some but
+                not all depth tensors, or has pseudo-queries trained for other depth options than those given. With
+                `False` transformers' behaviour: what is missing is random.
 
         Raises:
             ValueError: the tensors do not match, see `strict`.
@@ -243,15 +261,20 @@ class AttnResPreTrainedModel(PreTrainedModel):
         with_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)  # a pickle can run code
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *args,
-            output_loading_info=True,
-            ignore_mismatched_sizes=ignore_mismatched_sizes or strict,  # reported here, in one line
-            **kwargs,
-        )
+        overrides = any(kwargs.get(option) is not None for option in DEPTH_OPTIONS)
+        stored = cls._stored_config(pretrained_model_name_or_path, kwargs) if overrides and strict else None
+        with _CONVERSIONS:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=ignore_mismatched_sizes or strict,  # reported here, in one line
+                **kwargs,
+            )
         if strict:
             _check_loading(model, pretrained_model_name_or_path, info, ignore_mismatched_sizes)
+        if stored is not None and stored.get("model_type") == AttnResConfig.model_type:
+            _check_depth_options(model, pretrained_model_name_or_path, stored)
         return (model, info) if with_info else model
 
 
@@ -279,6 +302,20 @@ def _check_loading(model: AttnResPreTrainedModel, source: str | os.PathLike, inf
             f"checkpoint {source} does not have the tensors of this {type(model).__name__} "
             f"({model.config.backbone_config.model_type}, residual_mode={model.config.residual_mode}): "
             f"{'; '.join(problems)}. Fix the checkpoint or its config.json, or pass strict=False to go on regardless."
+        )
+
+
+def _check_depth_options(model: AttnResPreTrainedModel, source: str | os.PathLike, stored: dict):
+    """Other depth options are the same function while all pseudo-queries are zero, and another one afterwards."""
+    given = (model.config.residual_mode, model.config.layers_per_block)
+    trained_for = (stored.get("residual_mode", "block"), stored.get("layers_per_block"))
+    if given[0] == trained_for[0] and (given[0] != "block" or given == trained_for):
+        return
+    if any(parameter.any() for name, parameter in model.named_parameters() if name.endswith("_norm.query")):
+        raise ValueError(
+            f"checkpoint {source} has pseudo-queries trained for residual_mode={trained_for[0]}, "
+            f"layers_per_block={trained_for[1]}, got residual_mode={given[0]}, layers_per_block={given[1]}. "
+            "Leave the options out, or pass strict=False to go on regardless."
         )
 
 
@@ -512,14 +549,16 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
             depth_weights=outputs.depth_weights,
         )
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, inputs_embeds=None, **kwargs):
         key = get_family(self.config.backbone_config).cache_reset_length
         limit = getattr(self.config.backbone_config, key, None) if key else None
         if past_key_values and limit and past_key_values.get_seq_length() <= limit < input_ids.shape[1]:
             # Beyond this length the rotary factors are others: all keys have to be computed again.
             past_key_values = None
             kwargs["next_sequence_length"] = None
-        return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        return super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
 
 
 __all__ = ["AttnResForCausalLM", "AttnResModel", "AttnResPreTrainedModel"]

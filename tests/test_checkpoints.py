@@ -5,8 +5,10 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -179,13 +181,45 @@ def test_depth_tensors_are_not_dropped_silently_by_the_standard_mode(tmp_path):
         AttnResForCausalLM.from_pretrained(tmp_path, residual_mode="standard")
 
 
-def test_depth_options_given_to_from_pretrained_replace_the_stored_ones(tmp_path):
-    deep_attnres("llama", layers_per_block=3).save_pretrained(tmp_path)
+def test_depth_options_given_to_from_pretrained_replace_the_stored_ones_while_queries_are_zero(tmp_path):
+    config = AttnResConfig(backbone_config=tiny_config("llama"), layers_per_block=3)
+    AttnResForCausalLM(config).save_pretrained(tmp_path)
     assert AttnResForCausalLM.from_pretrained(tmp_path).config.layers_per_block == 3
     assert AttnResForCausalLM.from_pretrained(tmp_path, num_blocks=2).config.layers_per_block == 6
     assert AttnResForCausalLM.from_pretrained(tmp_path, residual_mode="full").config.residual_mode == "full"
     with pytest.raises(ValueError, match="layers_per_block must be between 1 and num_hidden_layers=12, got 13"):
         AttnResForCausalLM.from_pretrained(tmp_path, layers_per_block=13)
+
+
+@pytest.mark.parametrize("options", [{"num_blocks": 2}, {"layers_per_block": 4}, {"residual_mode": "full"}])
+def test_trained_queries_do_not_load_with_other_depth_options(options, tmp_path):
+    deep_attnres("llama", layers_per_block=3).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="trained for residual_mode=block, layers_per_block=3"):
+        AttnResForCausalLM.from_pretrained(tmp_path, **options)
+    AttnResForCausalLM.from_pretrained(tmp_path, **options, strict=False)
+    assert AttnResForCausalLM.from_pretrained(tmp_path, num_blocks=4).config.layers_per_block == 3
+
+
+def test_threads_that_load_different_families_do_not_mix_their_converters(tmp_path):
+    families = ("qwen3_moe", "mixtral", "kimi_linear")
+    for family in families:
+        random_attnres(family).save_pretrained(tmp_path / family)
+    with ThreadPoolExecutor(len(families)) as pool:
+        loaded = list(pool.map(AttnResForCausalLM.from_pretrained, [tmp_path / family for family in families * 3]))
+    assert [model.config.backbone_config.model_type for model in loaded] == list(families * 3)
+
+
+def test_the_code_that_a_plain_checkpoint_names_is_not_taken_over(tmp_path):
+    config = tiny_config("llama")
+    config.auto_map = {"AutoModelForCausalLM": "modeling_evil.Evil"}
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "plain")
+    plain = json.loads((tmp_path / "plain" / "config.json").read_text())
+    plain["auto_map"] = config.auto_map
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(plain))
+    AttnResForCausalLM.from_backbone(tmp_path / "plain").save_pretrained(tmp_path / "attnres")
+    stored = json.loads((tmp_path / "attnres" / "config.json").read_text())
+    assert "auto_map" not in stored["backbone_config"]
+    assert stored["auto_map"]["AutoConfig"] == "configuration_attnres.AttnResConfig"
 
 
 def test_from_backbone_copies_the_model_and_leaves_it_alone():
@@ -211,6 +245,12 @@ def test_from_backbone_refuses_what_is_an_attnres_model_already(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="from_pretrained"):
         AttnResForCausalLM.from_backbone(tmp_path)
+
+
+def test_from_backbone_says_what_to_do_with_a_peft_model():
+    adapted = SimpleNamespace(merge_and_unload=None)  # what a PEFT model has and no other
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        AttnResForCausalLM.from_backbone(adapted)
 
 
 def test_auto_classes_know_the_model(tmp_path):

@@ -167,6 +167,12 @@ def test_the_configuration_of_a_plain_checkpoint_becomes_that_of_its_conversion(
     assert same.to_dict()["backbone_config"]["hidden_size"] == 40 and same.layers_per_block == 3
 
 
+def test_a_configuration_file_without_a_backbone_is_not_the_default_model(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "attnres"}')
+    with pytest.raises(ValueError, match="backbone_config is missing"):
+        AttnResConfig.from_pretrained(tmp_path)
+
+
 def test_from_backbone_copies_the_configuration_and_knows_its_options():
     backbone = tiny_config("llama")
     config = AttnResConfig.from_backbone(backbone, residual_mode="full")

@@ -55,6 +55,14 @@ def test_half_precision_sources_that_are_large_do_not_overflow_their_scores():
     torch.testing.assert_close(logits, torch.tensor([[4096.0]]), rtol=1e-3, atol=0)
 
 
+def test_double_precision_sources_are_scored_and_mixed_in_double_precision():
+    sources = [torch.randn(2, 3, 13, dtype=torch.float64) for _ in range(4)]
+    query, gain = torch.randn(13, dtype=torch.float64), torch.rand(13, dtype=torch.float64)
+    logits = [score(source, (query * gain).unsqueeze(0), EPS)[0] for source in sources]
+    mixture, _ = mix(sources, logits, "eager")
+    torch.testing.assert_close(mixture, mix_per_token(sources, query, gain)[0], rtol=1e-12, atol=1e-12)
+
+
 def test_a_source_of_zeros_has_score_zero_and_finite_gradients():
     source = torch.zeros(1, 2, 5, requires_grad=True)
     (logits,) = score(source, torch.randn(1, 5), EPS)

@@ -172,6 +172,11 @@ def inside(folder: Path, name: str) -> Path:
 def _weight_map(folder: Path) -> dict[str, str] | None:
     """Tensor name to file name by the index; None for a single file."""
     index_path = inside(folder, INDEX_NAME)
+    if index_path.is_file() and inside(folder, SINGLE_NAME).is_file():
+        raise CheckpointError(
+            f"{folder}: has both {SINGLE_NAME}, which transformers reads, and {INDEX_NAME}, which it then ignores; "
+            "one of the two is stale. Remove it."
+        )
     if index_path.is_file():
         weight_map = read_json(index_path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:

@@ -62,6 +62,7 @@ class Conversion:
         source, result: the folders.
         from_layout, to_layout: `prenorm`, `attnres` or `kimi-k3`.
         shards, bytes: weight files written and their size, depth shard included.
+        depth: what the result mixes over depth, in words.
         left_out: tensors of other parts of a multimodal checkpoint, which did not come along.
         report: content of `conversion_report.json`, None with `verify="none"`.
     """
@@ -72,6 +73,7 @@ class Conversion:
     to_layout: str
     shards: int
     bytes: int
+    depth: str
     left_out: list[str]
     report: dict | None = None
 
@@ -125,16 +127,35 @@ def convert(
             save_file(depth_tensors, folder / name, metadata={"format": "pt"})
             weight_map.update(dict.fromkeys(depth_tensors, name))
         _write_index(folder, weight_map)
+        if depth_tensors:
+            shutil.copymode(folder / INDEX_NAME, folder / name)  # safetensors writes for the owner only
         _write_companions(origin.checkpoint.folder, folder)
         _write_config(folder, config, to)
         written = read_checkpoint(folder)
-        outcome = Conversion(source, result, origin.layout, to, len(written.shards), written.bytes, origin.left_out)
+        outcome = Conversion(
+            source,
+            result,
+            origin.layout,
+            to,
+            len(written.shards),
+            written.bytes,
+            _depth_text(config, to),
+            origin.left_out,
+        )
         if verify != "none":
             from .verification import verify_conversion  # loads models: only who verifies pays for it
 
-            outcome.report = verify_conversion(origin, understand(written), verify, progress)
+            outcome.report = verify_conversion(origin, understand(written), verify, progress, new_depth == "zero")
             (folder / "conversion_report.json").write_text(json.dumps(outcome.report, indent=2) + "\n")
     return outcome
+
+
+def _depth_text(config: AttnResConfig, to: str) -> str:
+    if to == PRENORM or config.residual_mode == "standard":
+        return "plain residuals"
+    if config.residual_mode == "full":
+        return f"full: {config.num_sublayers} sublayers"
+    return f"{config.num_blocks} blocks of {config.layers_per_block} decoder layers"
 
 
 def _check_places(source: Path, result: Path):
@@ -150,14 +171,15 @@ def _result_config(origin: Source, to: str, depth_options: dict) -> AttnResConfi
     unknown = set(options) - set(DEPTH_OPTIONS)
     if unknown:
         raise TypeError(f"convert got an unexpected option {sorted(unknown)[0]!r}")
-    if to != ATTNRES and options:
+    if to == PRENORM and options:
         raise CheckpointError(f"{sorted(options)[0]} is an option of an AttnRes result; --to {to} takes none.")
-    if to == KIMI_K3:
-        to_k3(origin.config)
     content = origin.config.to_dict()
     if "num_blocks" in options and "layers_per_block" not in options:
         content.pop("layers_per_block")
-    return AttnResConfig.from_dict({**content, **options})
+    config = AttnResConfig.from_dict({**content, **options})
+    if to == KIMI_K3:
+        to_k3(config)  # refuses what that layout cannot say before anything is written
+    return config
 
 
 def _depth_change(origin: Source, config: AttnResConfig, to: str, reinit_depth: bool) -> str | None:

@@ -207,6 +207,7 @@ def to_prenorm(config: AttnResConfig) -> dict:
     backbone: PreTrainedConfig = config.backbone_config
     content = backbone.to_diff_dict()
     content["model_type"] = backbone.model_type
+    content.pop("auto_map", None)  # names code that does not come along
     if config.dtype is not None:
         content["dtype"] = str(config.dtype).removeprefix("torch.")
     return content

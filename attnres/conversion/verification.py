@@ -32,7 +32,7 @@ RANDOM_PROMPTS, RANDOM_LENGTH = 4, 48  # where there is no tokenizer
 MEMORY_SHARE = 0.8  # of what is free may be used
 
 
-def verify_conversion(origin: Source, result: Source, how: str, progress: bool) -> dict:
+def verify_conversion(origin: Source, result: Source, how: str, progress: bool, depth_restarts: bool = False) -> dict:
     """Runs source and result on the same prompts; returns the report.
 
     Args:
@@ -40,17 +40,24 @@ def verify_conversion(origin: Source, result: Source, how: str, progress: bool) 
         how: `"full"`: both models in memory. `"auto"`: so if both fit in the memory that is free, else one decoder
             layer at a time from disk.
         progress: show a bar on stderr.
+        depth_restarts: the result starts with new pseudo-queries, so the source is run with zero ones too.
 
     Raises:
-        CheckpointError: the differences are beyond the tolerance; the message has the figures.
+        CheckpointError: the differences are beyond the tolerance, with the figures; or a model cannot be run.
     """
     needed = _bytes_in_memory(origin) + _bytes_in_memory(result)
     free = psutil.virtual_memory().available
     in_memory = how == "full" or needed < MEMORY_SHARE * free
     prompts, described = _prompts(origin)
     with tqdm(total=2 * len(prompts), desc="verify", disable=not progress) as bar:
-        expected, mean_square = _run(origin, prompts, in_memory, bar.update)
-        logits, _ = _run(result, prompts, in_memory, bar.update)
+        try:
+            expected, mean_square = _run(origin, prompts, in_memory, bar.update, depth_restarts)
+            logits, _ = _run(result, prompts, in_memory, bar.update)
+        except Exception as error:  # whatever a model or the memory does
+            raise CheckpointError(
+                f"verification could not run ({' '.join(str(error).split())[:300] or type(error).__name__}); "
+                "--verify none converts regardless."
+            ) from error
     report = {
         "source_layout": origin.layout,
         "result_layout": result.layout,
@@ -59,6 +66,7 @@ def verify_conversion(origin: Source, result: Source, how: str, progress: bool) 
         "tokens": sum(prompt.shape[1] for prompt in prompts),
         "in_memory": in_memory,
         "dtype": origin.checkpoint.float_dtype,
+        "source_pseudo_queries": "set to zero" if depth_restarts and origin.layout != PRENORM else "as they are",
         **_differences(expected, logits, prompts),
         "epsilon_effect": None if mean_square is None else _effective_epsilon(result) / mean_square,
     }
@@ -137,12 +145,19 @@ def _prompts(origin: Source) -> tuple[list[torch.Tensor], str]:
 
 @torch.no_grad()
 def _run(
-    source: Source, prompts: list[torch.Tensor], in_memory: bool, progress: Callable[[int], None]
+    source: Source,
+    prompts: list[torch.Tensor],
+    in_memory: bool,
+    progress: Callable[[int], None],
+    zero_queries: bool = False,
 ) -> tuple[list[torch.Tensor], float | None]:
     """Logits `[1, T, V]` in float32 per prompt; of a plain model also the smallest hidden states' mean square, which is
     the median over the tokens of the layer where it is smallest."""
     logits, mean_squares = [], []
     with _loaded(source, in_memory) as model:
+        if zero_queries and getattr(model, "depth_mixer", None) is not None:
+            for depth_score in model.depth_mixer.children():
+                depth_score.query.zero_()
         for prompt in prompts:
             output = model(prompt, use_cache=False, output_hidden_states=source.layout == PRENORM)
             logits.append(output.logits.float())

@@ -171,6 +171,27 @@ def test_kimi_k3_layout_has_the_published_names_and_units_and_comes_back_to_the_
         assert torch.equal(new(random_tokens(2, 7)).logits, old(random_tokens(2, 7)).logits)
 
 
+def test_a_plain_kimi_linear_goes_to_the_k3_layout_directly(save_plain, tmp_path):
+    convert(save_plain("kimi_linear"), tmp_path / "k3", to="kimi-k3", layers_per_block=3, verify="full")
+    assert json.loads((tmp_path / "k3" / "config.json").read_text())["attn_res_block_size"] == 3
+    assert not tensors_of(tmp_path / "k3")["model.output_attn_res_proj.weight"].any()
+
+
+def test_files_of_a_result_have_the_same_mode(save_plain, tmp_path):
+    convert(save_plain(shard="60KB"), tmp_path / "attnres", verify="none")
+    mode = (tmp_path / "attnres" / "config.json").stat().st_mode
+    assert (tmp_path / "attnres" / DEPTH_SHARD).stat().st_mode == mode
+
+
+def test_a_model_that_cannot_be_run_is_one_line(save_plain, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("strides should be\nmultiple of 16 bytes")
+
+    monkeypatch.setattr("attnres.conversion.verification._run", fail)
+    with pytest.raises(CheckpointError, match=r"could not run \(strides should be multiple.*--verify none"):
+        convert(save_plain(), tmp_path / "attnres")
+
+
 def test_a_k3_folder_is_not_mistaken_for_a_plain_kimi_linear(save_trained, tmp_path):
     convert(save_trained(), tmp_path / "k3", to="kimi-k3", verify="none")
     with pytest.raises(ValueError, match="attnres convert SRC DST --from kimi-k3"):
@@ -231,7 +252,8 @@ def test_other_depth_options_are_exact_while_queries_are_zero_and_else_need_a_ne
     trained = save_trained("llama")
     with pytest.raises(CheckpointError, match="--reinit-depth"):
         convert(trained, tmp_path / "other", layers_per_block=3, verify="none")
-    convert(trained, tmp_path / "other", layers_per_block=3, reinit_depth=True, verify="none")
+    report = convert(trained, tmp_path / "other", layers_per_block=3, reinit_depth=True, verify="full").report
+    assert report["source_pseudo_queries"] == "set to zero" and report["top1_agreement"] == 1.0
     model = AttnResForCausalLM.from_pretrained(tmp_path / "other")
     assert model.config.layers_per_block == 3
     assert not any(score.query.any() for score in model.depth_mixer.children())

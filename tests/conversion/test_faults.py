@@ -131,6 +131,10 @@ FAULTS = {
     "config that is a list": (lambda folder: (folder / "config.json").write_text("[]"), "must be a JSON object"),
     "no weights": (lambda folder: [path.unlink() for path in [*shards_of(folder), folder / INDEX]], "has neither"),
     "wrong shape": (misshape, "misshapen: .* instead of"),
+    "two sets of weights": (
+        lambda folder: save_file({"x": torch.ones(1)}, folder / "model.safetensors"),
+        "has both model.safetensors, which transformers reads, and",
+    ),
     "missing tensor": (drop_tensor, "missing: "),
     "surplus tensor": (add_tensor, r"surplus: model\.surplus"),
 }

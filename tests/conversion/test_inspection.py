@@ -35,7 +35,10 @@ def test_the_facts_of_a_trained_mixture_of_experts_are_those_of_the_model(tmp_pa
 def test_convert_then_inspect_on_the_command_line(plain, tmp_path, capsys):
     assert main(["convert", str(plain), str(tmp_path / "attnres"), "--num-blocks", "3"]) == 0
     printed = capsys.readouterr()
-    assert "prenorm -> attnres, 2 weight files" in printed.out and "same most likely token" in printed.out
+    assert (
+        "prenorm -> attnres (3 blocks of 2 decoder layers), 2 weight files" in printed.out
+        and "same most likely token" in printed.out
+    )
     assert "weights:" in printed.err and "verify:" in printed.err
     assert main(["inspect-checkpoint", str(tmp_path / "attnres")]) == 0
     assert "pseudo-queries are zero" in capsys.readouterr().out
