@@ -82,13 +82,15 @@ def evaluate(
     rows = [row for row in rows if row.name not in skipped]
     settings = Settings(
         dtype, batch_size, _checked_limit(limit), seed, seeds, max_length, chat_template, trust_remote_code,
-        device or "", device_map, int(os.environ.get("WORLD_SIZE", "1")),
+        device or _device_kind(lm), device_map, int(os.environ.get("WORLD_SIZE", "1")),
     )  # fmt: skip
     mirror = _mirror(suite, data_dir)
+    if mirror is not None and _is_sample(mirror):
+        suite = "sample"  # whatever it was called: its items are no benchmark
     missing_fences = _missing_fences(say) if any(row.code for row in rows) else []
     with serving(mirror, _code_metric if allow_code_execution else None):
         tasks = _load_all(rows, settings, mirror, say)
-        subject = describe(model, tokenizer, revision, lm, settings, say)
+        subject = describe(model, tokenizer, revision, device, lm, settings, say)
         outcome = _run(rows, tasks, subject, settings, mirror, suite, out, skipped, progress, say)
     return outcome | {"missing_fences": missing_fences}
 
@@ -112,7 +114,7 @@ def _run(rows, tasks, subject, settings, mirror, suite, out, skipped, progress, 
             say(f"{where}: {shown(finished[row.name])}, measured before")
             continue
         measured = _measure(row, tasks[row.name], subject, settings, where, progress)
-        if measured is None:  # not the process that writes
+        if measured is None or _rank() != 0:  # not the process that writes
             continue
         folder = out / row.name
         try:
@@ -306,6 +308,23 @@ def _mirror(suite: str, data_dir) -> Mirror | None:
     if not Path(data_dir).is_dir():
         raise MissingData(f"{data_dir}: no such folder; --fetch-only builds it")
     return Mirror(data_dir)
+
+
+def _is_sample(mirror: Mirror) -> bool:
+    if not mirror.root.name.startswith("sample-"):
+        return False
+    from .sample import root
+
+    return mirror.root.name == root().name  # which has the digest of the contents in it
+
+
+def _device_kind(lm) -> str:
+    """Of the device that a model is put on by default, the same in all processes; a ready LM keeps its own."""
+    if lm is not None:
+        return ""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _missing_fences(say) -> list[str]:

@@ -49,7 +49,9 @@ class Subject:
         return self._lm
 
 
-def describe(model, tokenizer, revision: str | None, lm, settings: Settings, say: Callable[[str], None]) -> Subject:
+def describe(
+    model, tokenizer, revision: str | None, device: str | None, lm, settings: Settings, say: Callable[[str], None]
+) -> Subject:
     """What is to be evaluated, hashed but not loaded.
 
     Raises:
@@ -82,11 +84,14 @@ def describe(model, tokenizer, revision: str | None, lm, settings: Settings, say
                     settings.dtype,
                     settings.device_map,
                     settings.trust_remote_code,
-                    settings.device or None,
+                    device,
                 )
             )
 
         subject = Subject(str(model), identity, load)
+
+    if settings.chat_template and not getattr(tokenizer, "chat_template", None):
+        raise ValueError(f"{subject.name}: its tokenizer has no chat template")
 
     def wrapped(network):
         length = context_length(network.config, tokenizer, settings.max_length, subject.name)

@@ -15,7 +15,7 @@ from tiny_eval import Scripted, byte_tokenizer, tiny_llama
 from transformers import PreTrainedConfig
 
 from attnres import cli
-from attnres.eval import driver, evaluate, records, subject
+from attnres.eval import driver, evaluate, records, sample, subject
 from attnres.eval.lm import CausalLM, context_length, with_padding
 
 ROWS = "gsm8k,arc_challenge"
@@ -242,6 +242,17 @@ def test_context_length_is_never_guessed():
     config = PreTrainedConfig()  # as of a recurrent model
     with pytest.raises(ValueError, match="--max-length"):
         context_length(config, byte_tokenizer(), None, "m")
+
+
+def test_chat_template_that_is_not_there_is_refused(run, checkpoint):
+    with pytest.raises(ValueError, match="no chat template"):
+        run(str(checkpoint), chat_template=True)
+
+
+def test_sample_items_are_marked_under_any_name(tmp_path):
+    options = {"out": tmp_path / "out", "data_dir": sample.root(tmp_path), "progress": False}
+    assert evaluate(suite="gsm8k", lm=Scripted(), **options)["rows"]["gsm8k"]["suite"] == "sample"
+    assert "SAMPLE ITEMS" in (tmp_path / "out" / "results.csv").read_text()
 
 
 def test_detected_batch_size_is_in_the_result(run, monkeypatch):
