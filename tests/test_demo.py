@@ -261,7 +261,7 @@ def quick(tmp_path_factory):
 
 def test_quick_demo_writes_everything_and_leaves_nothing_else(quick):
     _, out, home = quick
-    expected = {MARKER, "plain", "half-way", "converted", "from-scratch", "held-out.jsonl"}
+    expected = {MARKER, "plain", "half-way", "converted", "from-scratch", "held-out.jsonl", "sample"}
     expected |= {"results.md", "results.json", "loss-curves.png", "depth-weights.png"}
     assert {path.name for path in out.iterdir()} == expected
     assert [path.name for path in out.parent.iterdir()] == ["out"]
@@ -291,6 +291,17 @@ def test_quick_demo_results_are_finite_and_the_same_in_every_place(quick):
     assert results["arms"]["plain"]["bits_per_byte"] < results["arms"]["half-way"]["bits_per_byte"]
     for arm in ("converted", "from-scratch"):
         assert [sum(row) for row in results["depth_weights"][arm]] == pytest.approx([1.0] * 9, abs=1e-4)
+
+
+def test_quick_demo_compares_the_arms_on_the_sample_items_and_says_what_they_are(quick):
+    process, out, _ = quick
+    comparison = json.loads((out / "sample" / "comparison.json").read_text("utf-8"))
+    assert [row["row"] for row in comparison["rows"]] == ["arc_challenge", "gsm8k"]
+    assert (comparison["first"], comparison["second"]) == ("plain", "from-scratch")
+    for text in (process.stdout, (out / "results.md").read_text("utf-8")):
+        assert "SAMPLE ITEMS" in text and "| ARC-Challenge | 12 |" in text
+    for arm in ("plain", "from-scratch"):
+        assert json.loads((out / "sample" / arm / "gsm8k" / "result.json").read_text("utf-8"))["suite"] == "sample"
 
 
 def test_quick_demo_arms_reload_and_predict_what_was_measured(quick):

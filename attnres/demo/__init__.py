@@ -13,12 +13,15 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers import logging as transformers_logging
 
 from attnres import AttnResConfig, AttnResForCausalLM
+from attnres.eval import compare, evaluate
+from attnres.eval.sample import root as sample_items
 
 from . import corpus as text
 from .evaluation import (
@@ -190,7 +193,26 @@ def _run_in(folder: Path, settings: Settings) -> dict:
         "layers_per_block": scratch.config.layers_per_block,
     }
     draw_figures(results, folder)
+    results["sample_comparison"] = _compare_on_samples(models, tokenizer, settings, folder)
     return results
+
+
+def _compare_on_samples(models: dict, tokenizer, settings: Settings, folder: Path) -> dict:
+    """Plain and from-scratch on the sample suite: the paper's tasks over miniature items, to show that it all works."""
+    outputs = {arm: folder / "sample" / arm for arm in (PLAIN, SCRATCH)}
+    with TemporaryDirectory() as cache:
+        for arm, out in outputs.items():
+            evaluate(
+                models[arm],
+                settings.sample_rows,
+                out=out,
+                data_dir=None if settings.sample_rows == "sample" else sample_items(cache),
+                tokenizer=tokenizer,
+            )
+    comparison = compare.compare(outputs[PLAIN], outputs[SCRATCH])
+    comparison = replace(comparison, first=PLAIN, second=SCRATCH)  # not the folders of a demo that is not finished
+    compare.write(comparison, folder / "sample")
+    return {"table": compare.as_markdown(comparison), **comparison.as_dict}
 
 
 def _train_plain(data: dict, settings: Settings, folder: Path) -> tuple[dict[str, History], HalfWay]:

@@ -90,7 +90,12 @@ def conclude(results: dict, out: Path) -> str:
 {_legend(results)}
 
 {completions}
-{results["seconds"]:.0f} s in all. In {out}: a checkpoint per arm, results.md, results.json and two figures.
+The paper's tasks on miniature items, plain (first) against from-scratch (second):
+
+{results["sample_comparison"]["table"]}
+
+{results["seconds"]:.0f} s in all. In {out}: a checkpoint per arm, results.md, results.json and the figures; in
+{out / "sample"}: the evaluation on the miniature items.
 
 Next, your own model: any PreNorm checkpoint of a supported family starts as an AttnRes model without loss:
 
@@ -127,6 +132,12 @@ Lossless start: {describe_lossless(lossless)}.
 ![Loss curves](loss-curves.png)
 
 ![Depth weights](depth-weights.png)
+
+## The paper's tasks on miniature items, plain against from-scratch
+
+{results["sample_comparison"]["table"]}
+
+![Differences by row](sample/forest.png)
 
 ## Completions
 
