@@ -3,7 +3,7 @@
 import re
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..modeling_attnres import AttnResForCausalLM
@@ -11,22 +11,26 @@ from .checkpoint import CheckpointError
 from .layouts import KIMI_K3, PRENORM, Source, shape_in
 
 
-def expected_tensors(origin: Source) -> tuple[dict[str, tuple[int, ...]], torch.nn.Module]:
-    """Names and shapes on disk of all tensors of a checkpoint's model, and that model without weights."""
+def meta_model(origin: Source) -> PreTrainedModel:
+    """The model that a checkpoint's configuration describes, without weights."""
     with torch.device("meta"):
         if origin.layout == PRENORM:
-            model = AutoModelForCausalLM.from_config(origin.config.backbone_config)
-        else:
-            model = AttnResForCausalLM(origin.config)
+            return AutoModelForCausalLM.from_config(origin.config.backbone_config)
+        return AttnResForCausalLM(origin.config)
+
+
+def expected_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Names and shapes on disk of all tensors of a model."""
     tensors = revert_weight_conversion(model, dict(model.state_dict()))
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, model
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def check_structure(origin: Source):
     """Raises CheckpointError if tensors are missing, misshapen or surplus for what `config.json` describes."""
     folder = origin.checkpoint.folder
     try:
-        expected, model = expected_tensors(origin)
+        model = meta_model(origin)
+        expected = expected_tensors(model)
     except Exception as error:  # whatever a model class makes of untrusted sizes
         raise CheckpointError(
             f"{folder / 'config.json'}: describes no model that can be built ({' '.join(str(error).split())[:300]})."

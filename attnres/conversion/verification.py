@@ -1,22 +1,21 @@
 """Measures whether a conversion computes what its source computed: same prompts through both, differences in
 numbers."""
 
-import json
 from collections.abc import Callable
 from contextlib import contextmanager
 from math import exp
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psutil
 import torch
 from safetensors import safe_open
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..modeling_attnres import AttnResForCausalLM
 from .checkpoint import CheckpointError, inside
 from .layouts import ATTNRES, KIMI_K3, PRENORM, Source, shape_in
+from .structure import meta_model
 
 # The result differs by the norms' epsilon only, which acts as if multiplied by n^2. In units of the logits' standard
 # deviation; bfloat16 rounds the two differently on top.
@@ -190,12 +189,7 @@ def _loaded(source: Source, in_memory: bool):
 
 def _layers_on_disk(source: Source) -> dict[str, str]:
     places = {f"model.layers.{layer}": "disk" for layer in range(source.config.num_hidden_layers)}
-    with torch.device("meta"):
-        model: PreTrainedModel = (
-            AutoModelForCausalLM.from_config(source.config.backbone_config)
-            if source.layout == PRENORM
-            else AttnResForCausalLM(source.config)
-        )
+    model = meta_model(source)
     others = [f"model.{name}" for name, _ in model.model.named_children() if name != "layers"]
     return {**dict.fromkeys(others, "cpu"), **places, "lm_head": "cpu"}
 
@@ -230,8 +224,3 @@ def report_table(report: dict) -> str:
     )
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
-
-
-def read_report(folder: Path) -> dict:
-    """`conversion_report.json` of a converted folder."""
-    return json.loads((folder / "conversion_report.json").read_text(encoding="utf-8"))
