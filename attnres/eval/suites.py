@@ -126,7 +126,8 @@ ROWS = {
         Row(
             "mgsm", "MGSM", tuple(f"mgsm_native_cot_{language}" for language in MGSM_LANGUAGES), "mgsm/native_cot", 8,
             NO_SHOTS_PUBLISHED, "exact_match", "flexible-extract", GENERATION, "Kimi Linear",
-            (("exact_match", "strict-match"),), average="subtasks", note="mean over eleven languages, worked in each",
+            (("exact_match", "strict-match"),), average="subtasks",
+            note="mean over eleven languages, worked in each; strict-match wants an English phrase in Bengali answers",
         ),
         Row(
             "math", "MATH", tuple(f"minerva_math_{subject}" for subject in MATH_SUBJECTS), "minerva_math", 4,

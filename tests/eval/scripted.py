@@ -2,10 +2,13 @@
 
 # ruff: noqa: RUF001 - answers in Chinese have full-width punctuation.
 
+import json
 import random
 import re
 
 from lm_eval.api.model import LM
+
+from attnres.eval.sample.tables import ITEMS
 
 WRONG_TEXT = "I would not know."
 
@@ -16,7 +19,7 @@ class ScriptedModel(LM):
     Args:
         tasks: lm-eval's task objects by the name that requests carry; may be filled later.
         likes: for a choice, given whether it is right and its number: the log-likelihood.
-        writes: for an item, given the data set's folder name and the item: the text.
+        writes: for an item, given the data set's folder name, its config and the item: the text.
     """
 
     def __init__(self, tasks, likes, writes):
@@ -29,7 +32,8 @@ class ScriptedModel(LM):
     def generate_until(self, requests):
         answers = []
         for request in requests:
-            text = self.writes(self._data_set(request), request.doc)
+            config = self.tasks[request.task_name].config
+            text = self.writes(config.dataset_path.split("/")[-1], config.dataset_name, request.doc)
             # As every backend does: the stop sequence and what follows it are not part of the answer.
             for stop in request.args[1].get("until", ()):
                 text = text.split(stop)[0]
@@ -38,9 +42,6 @@ class ScriptedModel(LM):
 
     def loglikelihood_rolling(self, requests):
         raise NotImplementedError
-
-    def _data_set(self, request) -> str:
-        return self.tasks[request.task_name].config.dataset_path.split("/")[-1]
 
     def _right(self, request) -> bool:
         task = self.tasks[request.task_name]
@@ -64,16 +65,21 @@ def guessing(tasks, seed=0) -> ScriptedModel:
     )
 
 
-def phrased(data_set: str, doc: dict) -> str:
+def otherwise(tasks) -> ScriptedModel:
+    """Right, in words that the examples do not have; of GSM8K, MGSM and MATH only."""
+    return ScriptedModel(tasks, None, lambda data_set, _, doc: OTHER_PHRASES[data_set](doc))
+
+
+def phrased(data_set: str, config: str | None, doc: dict) -> str:
     """The right answer as a base model puts it after the examples, running on where real models do."""
-    return PHRASES[data_set](doc)
+    return PHRASES[data_set](doc, config)
 
 
 def boxed(solution: str) -> str:
     return re.search(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", solution).group(1)
 
 
-def mathematics(doc):
+def mathematics(doc, _):
     answer = boxed(doc["solution"])
     return (
         f"We work it out step by step and find $\\boxed{{{answer}}}$.\n"
@@ -81,16 +87,29 @@ def mathematics(doc):
     )
 
 
+def school_mathematics(doc, language):
+    """In the words of the language's examples, with another question after the answer."""
+    words = LANGUAGES[language]
+    steps = f"{words['gap']}7 + 5 = 12{words['stop']}"
+    return f"{steps}{words['final'].format(r=doc['answer_number'])}\n\n{words['question']}6 + 8 = 14?"
+
+
+LANGUAGES = json.loads((ITEMS / "mgsm.json").read_text(encoding="utf-8"))["languages"]
 PHRASES = {
-    "MMLU-Pro": lambda doc: (
+    "MMLU-Pro": lambda doc, _: (
         f" Only one option fits, not (C) nor (D). The answer is ({doc['answer']}).\n\nQuestion: more"
     ),
-    "bbh": lambda doc: f" We look at each part in turn. So the answer is {doc['target']}.\n\nQ: another question",
-    "trivia_qa": lambda doc: f" {doc['answer']['aliases'][0]}\nQuestion: and who",
-    "gsm8k": lambda doc: f" {doc['answer']}\n\nQuestion: Tom has 12 pens.",
-    "mgsm": lambda doc: f" 7 + 5 = 12. The answer is {doc['answer_number']}.",
+    "bbh": lambda doc, _: f" We look at each part in turn. So the answer is {doc['target']}.\n\nQ: another question",
+    "trivia_qa": lambda doc, _: f" {doc['answer']['aliases'][0]}\nQuestion: and who",
+    "gsm8k": lambda doc, _: f" {doc['answer']}\n\nQuestion: Tom has 12 pens.",
+    "mgsm": school_mathematics,
     "hendrycks_math": mathematics,
-    "cmath": lambda doc: f"先算一步，3+4=7。所以答案是{doc['golden']}。\n\n问题：1+1=？",
-    "openai_humaneval": lambda doc: f"{doc['canonical_solution']}\n\ndef more(x):\n    return unfinished(",
-    "mbpp": lambda doc: f"{doc['code']}\n[DONE]\nYou are an expert",
+    "cmath": lambda doc, _: f"先算一步，3+4=7。所以答案是{doc['golden']}。\n\n问题：1+1=？",
+    "openai_humaneval": lambda doc, _: f"{doc['canonical_solution']}\n\ndef more(x):\n    return unfinished(",
+    "mbpp": lambda doc, _: f"{doc['code']}\n[DONE]\nYou are an expert",
+}
+OTHER_PHRASES = {
+    "gsm8k": lambda doc: f" It costs 12 at first. The answer is ${doc['answer'].split('#### ')[1]}.",
+    "mgsm": lambda doc: f" 7 + 5 = 12. The answer is {doc['answer_number']}.",
+    "hendrycks_math": lambda doc: f" Hence the result is $\\boxed{{{boxed(doc['solution'])}}}$.",
 }
