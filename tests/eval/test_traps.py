@@ -25,6 +25,7 @@ import datasets
 import evaluate as hf_evaluate
 import pytest
 from lm_eval.api import model as lm_eval_model
+from lm_eval.api import task as lm_eval_task
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import _yaml_loader
@@ -247,7 +248,7 @@ def test_08_code_rows_load_without_a_hub_and_run_programs_in_the_sandbox(row, na
 
 def test_09_two_models_in_one_folder_get_their_own_answers(run, monkeypatch, tmp_path):
     monkeypatch.setattr(lm_eval_model.CachingLM, "__init__", None)
-    monkeypatch.setattr("lm_eval.caching.cache.save_to_cache", None)
+    monkeypatch.setattr(lm_eval_task, "save_to_cache", None)  # of prompts
     tokenizer = byte_tokenizer(eos_token="<end>")
     answers = []
     for out, seed in (("both", 0), ("both", 1), ("second", 1)):
