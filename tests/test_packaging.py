@@ -23,7 +23,8 @@ NOT_REMOTE_CODE = {"__init__", "__main__", "cli", "demo", "plots"}
 REMOTE_CODE = sorted({path.stem for path in PACKAGE.glob("*.py")} - NOT_REMOTE_CODE)
 MODEL = {"attnres", *REMOTE_CODE}  # "attnres" are the public names
 
-# Which top-level module of the package may import which. eval evaluates any causal language model: it knows no AttnRes.
+# Which top-level module of the package may import which. eval evaluates any causal language model: it knows no AttnRes,
+# and asks conversion for what transformers loads where a checkpoint has another layout.
 MAY_IMPORT = {
     "plots": set(),
     "kernels": set(),  # depth_mixer reaches them by name
@@ -32,7 +33,7 @@ MAY_IMPORT = {
     "conversion": MODEL,
     "analysis": MODEL | {"plots"},
     "parallel": MODEL,
-    "eval": {"plots"},
+    "eval": {"plots", "conversion"},
     "hub_card": MODEL | {"plots", "eval", "analysis"},
 }
 MAY_IMPORT["demo"] = {*MODEL, "plots", "conversion", "analysis", "parallel", "eval", "hub_card"}

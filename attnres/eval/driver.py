@@ -7,20 +7,20 @@ import random
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from . import records
 from .identity import versions
 from .loading import LoadedTask, load_tasks, task_fingerprint
 from .mirror import Mirror, MissingData, serving
+from .processes import ProcessLost, join
 from .progress import quiet_lm_eval, request_bar
 from .results import write_tables
 from .scores import row_scores, task_scores
-from .subject import Settings, Subject, describe
+from .subject import Settings, Subject, describe, follow
 from .suites import Row, select_rows
 
 FEWSHOT_SEED = 1234  # lm-eval's
@@ -51,6 +51,8 @@ def evaluate(
 ) -> dict:
     """Measures the rows of a suite and writes `out/<row>/result.json` and `samples.jsonl` as each ends.
 
+    Of several processes (`accelerate launch`) each calls it: they share every row, the first of them writes.
+
     Args:
         model: folder, hub id, or a causal LM in memory (then with its tokenizer).
         suite: of SUITES, a row, or several joined by commas.
@@ -73,32 +75,40 @@ def evaluate(
         ValueError: the user's mistake, before any model is loaded.
         OSError: results cannot be written; what was finished is kept.
     """
-    rows = select_rows(suite)
-    out = Path(out)
-    skipped = {row.name: NO_CODE for row in rows if row.code and not allow_code_execution}
-    say = _speaker(progress)
-    for name, reason in skipped.items():
-        say(f"{name}: skipped, it {reason}")
-    rows = [row for row in rows if row.name not in skipped]
     settings = Settings(
-        dtype, batch_size, _checked_limit(limit), seed, seeds, max_length, chat_template, trust_remote_code,
-        device or _device_kind(lm), device_map, int(os.environ.get("WORLD_SIZE", "1")),
+        dtype, batch_size, limit, seed, seeds, max_length, chat_template, trust_remote_code,
+        device or _device_kind(lm), device_map,
     )  # fmt: skip
-    mirror = _mirror(suite, data_dir)
-    if mirror is not None and _is_sample(mirror):
-        suite = "sample"  # whatever it was called: its items are no benchmark
-    missing_fences = _missing_fences(say) if any(row.code for row in rows) else []
-    with serving(mirror, _code_metric if allow_code_execution else None):
-        tasks = _load_all(rows, settings, mirror, say)
-        subject = describe(model, tokenizer, revision, device, lm, settings, say)
-        outcome = _run(rows, tasks, subject, settings, mirror, suite, out, skipped, progress, say)
-    return outcome | {"missing_fences": missing_fences}
+    team = join(settings.device)
+    if team is not None and team.rank != 0:
+        return {**follow(model, tokenizer, revision, settings, team), "writes": False}
+    say = _speaker(progress)
+    with nullcontext() if team is None else team.leading() as end:
+        settings = replace(settings, limit=_checked_limit(limit))
+        rows = select_rows(suite)
+        if team is not None and device_map is not None:
+            raise ValueError("--device-map spreads one model over all devices: start it without accelerate launch")
+        skipped = {row.name: NO_CODE for row in rows if row.code and not allow_code_execution}
+        for name, reason in skipped.items():
+            say(f"{name}: skipped, it {reason}")
+        rows = [row for row in rows if row.name not in skipped]
+        mirror = _mirror(suite, data_dir)
+        if mirror is not None and _is_sample(mirror):
+            suite = "sample"  # whatever it was called: its items are no benchmark
+        missing_fences = _missing_fences(say) if any(row.code for row in rows) else []
+        with serving(mirror, _code_metric if allow_code_execution else None):
+            tasks = _load_all(rows, settings, mirror, say)
+            subject = describe(model, tokenizer, revision, lm, settings, Path(out), team, say)
+            outcome = _run(rows, tasks, subject, settings, mirror, suite, Path(out), skipped, progress, say)
+        outcome["missing_fences"] = missing_fences
+        if end is not None:
+            end(outcome)
+    return outcome
 
 
 def _run(rows, tasks, subject, settings, mirror, suite, out, skipped, progress, say) -> dict:
     packages = versions()
     fingerprints = {row.name: _fingerprint(tasks[row.name], subject, settings, packages, mirror) for row in rows}
-    # Decided for all rows before any is measured: several processes must come to the same plan.
     finished = {row.name: _reusable(out / row.name, fingerprints[row.name], say) for row in rows}
     finished = {name: result for name, result in finished.items() if result}
     outcome = {
@@ -106,7 +116,7 @@ def _run(rows, tasks, subject, settings, mirror, suite, out, skipped, progress, 
         "failed": {},
         "skipped": skipped,
         "reused": sorted(finished),
-        "writes": _rank() == 0,
+        "writes": True,
     }
     for number, row in enumerate(rows, 1):
         where = f"row {number} of {len(rows)}, {row.name}"
@@ -114,28 +124,25 @@ def _run(rows, tasks, subject, settings, mirror, suite, out, skipped, progress, 
             say(f"{where}: {shown(finished[row.name])}, measured before")
             continue
         measured = _measure(row, tasks[row.name], subject, settings, where, progress)
-        if measured is None or _rank() != 0:  # not the process that writes
-            continue
         folder = out / row.name
         try:
             records.set_aside(folder)
             if isinstance(measured, Exception):
-                outcome["failed"][row.name] = reason = _reason(measured)
+                outcome["failed"][row.name] = _reason(measured)
                 records.write_text(folder / records.FAILURE, traceback.format_exception(measured))
-                say(f"{where}: failed, {reason}")
-                continue
-            items, facts = measured
-            result = _result(row, suite, settings, fingerprints[row.name], subject, packages, items, facts)
-            records.write_lines(folder / records.SAMPLES, items)
-            records.write_json(folder / records.RESULT, result)
-            outcome["rows"][row.name] = result
-            write_tables(out, subject.identity)
+            else:
+                items, facts = measured
+                result = _result(row, suite, settings, fingerprints[row.name], subject, packages, items, facts)
+                records.write_lines(folder / records.SAMPLES, items)
+                records.write_json(folder / records.RESULT, result)
+                outcome["rows"][row.name] = result
+                write_tables(out, subject.identity)
         except OSError as error:
             raise _cannot_write(out, error) from None
-        say(f"{where}: {shown(result)}")
+        failed = row.name in outcome["failed"]
+        say(f"{where}: failed, {outcome['failed'][row.name]}" if failed else f"{where}: {shown(result)}")
     try:
-        if _rank() == 0:
-            write_tables(out, subject.identity, outcome["failed"], skipped)
+        write_tables(out, subject.identity, outcome["failed"], skipped)
     except OSError as error:
         raise _cannot_write(out, error) from None
     return outcome
@@ -154,7 +161,7 @@ def shown(result: dict) -> str:
 
 
 def _measure(row: Row, tasks: list[LoadedTask], subject: Subject, settings: Settings, where: str, progress: bool):
-    """The row's items and facts; the exception if it fails; None in a process that does not write."""
+    """The row's items and facts; the exception if it fails."""
     lm = subject.lm  # outside: a model that cannot be loaded fails every row
     counts = getattr(lm, "counts", None)
     if counts is not None:
@@ -165,14 +172,10 @@ def _measure(row: Row, tasks: list[LoadedTask], subject: Subject, settings: Sett
     try:
         with quiet_lm_eval(), bar:
             results = _lm_eval(row, tasks, lm, settings)
+    except (ProcessLost, BrokenPipeError):  # of the progress bar: nobody is there any more
+        raise
     except Exception as error:  # whatever it is, the other rows go on
         return error
-    if counts is not None:
-        shares = lm.gather_object(Counter(counts))
-    if results is None:
-        return None
-    if counts is not None:
-        counts = sum(shares, Counter())
     seconds = time.perf_counter() - started
     try:
         items = [item for task in tasks for item in _items(task, results["samples"][task.key])]
@@ -367,15 +370,11 @@ def _as_json(value):
     return json.loads(json.dumps(value, default=str))
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def _speaker(progress: bool) -> Callable[[str], None]:
     stream = sys.stderr
 
     def say(text: str) -> None:
-        if progress and _rank() == 0:
+        if progress:
             print(text, file=stream, flush=True)
 
     return say
@@ -383,6 +382,6 @@ def _speaker(progress: bool) -> Callable[[str], None]:
 
 def _bar(lm, where: str, progress: bool):
     """A bar over the row's requests for our own LM; others show none."""
-    if not progress or not hasattr(lm, "counts") or _rank() != 0:
+    if not progress or not hasattr(lm, "counts"):
         return nullcontext()
     return request_bar(lm, where, sys.stderr)

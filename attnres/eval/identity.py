@@ -30,20 +30,27 @@ def checkpoint_folder(model: str, revision: str | None = None) -> Path:
         if model.count("/") != 1 or model.startswith((".", "/", "~")):
             raise ValueError(f"{model}: no such folder.")
         folder = _snapshot(model, revision)
-    config_path = folder / "config.json"
-    if not config_path.is_file():
+    if not (folder / "config.json").is_file():
         raise ValueError(f"{model}: has no config.json; it is no transformers checkpoint.")
+    return folder
+
+
+def is_kimi_k3(folder: Path, trust_remote_code: bool) -> bool:
+    """Whether a checkpoint has Kimi K3's layout, which transformers would load without its depth mixing.
+
+    Where the checkpoint brings its own model and the user trusts it, that decides.
+    """
+    config_path = folder / "config.json"
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{config_path}: not valid JSON ({' '.join(str(error).split())[:120]}).") from None
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-    if text.get("model_type") == "kimi_linear" and text.get("attn_res_block_size"):
-        raise ValueError(
-            f"{model}: Kimi K3's layout, which transformers does not load with its depth mixing. Convert it first: "
-            f"attnres convert {model} DST --from kimi-k3"
-        )
-    return folder
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_path}: must hold a JSON object, got {type(config).__name__}.")
+    if trust_remote_code and "AutoModelForCausalLM" in (config.get("auto_map") or {}):
+        return False
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    return text.get("model_type") == "kimi_linear" and bool(text.get("attn_res_block_size"))
 
 
 def tokenizer_source(name: str) -> Path:

@@ -1,11 +1,15 @@
 """lm-eval's transformers model, which here counts what it cuts, refuses NaN and shows one progress bar per row."""
 
-import os
 from collections import Counter
+from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import Collator
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
+
+from .processes import Team
 
 # Where configurations keep the longest input, in the order in which they are asked.
 LENGTH_NAMES = (
@@ -89,9 +93,7 @@ class CausalLM(HFLM):
     def _model_call(self, inps, attn_mask=None, labels=None):
         logits = super()._model_call(inps, attn_mask=attn_mask, labels=labels)
         self.counts["tokens"] += inps.numel()
-        if torch.isnan(logits).any():
-            raise NonFiniteLogits("the model's logits are NaN")
-        return logits
+        return _without_nan(logits)
 
     def _model_generate(self, context, max_length, stop, **generation_kwargs):
         max_length = min(max_length, self._max_length)
@@ -102,11 +104,79 @@ class CausalLM(HFLM):
         return output
 
 
+@dataclass(frozen=True)
+class Request:
+    """What the model needs of lm-eval's request."""
+
+    args: tuple
+
+
+class LeadingLM(CausalLM):
+    """The first of several processes: deals out the batches that it would make alone, and puts the answers together.
+
+    The same batches, because the last bits of a score depend on what else is in a batch.
+    """
+
+    def __init__(self, team: Team, *args):
+        super().__init__(*args)
+        self._team = team
+
+    def generate_until(self, requests, disable_tqdm=False):
+        def order(item):
+            _, (context, _) = item
+            return -len(self.tok_encode(context)), context
+
+        items = list(enumerate(request.args for request in requests))
+        groups = Collator.group(items, fn=lambda item: item[1][1], group_by="gen_kwargs").values()
+        batches = [
+            [number for number, _ in batch] for group in groups for batch in self._batches(sorted(group, key=order))
+        ]
+        return self._share("generate_until", [Request(args) for _, args in items], batches)
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
+        def order(group):
+            _, (_, context, continuation) = max(group, key=lambda item: len(item[1][2]))
+            tokens = context + continuation
+            return -len(tokens), tuple(tokens)
+
+        # Continuations of one token after the same context take one pass through the model: they stay together.
+        groups = Collator.group(enumerate(requests), fn=_shared_pass, group_by="contexts").values()
+        batches = [
+            [number for group in batch for number, _ in group] for batch in self._batches(sorted(groups, key=order))
+        ]
+        return self._share("_loglikelihood_tokens", requests, batches)
+
+    def _batches(self, ordered: list) -> list[list]:
+        size = 1 if self.batch_size == "auto" else self.batch_size
+        return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+    def _share(self, method: str, items: list, batches: list[list[int]]) -> list:
+        shares = [sorted(chain(*batches[rank :: self._team.size])) for rank in range(self._team.size)]
+        work = [(method, [items[number] for number in share]) for share in shares]
+        replies = self._team.call("answer", work, lambda own: (_answers(self, *own), Counter(), []))
+        answers = [None] * len(items)
+        for share, (given, counts, sizes) in zip(shares, replies, strict=True):
+            for number, each in zip(share, given, strict=True):
+                answers[number] = each
+            self.counts.update(counts)
+            self.batch_sizes_found += sizes
+        return answers
+
+
 class _RefuseNaN(LogitsProcessor):
     def __call__(self, input_ids, scores):
-        if torch.isnan(scores).any():
-            raise NonFiniteLogits("the model's logits are NaN")
-        return scores
+        return _without_nan(scores)
+
+
+def _without_nan(logits):
+    if torch.isnan(logits).any():
+        raise NonFiniteLogits("the model's logits are NaN")
+    return logits
+
+
+def _shared_pass(item: tuple) -> list[int]:
+    _, (_, context, continuation) = item
+    return context + continuation[:-1]
 
 
 def load_tokenizer(source: str, trust_remote_code: bool):
@@ -139,7 +209,7 @@ def with_padding(tokenizer):
     return tokenizer
 
 
-def load_model(folder: str, dtype: str, device_map, trust_remote_code: bool, device: str | None):
+def load_model(folder: str, dtype: str, device_map, trust_remote_code: bool, device: str):
     """A causal LM by transformers; on one device unless there is a device map."""
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -147,7 +217,7 @@ def load_model(folder: str, dtype: str, device_map, trust_remote_code: bool, dev
         )
     except (ValueError, OSError, ImportError, KeyError) as error:
         raise ValueError(f"{folder}: transformers cannot load it as a causal language model ({_line(error)})") from None
-    return (model if device_map else model.to(device or _default_device())).eval()
+    return (model if device_map else model.to(device)).eval()
 
 
 def context_length(config, tokenizer, given: int | None, name: str) -> int:
@@ -170,23 +240,23 @@ def context_length(config, tokenizer, given: int | None, name: str) -> int:
     raise ValueError(f"{name}: neither configuration nor tokenizer says how long an input may be. Pass --max-length.")
 
 
-def wrap(model, tokenizer, max_length: int, batch_size: int | str) -> CausalLM:
-    """The model for lm-eval; one of several copies where `accelerate launch` started several processes."""
-    lm = CausalLM(model, tokenizer, max_length, batch_size)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from accelerate import Accelerator
-
-        lm.accelerator = Accelerator()
-        lm._rank, lm._world_size = lm.accelerator.process_index, lm.accelerator.num_processes
-    return lm
+def wrap(model, tokenizer, max_length: int, batch_size: int | str, team: Team | None = None) -> CausalLM:
+    """The model for lm-eval; the one that leads, or one that follows, where several processes share the work."""
+    if team is None or team.rank != 0:
+        return CausalLM(model, tokenizer, max_length, batch_size)
+    return LeadingLM(team, model, tokenizer, max_length, batch_size)
 
 
-def _default_device() -> str:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from accelerate import PartialState
+def answer(lm: CausalLM, work: tuple[str, list]) -> tuple[list, Counter, list[int]]:
+    """A share's answers, with what was counted and found meanwhile."""
+    method, items = work
+    lm.counts.clear()
+    lm.batch_sizes_found.clear()
+    return _answers(lm, method, items), Counter(lm.counts), list(lm.batch_sizes_found)
 
-        return str(PartialState().device)
-    return "cuda" if torch.cuda.is_available() else "cpu"
+
+def _answers(lm: CausalLM, method: str, items: list) -> list:
+    return getattr(CausalLM, method)(lm, items) if items else []
 
 
 def _line(error: BaseException) -> str:

@@ -2,10 +2,7 @@
 
 import errno
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -261,23 +258,6 @@ def test_detected_batch_size_is_in_the_result(run, monkeypatch):
     assert outcome["rows"]["arc_challenge"]["batch_sizes_found"] == [5]
 
 
-@pytest.mark.slow
-def test_two_processes_share_the_items_and_one_writes(checkpoint, mirror_root, tmp_path):
-    options = ["--suite", ROWS, "--data-dir", mirror_root, "--out", tmp_path, "--max-length", "900"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "attnres"]
-    done = subprocess.run(
-        [*launch, "eval", *map(str, [checkpoint, *options])],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.getcwd()},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and done.stdout.count("| GSM8K |") == 1
-    result = records.read_result(tmp_path / "arc_challenge")
-    assert (result["score"]["n"], result["prompts_cut"], result["settings"]["processes"]) == (5, 20, 2)
-    samples = [json.loads(line) for line in (tmp_path / "gsm8k" / "samples.jsonl").read_text().splitlines()]
-    assert [sample["doc_id"] for sample in samples] == [0, 1, 2, 3, 4] * 2
-
-
 def error_of(capsys, *arguments) -> str:
     assert cli.main(["eval", *map(str, arguments)]) == 2
     captured = capsys.readouterr()
@@ -291,12 +271,6 @@ def test_model_without_tokenizer_is_one_line(mirror_root, checkpoint, tmp_path, 
         shutil.copy(checkpoint / name, tmp_path)
     error = error_of(capsys, tmp_path, "--suite", "gsm8k", "--data-dir", mirror_root, "--out", tmp_path / "out")
     assert "no tokenizer" in error and "--tokenizer" in error
-
-
-def test_kimi_k3_layout_is_answered_with_the_conversion(mirror_root, tmp_path, capsys):
-    (tmp_path / "config.json").write_text('{"model_type": "kimi_linear", "attn_res_block_size": 3}')
-    error = error_of(capsys, tmp_path, "--suite", "gsm8k", "--data-dir", mirror_root)
-    assert "attnres convert" in error and "--from kimi-k3" in error
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,27 @@
+"""What test_parallel.py has `accelerate launch` start in each process; notes what each returned."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from attnres.eval import evaluate
+from attnres.eval.lm import CausalLM
+
+mode, checkpoint, mirror, out = sys.argv[1:]
+
+if os.environ["RANK"] == "1":
+    if mode == "nan":
+        HFLM._model_call = lambda self, inps, **_: torch.full((*inps.shape, 257), torch.nan)
+    elif mode == "lost":
+        CausalLM.generate_until = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+outcome = evaluate(
+    checkpoint, "gsm8k,arc_challenge", out=out, data_dir=mirror, max_length=900, batch_size=2, progress=False
+)
+outcome["rows"] = {name: result["score"]["value"] for name, result in outcome["rows"].items()}
+Path(out, f"outcome-{os.environ['RANK']}.json").write_text(json.dumps(outcome))
