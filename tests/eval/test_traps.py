@@ -246,9 +246,13 @@ def test_08_code_rows_load_without_a_hub_and_run_programs_in_the_sandbox(row, na
 # 9. lm-eval's caches do not know the model.
 
 
+def no_prompt_is_cached(file_name, cache):
+    assert not cache
+
+
 def test_09_two_models_in_one_folder_get_their_own_answers(run, monkeypatch, tmp_path):
     monkeypatch.setattr(lm_eval_model.CachingLM, "__init__", None)
-    monkeypatch.setattr(lm_eval_task, "save_to_cache", None)  # of prompts
+    monkeypatch.setattr(lm_eval_task, "load_from_cache", no_prompt_is_cached)
     tokenizer = byte_tokenizer(eos_token="<end>")
     answers = []
     for out, seed in (("both", 0), ("both", 1), ("second", 1)):
