@@ -5,6 +5,8 @@ Heavy modules are imported inside the sub-commands.
 
 import argparse
 import json
+import math
+import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -15,6 +17,7 @@ from . import __version__
 USER_ERROR = 2
 SOME_FAILED = 1
 INTERRUPTED = 130
+PIPE_CLOSED = 141  # as of a program that SIGPIPE ends
 OTHER_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]  # of weights, which are not read
 
 
@@ -24,9 +27,16 @@ class CommandError(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, 1 if a row failed, 2 for a user error, 130 for Ctrl-C."""
-    options = _parser().parse_args(arguments)
     try:
-        return options.command(options) or 0
+        try:
+            options = _parser().parse_args(arguments)
+            return options.command(options) or 0
+        finally:
+            sys.stdout.flush()  # so that a reader that has gone is met here and not when Python ends
+    except BrokenPipeError:
+        # `attnres ... | head -1`: nobody reads any more. Python's own flush at the end must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except KeyboardInterrupt:
         print("attnres: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -156,8 +166,15 @@ def _local_folder(name: str) -> str:
         raise CommandError(f"{name}: no such folder, and not to be had from the hub ({reason})") from None
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says a mistake in one line, without the usage, which --help shows."""
+
+    def error(self, message: str):
+        self.exit(USER_ERROR, f"{self.prog}: error: {message} ({self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="attnres", description="Attention Residuals as transformers models.")
+    parser = _Parser(prog="attnres", description="Attention Residuals as transformers models.")
     parser.add_argument("--version", action="version", version=f"attnres {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
@@ -301,19 +318,22 @@ def _add_eval(commands):
         "(default: %(default)s)",
     )
     parser.add_argument(
-        "--max-length", metavar="TOKENS", type=int, help="longest input (default: what the configuration says)"
+        "--max-length", metavar="TOKENS", type=_at_least_1, help="longest input (default: what the configuration says)"
     )
     parser.add_argument(
         "--limit",
         metavar="N",
-        type=float,
+        type=_limit,
         help="items per task, or a share below 1, to try things out; marked everywhere (default: all)",
     )
     parser.add_argument(
         "--seed", metavar="N", type=_seed, default=1234, help="of the examples that are drawn (default: %(default)s)"
     )
     parser.add_argument(
-        "--gpqa-seeds", metavar="N", type=int, help="orders of the choices that GPQA-Diamond averages (default: 8)"
+        "--gpqa-seeds",
+        metavar="N",
+        type=_at_least_1,
+        help="orders of the choices that GPQA-Diamond averages (default: 8)",
     )
     parser.add_argument("--tokenizer", metavar="NAME", help="folder or hub id (default: the model's own)")
     parser.add_argument("--revision", metavar="NAME", help="of a model on the hub (default: its main branch)")
@@ -328,12 +348,21 @@ def _add_eval(commands):
 
 
 def _batch_size(value: str) -> int | str:
-    if value == "auto":
-        return value
-    size = int(value)
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1 or auto, got {size}")
-    return size
+    return value if value == "auto" else _whole(value, 1, None, "a whole number of at least 1, or auto")
+
+
+def _at_least_1(value: str) -> int:
+    return _whole(value, 1, None, "a whole number of at least 1")
+
+
+def _limit(value: str) -> int | float:
+    try:
+        limit = float(value)
+    except ValueError:
+        limit = math.nan
+    if not 0 < limit < math.inf or (limit > 1 and not limit.is_integer()):
+        raise argparse.ArgumentTypeError(f"must be a whole number of items, or a share between 0 and 1, got {value}")
+    return int(limit) if limit >= 1 else limit
 
 
 def _add_compare(commands):
@@ -350,17 +379,24 @@ def _add_compare(commands):
     parser.add_argument("second", metavar="DIR_B", help="folder of the other evaluation")
     parser.add_argument("--out", metavar="DIR", default="compare-out", help="folder of results (default: %(default)s)")
     parser.add_argument(
-        "--bootstrap", metavar="N", type=int, default=10_000, help="resamples, at least 100 (default: %(default)s)"
+        "--bootstrap", metavar="N", type=int, default=10_000, help="resamples, 100 to 1000000 (default: %(default)s)"
     )
     parser.add_argument("--seed", metavar="N", type=_seed, default=0, help="of the resampling (default: %(default)s)")
     parser.set_defaults(command=compare)
 
 
 def _seed(value: str) -> int:
-    seed = int(value)
-    if not 0 <= seed < 2**32:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 2**32 - 1, got {seed}")
-    return seed
+    return _whole(value, 0, 2**32 - 1, "a whole number from 0 to 2**32 - 1")
+
+
+def _whole(value: str, least: int, most: int | None, rule: str) -> int:
+    try:
+        number = int(value)
+    except ValueError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        raise argparse.ArgumentTypeError(f"must be {rule}, got {value}")
+    return number
 
 
 def _require(*modules: str, extra: str):

@@ -1,8 +1,11 @@
 """Every figure, drawn from plain arrays: no model, no file but the one that is written."""
 
+import io
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -133,7 +136,7 @@ def forest(
         differences: in points.
         intervals: 95 % intervals in points.
         published: differences published for the rows, or None; drawn without an interval.
-        notes: a short text per row, printed at the right under `note_title`.
+        notes: a short text per row, printed at the right under `note_title`, all in letters of one width.
         title: of the figure.
         warning: printed across the top where the numbers must not be taken for more than they are.
 
@@ -163,10 +166,15 @@ def forest(
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     for place, note in zip(places, notes, strict=True):
-        axes.annotate(note, (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=8)
-    axes.annotate(note_title, (1.02, 1.01), xycoords="axes fraction", va="bottom", fontsize=8, color="0.35")
+        axes.annotate(
+            note, (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=8, family="monospace"
+        )
+    style = {"va": "bottom", "fontsize": 8, "color": "0.35", "family": "monospace"}
+    axes.annotate(note_title, (1.02, 1.01), xycoords="axes fraction", **style)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    figure.suptitle("\n".join([title, *textwrap.wrap(warning, 95)]), fontsize=10, color=COLOURS[0])
+    lines = [line for text in (title, warning) for line in textwrap.wrap(text, 95)]
+    # A folder's name may hold a dollar sign, which would start a formula.
+    figure.suptitle("\n".join(lines), fontsize=10, color=COLOURS[0], parse_math=False)
     _save(figure, path)
 
 
@@ -188,4 +196,12 @@ def _outline(row: int, column: int) -> Rectangle:
 
 def _save(figure: Figure, path: str | PathLike):
     # A canvas of its own: pyplot's would keep every figure of the process alive.
-    FigureCanvasAgg(figure).print_figure(str(path), dpi=DPI, format="png")
+    drawn = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(drawn, dpi=DPI, format="png")
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(drawn.getvalue())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,9 +1,11 @@
 """The command line: help, versions, and what users see when something is wrong."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+from helpers import random_attnres
 
 import attnres
 import attnres.demo
@@ -33,13 +35,65 @@ def test_help_of_demo_shows_defaults(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["nonsense"], ["demo", "--seed", "-1"], ["demo", "--seed", "x"]], ids=" ".join
+    ("arguments", "message"),
+    [
+        ("", "required: COMMAND"),
+        ("nonsense", "'nonsense'"),
+        ("eval --nonsense", "unrecognized arguments: --nonsense"),
+        ("demo --seed -1", "argument --seed: must be a whole number from 0 to 2**32 - 1, got -1"),
+        ("compare a b --seed x", "argument --seed: must be a whole number from 0 to 2**32 - 1, got x"),
+        ("eval m --seed 4294967296", "got 4294967296"),
+        ("eval m --batch-size many", "argument --batch-size: must be a whole number of at least 1, or auto, got many"),
+        ("eval m --batch-size 0", "at least 1, or auto, got 0"),
+        ("eval m --max-length 0", "argument --max-length: must be a whole number of at least 1, got 0"),
+        ("eval m --gpqa-seeds 0", "argument --gpqa-seeds: must be a whole number of at least 1, got 0"),
+        ("eval m --limit 0", "argument --limit: must be a whole number of items, or a share between 0 and 1, got 0"),
+        ("eval m --limit -1", "got -1"),
+        ("eval m --limit 1.5", "got 1.5"),
+        ("eval m --limit nan", "got nan"),
+        ("eval m --limit inf", "got inf"),
+        ("eval m --limit few", "got few"),
+        ("eval m --dtype int8", "argument --dtype: invalid choice: 'int8'"),
+    ],
 )
-def test_bad_arguments_exit_with_status_2(arguments, capsys):
+def test_bad_arguments_are_one_line_and_status_2(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
+        cli.main(arguments.split())
     assert stop.value.code == 2
-    assert "error: " in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert said.err.startswith("attnres") and ": error: " in said.err and message in said.err
+    assert said.err.count("\n") == 1 and "--help" in said.err and not said.out
+
+
+@pytest.mark.parametrize(("given", "limit"), [("5", 5), ("1", 1), ("0.25", 0.25), ("1e3", 1000)])
+def test_a_limit_is_a_number_of_items_or_a_share(given, limit, monkeypatch):
+    asked = {}
+    outcome = {"writes": False, "failed": {}}
+    monkeypatch.setattr("attnres.eval.evaluate", lambda *_, **options: asked.update(options) or outcome)
+    assert cli.main(["eval", "m", "--limit", given]) == 0
+    assert asked["limit"] == limit and type(asked["limit"]) is type(limit)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["eval", "--help"], ["inspect-checkpoint", "model"]], ids=" ".join
+)
+def test_a_reader_that_has_gone_ends_the_command_silently(arguments, tmp_path):
+    if "model" in arguments:
+        random_attnres("llama").save_pretrained(tmp_path / "model")
+        arguments = [arguments[0], str(tmp_path / "model")]
+    # Buffered, as it is unless the environment says otherwise: then the failure waits for the last flush.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as gone:
+        result = subprocess.run(
+            [sys.executable, "-m", "attnres", *arguments],
+            stdout=gone,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+    assert result.returncode == 141 and result.stderr == ""
 
 
 def test_a_folder_in_use_is_one_line(tmp_path, capsys):

@@ -4,6 +4,7 @@ Every difference is second minus first, in per cent points.
 """
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -15,6 +16,11 @@ from .results import LIMITED, SAMPLE
 
 KEY = ("task", "doc_id", "doc_hash", "prompt_hash", "target_hash", "filter")
 SHOWN = 3  # examples in an error
+SAMPLE_FIELDS = {
+    **dict.fromkeys(("task", "doc_hash", "prompt_hash", "target_hash", "filter"), str),
+    "doc_id": int, "seed": (int, None), "metrics": dict,
+}  # fmt: skip
+MOST_RESAMPLES = 1_000_000
 SHARED_SETTINGS = ("dtype", "batch_size", "seed", "seeds", "max_length", "chat_template")
 
 
@@ -40,14 +46,19 @@ class RowComparison:
     ties: int
     method: str
     paper_difference: float | None
+    prompts_cut: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows in the paper's order; `marks` must be read before any number; `left_out` are rows that one side lacks."""
+    """Rows in the paper's order; `marks` must be read before any number; `left_out` are rows that one side lacks.
+
+    `models` are what the two sides' first rows say of their model: hashes, parameters, device.
+    """
 
     first: str
     second: str
+    models: tuple[dict, dict]
     rows: list[RowComparison]
     marks: list[str]
     left_out: list[str]
@@ -71,23 +82,27 @@ def compare(first: str | PathLike, second: str | PathLike, *, bootstrap: int = 1
         OSError: a file is missing or cannot be read.
     """
     first, second = Path(first), Path(second)
-    if bootstrap < 100:
-        raise ValueError(f"bootstrap must be at least 100 resamples, got {bootstrap}")
+    if not 100 <= bootstrap <= MOST_RESAMPLES:
+        raise ValueError(f"bootstrap must be 100 to {MOST_RESAMPLES} resamples, got {bootstrap}")
     names = [_rows(folder) for folder in (first, second)]
+    if first.samefile(second):
+        raise ValueError(f"{second}: the same folder as the first; name the folders of two evaluations")
     shared = [name for name in _ordered(names[0]) if name in names[1]]
     if not shared:
         raise ValueError(f"no row is in both {first} ({_listed(names[0])}) and {second} ({_listed(names[1])})")
-    marks, measured = [], []
+    marks, measured, models = [], [], []
     for name in shared:
         results = [_result(folder / name) for folder in (first, second)]
         _agree(name, results)
         marks += [LIMITED] * any(result["limit"] is not None for result in results)
         marks += [SAMPLE] * any(result["suite"] == "sample" for result in results)
+        marks += _differing_conditions(results)
+        models = models or [result["model"] for result in results]
         measured.append(_row(name, first, second, results, bootstrap, seed))
     adjusted = statistics.holm([row["p"] for row in measured])
     rows = [RowComparison(**row, p_holm=p) for row, p in zip(measured, adjusted, strict=True)]
     left_out = [name for name in _ordered({*names[0], *names[1]}) if name not in shared]
-    return Comparison(str(first), str(second), rows, list(dict.fromkeys(marks)), left_out)
+    return Comparison(str(first), str(second), tuple(models), rows, list(dict.fromkeys(marks)), left_out)
 
 
 def _rows(folder: Path) -> list[str]:
@@ -106,23 +121,40 @@ def _result(folder: Path) -> dict:
     result = records.read_result(folder)
     if result is None:
         raise ValueError(f"{folder / records.RESULT}: is missing")
-    score = result["score"]
-    if not isinstance(score, dict) or not {"metric", "filter"} <= set(score):
-        raise ValueError(f"{folder / records.RESULT}: not a result, its score lacks metric or filter")
     return result
 
 
 def _agree(row: str, results: list[dict]):
     """The same measure under the same settings; scores move with batch size and dtype."""
-    first, second = results
     what = {"limit": [result["limit"] for result in results], "suite": [result["suite"] for result in results]}
     for name in ("metric", "filter", "average"):
-        what[name] = [result["score"].get(name) for result in results]
+        what[name] = [result["score"][name] for result in results]
     for name in SHARED_SETTINGS:
-        what[name] = [result.get("settings", {}).get(name) for result in (first, second)]
-    differing = [f"{name} ({values[0]} and {values[1]})" for name, values in what.items() if values[0] != values[1]]
+        what[name] = [result["settings"].get(name) for result in results]
+    differing = [f"{name} ({_short(one)} and {_short(other)})" for name, (one, other) in what.items() if one != other]
     if differing:
         raise ValueError(f"{row}: measured differently, so not compared: {', '.join(differing)}")
+
+
+def _differing_conditions(results: list[dict]) -> list[str]:
+    """What does not forbid a comparison but must be known before it is believed."""
+    first, second = results
+    marks = []
+    packages = records.differences(first["versions"], second["versions"])
+    if packages:
+        both = (
+            f"{name} {_short(first['versions'].get(name))} and {_short(second['versions'].get(name))}"
+            for name in packages
+        )
+        marks.append(f"OTHER PACKAGES, which move scores: {', '.join(both)}")
+    weights = [result["model"].get("weights") for result in results]
+    if weights[0] == weights[1] is not None:
+        marks.append("THE SAME WEIGHTS on both sides: differences are noise of the machine")
+    return marks
+
+
+def _short(value) -> str:
+    return str(value)[:60]
 
 
 def _row(row: str, first: Path, second: Path, results: list[dict], bootstrap: int, seed: int) -> dict:
@@ -132,7 +164,8 @@ def _row(row: str, first: Path, second: Path, results: list[dict], bootstrap: in
     pairs = _questions(*sides)
     subtasks = [subtask for subtask, *_ in pairs]
     befores, afters = ([pair[side] for pair in pairs] for side in (1, 2))
-    macro = score.get("average") == "subtasks"
+    # With as many items in each subtask the mean over subtasks is the one over items, which has exact intervals.
+    macro = score["average"] == "subtasks" and len(set(Counter(subtasks).values())) > 1
     binary = statistics.is_binary(befores) and statistics.is_binary(afters)
     resampling = {"resamples": bootstrap, "seed": seed, "macro": macro}
     if binary and not macro:
@@ -148,10 +181,10 @@ def _row(row: str, first: Path, second: Path, results: list[dict], bootstrap: in
     paper = TABLE_3.get(row)
     return {
         "row": row,
-        "title": results[0].get("title", row),
+        "title": results[0]["title"],
         "metric": score["metric"],
         "filter": score["filter"],
-        "average": score.get("average", "items"),
+        "average": score["average"],
         "items": len(pairs),
         "first": 100 * _mean(befores, subtasks, macro),
         "second": 100 * _mean(afters, subtasks, macro),
@@ -163,6 +196,7 @@ def _row(row: str, first: Path, second: Path, results: list[dict], bootstrap: in
         "losses": losses,
         "ties": len(pairs) - wins - losses,
         "method": test.method,
+        "prompts_cut": tuple(result["prompts_cut"] for result in results),
         "paper_difference": None if paper is None else round(paper.attnres - paper.baseline, 2),
     }
 
@@ -179,26 +213,28 @@ def _mean(values: list[float], subtasks: list[str], macro: bool) -> float:
 def _values(path: Path, metric: str, filter_name: str) -> dict[tuple, tuple[tuple, str, float]]:
     """Per key: the question it belongs to, its subtask, its value."""
     found: dict[tuple, tuple[tuple, str, float]] = {}
-    # Not splitlines: answers may hold other line separators than \n.
-    with path.open(encoding="utf-8", newline="\n") as file:
+    # In bytes: only \n ends a line there, and text may hold other separators.
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            where = f"{path}: line {number} is no sample"
             try:
                 item = json.loads(line)
-                if item["filter"] != filter_name or metric not in item["metrics"]:
-                    continue
-                key = (*(item[name] for name in KEY), item.get("seed"))
-                value = float(item["metrics"][metric])
-                entry = (
-                    (item["task"], item["doc_id"]),
-                    str(item.get("subtask") or item["task"]),
-                    value,
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where} ({error})") from None
+            if not isinstance(item, dict):
+                raise ValueError(f"{where}, but {type(item).__name__}")
+            records.check_fields(item, SAMPLE_FIELDS, where)
+            if item["filter"] != filter_name or metric not in item["metrics"]:
+                continue
+            key = (*(item[name] for name in KEY), item["seed"])
+            value = item["metrics"][metric]
+            if type(value) not in records.NUMBER or not 0 <= value <= 1:
+                raise ValueError(
+                    f"{path}: line {number}: {metric} must be a number from 0 to 1, got {repr(value)[:60]}"
                 )
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-                raise ValueError(f"{path}: line {number} is no sample ({what})") from None
             if key in found:
                 raise ValueError(f"{path}: line {number} repeats an item")
-            found[key] = entry
+            found[key] = ((item["task"], item["doc_id"]), item["task"], float(value))
     if not found:
         raise ValueError(f"{path}: no sample has {metric} after the filter {filter_name}")
     return found
@@ -250,17 +286,34 @@ def as_markdown(comparison: Comparison) -> str:
         "\nPaper: AttnRes minus baseline after 1.4T tokens, one run each; its sampling error is not published."
     )
     lines.append("p: two-sided; Holm: adjusted for the number of rows.")
-    lines += [f"- {row.title}: {row.metric}, {row.filter}; {row.method}" for row in comparison.rows]
+    lines.append("")
+    lines += [f"- {row.title}: {row.metric}, {row.filter}; {row.method}{_cut(row)}" for row in comparison.rows]
     if comparison.left_out:
         lines.append(f"\nNot compared, only one side has them: {', '.join(comparison.left_out)}.")
     return "\n".join([*lines, ""])
 
 
+def _cut(row: RowComparison) -> str:
+    first, second = row.prompts_cut
+    return f"; prompts cut to the context: {first} and {second}" if first or second else ""
+
+
 def write(comparison: Comparison, out: str | PathLike) -> None:
-    """Writes comparison.json, comparison.md and forest.png."""
+    """Writes comparison.json, comparison.md and forest.png.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    out = Path(out)
+    try:
+        _write(comparison, out)
+    except OSError as error:
+        raise OSError(f"{out}: cannot write the comparison there, {error.strerror or error}") from None
+
+
+def _write(comparison: Comparison, out: Path) -> None:
     from ..plots import forest
 
-    out = Path(out)
     records.write_json(out / "comparison.json", comparison.as_dict)
     records.write_text(out / "comparison.md", [as_markdown(comparison)])
     rows = comparison.rows
@@ -270,9 +323,9 @@ def write(comparison: Comparison, out: str | PathLike) -> None:
         [row.difference for row in rows],
         [(row.low, row.high) for row in rows],
         published=[row.paper_difference for row in rows],
-        notes=[f"{row.wins} / {row.losses}   {row.p_holm:.2g}" for row in rows],
-        note_title="wins / losses   p (Holm)",
-        title="Second minus first on the same items",
+        notes=[f"{f'{row.wins} / {row.losses}':<13}  {row.p_holm:.2g}" for row in rows],
+        note_title="wins / losses  p (Holm)",
+        title=f"{comparison.second} minus {comparison.first}, on the same items",
         warning="; ".join(comparison.marks),
     )
 

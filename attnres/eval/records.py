@@ -1,12 +1,23 @@
 """Result files: written whole or not at all, read with suspicion, never deleted."""
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 RESULT, SAMPLES, FAILURE = "result.json", "samples.jsonl", "failure.txt"
-REQUIRED = ("row", "suite", "limit", "fingerprint", "tasks", "score", "shots")
+NUMBER = (int, float)
+FIELDS = {
+    "row": str, "title": str, "suite": str, "limit": (*NUMBER, None), "fingerprint": dict, "tasks": dict,
+    "score": dict, "score.metric": str, "score.filter": str, "score.average": str, "score.n": int,
+    "score.value": NUMBER, "score.stderr": (*NUMBER, None),
+    "score.micro": dict, "score.micro.value": NUMBER, "score.micro.stderr": (*NUMBER, None),
+    "score.macro": dict, "score.macro.value": NUMBER, "score.macro.stderr": (*NUMBER, None),
+    "shots": int, "protocol": list, "versions": dict, "seeds": dict, "seeds.fewshot": int, "seeds.choices": list,
+    "settings": dict, "model": dict, "wall_seconds": NUMBER, "tokens_per_second": (*NUMBER, None),
+    "prompts_cut": int, "answers_short": int,
+}  # fmt: skip
 
 
 def write_json(path: Path, content) -> None:
@@ -51,12 +62,36 @@ def read_result(folder: Path) -> dict | None:
         return None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({' '.join(str(error).split())[:120]})") from None
-    missing = [key for key in REQUIRED if key not in content] if isinstance(content, dict) else list(REQUIRED)
-    if missing:
-        raise ValueError(f"{path}: not a result, it lacks {', '.join(missing)}")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a result, but {type(content).__name__}")
+    check_fields(content, FIELDS, f"{path}: not a result")
+    for choice in content["protocol"]:
+        if not isinstance(choice, dict) or not {"choice", "value", "origin"} <= set(choice):
+            raise ValueError(f"{path}: not a result: protocol must hold choice, value, origin; got {repr(choice)[:60]}")
+    if content["row"] != folder.name:
+        raise ValueError(f"{path}: row must be {folder.name!r} as the folder's name, got {content['row']!r}")
     if not (folder / SAMPLES).is_file():
         raise ValueError(f"{folder / SAMPLES}: is missing beside its result")
     return content
+
+
+def check_fields(content: dict, fields: dict, where: str) -> None:
+    """Refuses a field, named with dots, that is missing, of another type or no finite number.
+
+    Raises:
+        ValueError: naming the field, its value and the types that it may have.
+    """
+    for name, kinds in fields.items():
+        value = content
+        for key in name.split("."):
+            if key not in value:
+                raise ValueError(f"{where}: it lacks {name}")
+            value = value[key]
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if not finite or not any(value is None if kind is None else type(value) is kind for kind in kinds):
+            allowed = " or ".join("null" if kind is None else kind.__name__ for kind in kinds)
+            raise ValueError(f"{where}: {name} must be {allowed}, got {repr(value)[:60]}")
 
 
 def set_aside(folder: Path) -> Path | None:

@@ -110,7 +110,7 @@ def as_markdown(table: dict) -> str:
             f"| {row['paper_baseline']:.1f} | {row['paper_attnres']:.1f} "
             f"| {row['minus_baseline']:+.1f} | {row['minus_attnres']:+.1f} |"
         )
-    lines.append("")
+    lines.append("\nIn per cent, ± one standard error; differences from the paper's single runs in points.\n")
     lines += [f"† {LIMITED}.\n"] * any(row["limit"] is not None for row in table["rows"])
     lines += [f"‡ {SAMPLE}.\n"] * any(row["suite"] == "sample" for row in table["rows"])
     lines += [

@@ -80,7 +80,8 @@ def paired_bootstrap(
     """Percentile interval and p value of the mean difference, items redrawn with their pair within their subtask.
 
     The spread of each subtask is widened by sqrt(n / (n - 1)): a redrawn sample varies too little by that factor.
-    p is twice the share of resampled differences on the far side of zero.
+    p is twice the share of resampled differences on the far side of zero. Where all pairs are equal the interval is
+    Wilson's for none of N, for values between 0 and 1.
 
     Args:
         strata: subtask of each item; the number of items per subtask stays as it is.
@@ -111,7 +112,12 @@ def paired_bootstrap(
     tolerance = 1e-12
     tails = min(np.sum(drawn <= tolerance), np.sum(drawn >= -tolerance))
     p = float(min(1.0, 2 * (tails + 1) / (resamples + 1)))
-    return Test(observed, float(low), float(high), p, f"paired bootstrap, {resamples} resamples")
+    method = f"paired bootstrap, {resamples} resamples"
+    if not differences.any():
+        # Redrawing equal pairs shows no spread, which is no certainty: more items could differ.
+        reach = wilson(0, len(differences))[1]
+        low, high, method = -reach, reach, f"{method}; interval: Wilson's, as no item differs"
+    return Test(observed, float(low), float(high), p, method)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

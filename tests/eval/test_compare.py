@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_eval import byte_tokenizer, tiny_llama
 
 from attnres.cli import main
+from attnres.eval import evaluate
 from attnres.eval.compare import as_markdown, compare
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -19,8 +21,13 @@ def write_row(folder, row, values, *, metric="acc", average="items", limit=None,
     folder.mkdir(parents=True, exist_ok=True)
     result = {
         "row": row, "title": row.upper(), "suite": suite, "limit": limit, "fingerprint": {}, "tasks": {}, "shots": 5,
-        "score": {"metric": metric, "filter": "none", "value": 0, "stderr": 0, "n": len(values), "average": average},
-        "settings": {"dtype": "float32", "batch_size": 8},
+        "score": {
+            "metric": metric, "filter": "none", "average": average, "n": len(values), "value": 0, "stderr": 0,
+            "micro": {"value": 0, "stderr": None}, "macro": {"value": 0, "stderr": None},
+        },
+        "settings": {"dtype": "float32", "batch_size": 8}, "versions": {"torch": "2.13.0"}, "protocol": [],
+        "model": {"weights": str(folder.parent)}, "seeds": {"fewshot": 1234, "choices": []}, "wall_seconds": 1.5,
+        "tokens_per_second": None, "prompts_cut": 0, "answers_short": 0,
     }  # fmt: skip
     result = {**result, **changes}
     (folder / "result.json").write_text(json.dumps(result))
@@ -124,12 +131,24 @@ def damage(folder, name, change):
         ("samples.jsonl", lambda text: text.replace('"t1', '"tx'), r"1 only in .*a \(t #1\); 1 only in .*b"),
         ("samples.jsonl", lambda text: text[:-40], r"samples.jsonl: line 10 is no sample"),
         ("samples.jsonl", lambda text: text + text.splitlines()[0], "line 11 repeats an item"),
-        ("samples.jsonl", lambda text: text.replace('"doc_hash"', '"hash"'), "line 1 is no sample .lacks 'doc_hash'"),
-        ("samples.jsonl", lambda text: text.replace('"acc": 1.0', '"acc": NaN'), "not finite"),
+        ("samples.jsonl", lambda text: text.replace('"doc_hash"', '"hash"'), "line 1 is no sample: it lacks doc_hash"),
+        ("samples.jsonl", lambda text: text.replace('"doc_id": 0', '"doc_id": []'), r"doc_id must be int, got \[\]"),
+        ("samples.jsonl", lambda text: text.replace('"seed": null', '"seed": {}'), "seed must be int or null, got {}"),
+        ("samples.jsonl", lambda text: text.replace('"doc_id": 0', '"doc_id": true'), "doc_id must be int, got True"),
+        ("samples.jsonl", lambda text: "5\n" + text, "line 1 is no sample, but int"),
+        ("samples.jsonl", lambda text: "[" * 100_000 + text, "line 1 is no sample .*recursion"),
+        ("samples.jsonl", lambda text: text.replace('"acc": 1.0', '"acc": NaN'), "line 1: acc must be .* 1, got nan"),
+        ("samples.jsonl", lambda text: text.replace('"acc": 1.0', '"acc": "1"'), "number from 0 to 1, got '1'"),
+        ("samples.jsonl", lambda text: text.replace('"acc": 1.0', '"acc": 1e308'), r"number from 0 to 1, got 1e\+308"),
+        ("samples.jsonl", lambda text: text.replace('"acc": 1.0', f'"acc": 1{"0" * 400}'), "from 0 to 1, got 1000"),
         ("samples.jsonl", lambda text: "", "no sample has acc"),
         ("result.json", lambda text: text[:50], "not valid JSON"),
         ("result.json", lambda text: "[]", "not a result"),
-        ("result.json", lambda text: text.replace('"filter": "none"', '"other": 1'), "score lacks"),
+        ("result.json", lambda text: text.replace('"filter": "none"', '"other": 1'), "it lacks score.filter"),
+        ("result.json", lambda text: text.replace('"settings": {', '"settings": 5, "x": {'), "settings must be dict"),
+        ("result.json", lambda text: text.replace('"wall_seconds": 1.5', '"wall_seconds": NaN'), "float, got nan"),
+        ("result.json", lambda text: text.replace('"protocol": []', '"protocol": [1]'), "protocol must hold choice"),
+        ("result.json", lambda text: text.replace('"row": "mmlu"', '"row": "bbh"'), "row must be 'mmlu' as the folder"),
         ("result.json", lambda text: text.replace('"batch_size": 8', '"batch_size": 4'), r"batch_size \(8 and 4\)"),
         ("result.json", lambda text: text.replace('"limit": null', '"limit": 5'), r"limit \(None and 5\)"),
     ],
@@ -158,8 +177,84 @@ def test_missing_folders_and_files_are_refused(folders):
     (folders[1] / "mmlu" / "samples.jsonl").unlink()
     with pytest.raises(ValueError, match="samples.jsonl: is missing"):
         compare(*folders)
-    with pytest.raises(ValueError, match="at least 100"):
-        compare(*folders, bootstrap=1)
+    for resamples in (1, 10**9):
+        with pytest.raises(ValueError, match=f"must be 100 to 1000000 resamples, got {resamples}"):
+            compare(*folders, bootstrap=resamples)
+
+
+@pytest.mark.parametrize("text", ["caf\xe9".encode("latin-1"), b"\xff\xfe"], ids=("latin-1", "utf-16"))
+def test_samples_in_another_encoding_are_named(folders, text):
+    for folder in folders:
+        write_row(folder, "mmlu", [("t", None, 1.0)])
+    (folders[1] / "mmlu" / "samples.jsonl").write_bytes(b'{"task": "' + text + b'"}\n')
+    with pytest.raises(ValueError, match=r"b/mmlu/samples.jsonl: line 1 is no sample .*codec can't decode"):
+        compare(*folders)
+
+
+def test_a_folder_is_not_compared_with_itself(folders):
+    write_row(folders[0], "mmlu", [("t", None, 1.0)])
+    with pytest.raises(ValueError, match="a: the same folder as the first"):
+        compare(folders[0], folders[0].parent / "." / "a")
+
+
+@pytest.mark.parametrize(
+    ("changes", "mark"),
+    [
+        ({"versions": {"torch": "2.12.0"}}, "OTHER PACKAGES, which move scores: torch 2.13.0 and 2.12.0"),
+        ({"model": {"weights": "a"}}, "THE SAME WEIGHTS on both sides"),
+    ],
+    ids=("packages", "weights"),
+)
+def test_what_a_reader_must_know_stands_above_the_table(folders, changes, mark):
+    for folder in folders:
+        write_row(folder, "mmlu", [("t", None, 1.0)], model={"weights": folder.name})
+    write_row(folders[1], "mmlu", [("t", None, 1.0)], **{"model": {"weights": "b"}, **changes})
+    found = compare(*folders)
+    assert [each[: len(mark)] for each in found.marks] == [mark] and as_markdown(found).startswith(f"> **{mark}")
+    assert found.models[1] == {"weights": "b", **changes.get("model", {})}
+
+
+def test_prompts_that_were_cut_are_said_beside_the_method(folders):
+    for folder, cut in zip(folders, (0, 3), strict=True):
+        write_row(folder, "mmlu", [("t", None, 1.0)], prompts_cut=cut)
+    assert "- MMLU: acc, none; exact McNemar; prompts cut to the context: 0 and 3" in as_markdown(compare(*folders))
+
+
+def test_subtasks_of_one_size_are_compared_exactly(folders):
+    """Their mean is the mean over items; resampling would find no spread where all agree, and claim certainty."""
+    for folder in folders:
+        write_row(folder, "mgsm", [("de", None, 1.0)] * 10 + [("sw", None, 0.0)] * 10, average="subtasks")
+    (row,) = compare(*folders).rows
+    assert row.method == "exact McNemar" and row.average == "subtasks" and row.low < -3 and row.high > 3
+
+
+def test_an_unwritable_folder_is_named(folders, tmp_path, capsys):
+    for folder in folders:
+        write_row(folder, "mmlu", [("t", None, 1.0)])
+    (tmp_path / "file").touch()
+    assert main(["compare", *map(str, folders), "--out", str(tmp_path / "file")]) == 2
+    assert f"{tmp_path / 'file'}: cannot write the comparison there, " in capsys.readouterr().err
+
+
+def test_two_checkpoints_that_the_driver_measured_are_compared(mirror_root, tmp_path, capsys):
+    """The whole way: two evaluations of a likelihood and a generation row, then the command."""
+    folders = [tmp_path / name for name in ("plain", "other")]
+    for seed, folder in enumerate(folders):
+        evaluate(
+            tiny_llama(seed=seed), "arc_challenge,gsm8k", tokenizer=byte_tokenizer(eos_token="<eos>"), out=folder,
+            data_dir=mirror_root, limit=4, progress=False,
+        )  # fmt: skip
+    out = tmp_path / "compared"
+    assert main(["compare", *map(str, folders), "--out", str(out), "--bootstrap", "200"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("> **LIMITED RUN") and "SAME WEIGHTS" not in printed and "PACKAGES" not in printed
+    content = json.loads((out / "comparison.json").read_text())
+    assert [row["row"] for row in content["rows"]] == ["arc_challenge", "gsm8k"]
+    assert [row["items"] for row in content["rows"]] == [4, 4]
+    for row, side in ((row, side) for row in content["rows"] for side in (0, 1)):
+        measured = json.loads((folders[side] / row["row"] / "result.json").read_text())
+        assert row[("first", "second")[side]] == pytest.approx(measured["score"]["value"])
+        assert content["models"][side] == measured["model"]
 
 
 @pytest.mark.parametrize(
