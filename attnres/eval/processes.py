@@ -8,6 +8,7 @@ is measured, reads data and writes, and an error in any share reaches the one pl
 import atexit
 import os
 import pickle
+import re
 import signal
 import sys
 import threading
@@ -119,7 +120,7 @@ class Team:
         try:
             yield
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:160]
+            reason = re.sub(r"^\[\S*\] ", "", " ".join(str(error).split())).split(". ")[0][:160]
             raise ProcessLost(
                 f"another of {self.size} processes is lost ({reason}). Finished rows are kept; the same command goes "
                 "on from there."
