@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from helpers import random_attnres
+from safetensors.torch import load_file, save_file
 from tiny_eval import byte_tokenizer
 
 from attnres import cli
@@ -51,6 +52,19 @@ def test_kimi_k3_folder_has_the_scores_of_the_attnres_folder(folders, run, tmp_p
     assert {path.name: path.read_bytes() for path in k3.iterdir()} == before
     own = identity.checkpoint_identity(k3)
     assert records.read_result(tmp_path / "two" / "arc_challenge")["fingerprint"]["model"] == own
+
+
+def test_the_text_part_of_a_multimodal_kimi_k3_folder_is_measured(folders, run, tmp_path):
+    nested = tmp_path / "nested"
+    shutil.copytree(folders[1], nested, ignore=shutil.ignore_patterns("*.safetensors*", "config.json"))
+    text = json.loads((folders[1] / "config.json").read_text())
+    (nested / "config.json").write_text(json.dumps({"model_type": "kimi_k3", "text_config": text}))
+    tensors = {name: tensor for path in folders[1].glob("*.safetensors") for name, tensor in load_file(path).items()}
+    save_file({f"language_model.{name}": tensor for name, tensor in tensors.items()}, nested / "model.safetensors")
+    run(folders[0], "one", progress=False)
+    run(nested, "two", progress=False)
+    one, two = ((tmp_path / out / "arc_challenge" / "samples.jsonl").read_bytes() for out in ("one", "two"))
+    assert one == two
 
 
 def test_a_finished_kimi_k3_folder_is_not_converted_again(folders, run, monkeypatch):
