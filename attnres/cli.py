@@ -138,6 +138,24 @@ def compare(options: argparse.Namespace):
     print(f"attnres: wrote comparison.json, comparison.md and forest.png to {options.out}", file=sys.stderr)
 
 
+def bench(options: argparse.Namespace):
+    """Measures time and memory beside plain residuals, prints the tables and writes them with a figure."""
+    _require("matplotlib", extra="hub")
+    from dataclasses import fields, replace
+
+    from .bench.report import as_markdown, check_writable, write
+    from .bench.runner import run
+    from .bench.settings import FULL, QUICK
+
+    check_writable(options.out)
+    given = {each.name: getattr(options, each.name, None) for each in fields(FULL)}
+    settings = QUICK if options.quick else FULL
+    result = run(replace(settings, **{name: value for name, value in given.items() if value is not None}))
+    written = write(result, options.out)
+    print(as_markdown(result), end="")
+    print(f"attnres: wrote {', '.join(path.name for path in written)} to {options.out}", file=sys.stderr)
+
+
 def _fetch(options: argparse.Namespace) -> int:
     from .eval.fetch import fetch
     from .eval.suites import select_rows
@@ -182,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect_checkpoint(commands)
     _add_eval(commands)
     _add_compare(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -383,6 +402,117 @@ def _add_compare(commands):
     )
     parser.add_argument("--seed", metavar="N", type=_seed, default=0, help="of the resampling (default: %(default)s)")
     parser.set_defaults(command=compare)
+
+
+def _add_bench(commands):
+    from .bench.settings import DTYPES, FULL, MEASURES, QUICK
+
+    def default(name: str) -> str:
+        full, quick = (_listed(getattr(settings, name)) for settings in (FULL, QUICK))
+        return f"(default: {full})" if full == quick else f"(default: {full}; --quick: {quick})"
+
+    parser = commands.add_parser(
+        "bench",
+        help="time and memory beside the same backbone with plain residuals",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=_BENCH + "".join(f"\n  {name:<9} {text}" for name, text in MEASURES.items()),
+    )
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="folder, config.json or hub id: its configuration with random weights (default: Qwen3-like, 12 layers)",
+    )
+    parser.add_argument(
+        "--measure", dest="measures", metavar="NAMES", type=_names, help=f"of those above {default('measures')}"
+    )
+    parser.add_argument("--arms", metavar="NAMES", type=_names, help=f"plain is always one {default('arms')}")
+    parser.add_argument(
+        "--implementations",
+        metavar="NAMES",
+        type=_names,
+        help="of the depth mixing, such as eager: block and full once more with each (default: as shipped)",
+    )
+    parser.add_argument("--depths", metavar="N", type=_numbers, help="decoder layers (default: the model's)")
+    blocks = parser.add_mutually_exclusive_group()
+    blocks.add_argument(
+        "--num-blocks", metavar="N", type=_numbers, help=f"at most this many blocks {default('num_blocks')}"
+    )
+    blocks.add_argument(
+        "--layers-per-block", metavar="K", type=_numbers, help="decoder layers per block, instead of --num-blocks"
+    )
+    parser.add_argument(
+        "--tokens", metavar="T", type=_numbers, help=f"in prefill, train and memory {default('tokens')}"
+    )
+    parser.add_argument(
+        "--batches", metavar="B", type=_numbers, help=f"sequences at a time in decode {default('batches')}"
+    )
+    parser.add_argument(
+        "--context", metavar="TOKENS", type=_at_least_1, help=f"before decode and generate {default('context')}"
+    )
+    parser.add_argument(
+        "--new-tokens", metavar="N", type=_at_least_1, help=f"in decode and generate {default('new_tokens')}"
+    )
+    parser.add_argument(
+        "--dtype", dest="dtypes", metavar="NAMES", type=_names, help=f"of {', '.join(DTYPES)} {default('dtypes')}"
+    )
+    parser.add_argument(
+        "--depth-shape",
+        metavar="L,S,T,D",
+        type=_depth_shape,
+        help=f"of depth: sublayers, sublayers per block (the paper's S), tokens, hidden size {default('depth_shape')}",
+    )
+    parser.add_argument("--rounds", metavar="N", type=_at_least_1, help=f"in which each arm runs {default('rounds')}")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    parser.add_argument("--threads", metavar="N", type=_at_least_1, help="of torch on the CPU (default: torch's own)")
+    parser.add_argument(
+        "--seed", metavar="N", type=_seed, default=0, help="of weights and tokens (default: %(default)s)"
+    )
+    parser.add_argument("--quick", action="store_true", help="a small model and fewer rounds: says whether all works")
+    parser.add_argument("--out", metavar="DIR", default="bench-out", help="folder of results (default: %(default)s)")
+    parser.set_defaults(command=bench)
+
+
+_BENCH = """\
+Times the arms in one process, interleaved: in every round each runs once, in an order that rotates, and is divided by
+the transformers backbone with plain residuals in the same round. All share the backbone's weights and have the same
+random pseudo-queries; before anything is timed, all are checked to compute the same logits. Takes a few minutes on 2
+cores. Lists are joined by commas, and every combination is measured.
+
+Arms: plain (the transformers model itself), standard, block and full (this package), stacked and stacked-full (the
+paper's pseudo-code inside the transformers model), fla-naive and fla-fused (flash-linear-attention's functions in their
+place; left out where they cannot run).
+
+Memory: "saved for backward" is counted with hooks on what autograd saves, each storage once, without parameters. "Peak"
+is above what there was before: on CUDA by torch's allocator, on a CPU the sum of torch's own allocations from its
+profiler, which does not see what libraries allocate for themselves.
+
+Measures:"""
+
+
+def _listed(value) -> str:
+    values = value if isinstance(value, tuple) else [value]
+    return ",".join(str(each) for each in values)
+
+
+def _names(value: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(value.split(",")))
+
+
+def _numbers(value: str) -> tuple[int, ...]:
+    rule = "whole numbers of at least 1, joined by commas"
+    return tuple(dict.fromkeys(_whole(each, 1, None, rule) for each in value.split(",")))
+
+
+def _depth_shape(value: str):
+    from .bench.settings import DepthShape
+
+    numbers = [_whole(each, 1, None, "four whole numbers of at least 1: L,S,T,D") for each in value.split(",")]
+    if len(numbers) != 4:
+        raise argparse.ArgumentTypeError(f"must be four whole numbers of at least 1: L,S,T,D, got {value}")
+    try:
+        return DepthShape(*numbers)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _seed(value: str) -> int:

@@ -178,6 +178,58 @@ def forest(
     _save(figure, path)
 
 
+def overhead(path: str | PathLike, panels: Sequence[Mapping], title: str):
+    """Draws overheads over plain residuals, a row of two panels each: against depth, and against the blocks.
+
+    Args:
+        path: PNG to write.
+        panels: each with `title`; `depth` and `blocks`: per arm `x`, `median`, `q1`, `q3`, overheads in per cent;
+            `depth_note` and `blocks_note`: what is held in each of the two.
+        title: of the figure.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    if not panels:
+        raise ValueError("an overhead plot needs at least one panel")
+    figure = Figure(figsize=(12, 1.2 + 3.1 * len(panels)), layout="constrained")
+    rows = figure.subplots(len(panels), 2, squeeze=False)
+    names = list(dict.fromkeys(name for panel in panels for kind in ("depth", "blocks") for name in panel[kind]))
+    handles = {}
+    for axes_of_row, panel in zip(rows, panels, strict=True):
+        for axes, kind, label in zip(axes_of_row, ("depth", "blocks"), ("decoder layers", "blocks"), strict=True):
+            axes.axhline(0, color="0.4", linewidth=1)
+            for name, curve in panel[kind].items():
+                index, median = names.index(name), np.asarray(curve["median"])
+                reach = np.abs(np.asarray([curve["q1"], curve["q3"]]) - median)
+                handles[name] = axes.errorbar(
+                    curve["x"],
+                    median,
+                    yerr=reach,
+                    color=COLOURS[index % len(COLOURS)],
+                    # Shifted where the colours start again, so that no two lines look the same.
+                    linestyle=DASHES[(index + index // len(COLOURS)) % len(DASHES)],
+                    marker=MARKERS[(index + index // len(COLOURS)) % len(MARKERS)],
+                    markersize=5,
+                    capsize=3,
+                )
+            values = sorted({value for curve in panel[kind].values() for value in curve["x"]})
+            axes.set_xticks(values, [str(value) for value in values])
+            axes.set_xlabel(label)
+            axes.set_title(f"{panel['title']}: {panel[f'{kind}_note']}", fontsize=9)
+            axes.grid(color="0.9")
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right"]].set_visible(False)
+        axes_of_row[0].set_ylabel("overhead (%)")
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(
+        f"Time over plain residuals: median and quartiles of the ratios within each round\n{title}",
+        fontsize=10,
+        parse_math=False,
+    )
+    _save(figure, path)
+
+
 def _matrix(title: str, rows, row_labels: Sequence[str], column_labels: Sequence[str]) -> np.ma.MaskedArray:
     if len(rows) != len(row_labels) or max(map(len, rows)) > len(column_labels):
         raise ValueError(

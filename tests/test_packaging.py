@@ -33,11 +33,12 @@ MAY_IMPORT = {
     "conversion": MODEL,
     "analysis": MODEL | {"plots"},
     "parallel": MODEL,
+    "bench": MODEL | {"plots"},
     "eval": {"plots", "conversion"},
     "hub_card": MODEL | {"plots", "eval", "analysis"},
 }
 MAY_IMPORT["demo"] = {*MODEL, "plots", "conversion", "analysis", "parallel", "eval", "hub_card"}
-MAY_IMPORT["cli"] = MAY_IMPORT["demo"] | {"demo"}
+MAY_IMPORT["cli"] = MAY_IMPORT["demo"] | {"demo", "bench"}
 MAY_IMPORT["__main__"] = {"cli"}
 
 

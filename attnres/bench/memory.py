@@ -1,0 +1,62 @@
+"""Bytes that a forward pass keeps for its backward pass, and the most that a step has allocated at a time."""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def saved_bytes(forward: Callable[[], torch.Tensor], exclude: Iterable[torch.Tensor]) -> int:
+    """Bytes of the tensors that autograd saves in a forward pass.
+
+    Each storage counts once and whole, however many views of it are saved. What an autograd function keeps outside
+    `save_for_backward` is not seen.
+
+    Args:
+        forward: returns what would be differentiated.
+        exclude: tensors whose storages do not count: the parameters.
+    """
+    excluded = {tensor.untyped_storage().data_ptr() for tensor in exclude}
+    storages = {}  # keeps them alive, so that no address is given away twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in excluded:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    total = sum(storage.nbytes() for storage in storages.values())
+    del result
+    return total
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """The most bytes in tensors at a time while `run` runs, above what there was before.
+
+    On CUDA what its allocator says. On a CPU the sum of torch's own allocations and releases, from its profiler: the
+    resident set of the process also holds what the C library keeps back, and differs from run to run.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    events = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
+    changes = [event["args"] for event in events]
+    if not changes:
+        return 0
+    before = changes[0]["Total Allocated"] - changes[0]["Bytes"]  # the profiler counts on from one run to the next
+    return max(0, *(change["Total Allocated"] - before for change in changes))

@@ -1,0 +1,120 @@
+"""Attention Residuals as the paper's pseudo-code writes them: stack the sources, norm, softmax and sum, every time.
+
+Runs inside the transformers backbone itself: its decoder layers keep their sublayers and get another forward pass. The
+arm to beat, and the check of every other arm. Shapes: B batch, T tokens, D hidden size, n sources.
+"""
+
+from collections.abc import Callable, Sequence
+from types import MethodType
+
+import torch
+from torch import nn
+
+from ..backbones import get_family, layer_type
+from ..depth_mixer import DepthMixer
+
+# (sources, query [D], gain [D], eps) to the mixture [B, T, D]
+Mixing = Callable[[Sequence[torch.Tensor], torch.Tensor, torch.Tensor, float], torch.Tensor]
+
+
+def stack_and_mix(sources: Sequence[torch.Tensor], query: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
+    """The pseudo-code of the paper's README, one call per sublayer: n tensors `[B, T, D]` to their mixture."""
+    values = torch.stack(tuple(sources))
+    keys = nn.functional.rms_norm(values, (values.shape[-1],), gain, eps)
+    logits = torch.einsum("d, n b t d -> n b t", query, keys)
+    return torch.einsum("n b t, n b t d -> b t d", logits.softmax(0), values)
+
+
+class DepthState:
+    """What one forward pass has computed so far: complete sources and the partial sum of the current block."""
+
+    def start(self, embedding: torch.Tensor):
+        self.sources, self.partial = [embedding], None
+
+    def all(self) -> list[torch.Tensor]:
+        return self.sources if self.partial is None else [*self.sources, self.partial]
+
+    def add(self, output: torch.Tensor):
+        self.partial = output if self.partial is None else self.partial + output
+
+    def complete(self):
+        if self.partial is not None:
+            self.sources, self.partial = [*self.sources, self.partial], None
+
+    def end(self):
+        self.sources, self.partial = [], None
+
+
+def mix_over_depth(model, depth: DepthMixer, layers_per_block: int | None, mixing: Mixing):
+    """Gives a plain transformers model Attention Residuals in place of its residual additions, in place.
+
+    Args:
+        model: of a supported family.
+        depth: its pseudo-queries and gains are copied.
+        layers_per_block: decoder layers per block; None: every sublayer output is a source (Full AttnRes).
+        mixing: mixes the sources of one sublayer.
+    """
+    config, state = model.config, DepthState()
+    # A parameter per sublayer, as in a model that is written this way: a row of a stacked one would have a gradient of
+    # the size of the stack.
+    norms = (depth.attention_norm, depth.mlp_norm)
+    queries = [norm.query[layer, 0] for layer in range(config.num_hidden_layers) for norm in norms]
+    gains = [norm.weight[layer] for layer in range(config.num_hidden_layers) for norm in norms]
+    model.depth_queries = nn.ParameterList(each.detach().clone() for each in [*queries, depth.output_norm.query[0]])
+    model.depth_gains = nn.ParameterList(each.detach().clone() for each in [*gains, depth.output_norm.weight])
+
+    def mixture(index: int) -> torch.Tensor:
+        sources = state.all()
+        if len(sources) == 1:
+            return sources[0]
+        return mixing(sources, model.depth_queries[index], model.depth_gains[index], config.rms_norm_eps)
+
+    def forward_of(layer_idx: int):
+        def forward(layer, hidden_states, *args, **inputs):
+            if layer_idx == 0:
+                state.start(hidden_states)
+            if layers_per_block is None or layer_idx % layers_per_block == 0:
+                state.complete()
+            state.add(_attention(config, layer, layer_idx, mixture(2 * layer_idx), inputs))
+            if layers_per_block is None:
+                state.complete()
+            state.add(_mlp(config, layer, mixture(2 * layer_idx + 1)))
+            return state.partial
+
+        return forward
+
+    def mix_output(norm, args):
+        mixed = mixture(2 * config.num_hidden_layers)
+        state.end()  # or the tensors of this pass would live until the next one
+        return (mixed,)
+
+    for layer_idx, layer in enumerate(model.model.layers):
+        layer.forward = MethodType(forward_of(layer_idx), layer)
+    model.model.norm.register_forward_pre_hook(mix_output)
+
+
+def _attention(config, layer: nn.Module, layer_idx: int, hidden_states: torch.Tensor, inputs: dict) -> torch.Tensor:
+    family = get_family(config)
+    hidden_states = getattr(layer, family.attention_pre_norm)(hidden_states)
+    if layer_type(config, layer_idx) == "linear_attention":
+        inputs = {**inputs, "cache_params": inputs.get("past_key_values")}
+        for name in ("past_key_values", "use_cache", "position_ids", "position_embeddings"):
+            inputs.pop(name, None)
+        output = getattr(layer, family.linear_attention)(hidden_states=hidden_states, **inputs)
+    else:
+        output, _ = getattr(layer, family.attention)(hidden_states=hidden_states, **inputs)
+    return _finished(config, layer, output, family.attention_post_norm, family.attention_dropout)
+
+
+def _mlp(config, layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    family = get_family(config)
+    output = getattr(layer, family.mlp)(getattr(layer, family.mlp_pre_norm)(hidden_states))
+    output = output[0] if isinstance(output, tuple) else output
+    return _finished(config, layer, output, family.mlp_post_norm, family.mlp_dropout)
+
+
+def _finished(config, layer: nn.Module, output: torch.Tensor, *names: str | None) -> torch.Tensor:
+    for name in names:
+        output = output if name is None else getattr(layer, name)(output)
+    multiplier = get_family(config).output_multiplier
+    return output if multiplier is None else output * getattr(config, multiplier)
