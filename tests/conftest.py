@@ -17,6 +17,13 @@ settings.register_profile("attnres", deadline=None, derandomize=True)
 settings.load_profile("attnres")
 
 
+def pytest_configure(config):
+    # Triton reads this when it is imported, by whichever test comes first. Its kernels run on the CPU, slowly, unless
+    # those on a GPU are asked for with -m gpu.
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
