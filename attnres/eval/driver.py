@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import random
 import sys
@@ -348,7 +349,7 @@ def _code_metric():
 
 
 def _checked_limit(limit):
-    if limit is not None and (limit <= 0 or (limit >= 1 and limit != int(limit))):
+    if limit is not None and (not 0 < limit < math.inf or (limit >= 1 and limit != int(limit))):
         raise ValueError(f"limit must be a number of items, or a share below 1, got {limit}")
     return int(limit) if limit is not None and limit >= 1 else limit
 

@@ -86,10 +86,11 @@ def model_identity(model, tokenizer) -> dict[str, str]:
     for name, tensor in sorted(model.state_dict().items()):
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode() + data.numpy().tobytes())
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), repr(tokenizer)], default=str)
     return {
         "weights": weights.hexdigest(),
-        "config": hashlib.sha256(model.config.to_json_string().encode()).hexdigest(),
+        "config": hashlib.sha256(f"{model.config.to_json_string()}{ends}".encode()).hexdigest(),
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
     }
 

@@ -1,13 +1,15 @@
 """lm-eval's transformers model, which here counts what it cuts, refuses NaN and shows one progress bar per row."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from .processes import Team
 
@@ -97,9 +99,10 @@ class CausalLM(HFLM):
 
     def _model_generate(self, context, max_length, stop, **generation_kwargs):
         max_length = min(max_length, self._max_length)
-        output = super()._model_generate(
-            context, max_length, stop, logits_processor=LogitsProcessorList([_RefuseNaN()]), **generation_kwargs
-        )
+        with _plain_greedy(self.model):
+            output = super()._model_generate(
+                context, max_length, stop, logits_processor=LogitsProcessorList([_RefuseNaN()]), **generation_kwargs
+            )
         self.counts["tokens"] += output.numel()
         return output
 
@@ -163,6 +166,25 @@ class LeadingLM(CausalLM):
         return answers
 
 
+@contextmanager
+def _plain_greedy(model) -> Iterator[None]:
+    """Only the token ids of the checkpoint's generation_config: the rest would bend the greedy answers of one model.
+
+    do_sample=False leaves its beams, penalties and suppressed tokens in force, and what is passed as
+    `generation_config=` is filled up from it. Changed in place, because wrappers (PEFT) share the object.
+    """
+    config = model.generation_config
+    own = dict(vars(config))
+    neutral = GenerationConfig(**{name: own[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
+    vars(config).clear()
+    vars(config).update(vars(neutral))
+    try:
+        yield
+    finally:
+        vars(config).clear()
+        vars(config).update(own)
+
+
 class _RefuseNaN(LogitsProcessor):
     def __call__(self, input_ids, scores):
         return _without_nan(scores)
@@ -188,7 +210,7 @@ def load_tokenizer(source: str, trust_remote_code: bool):
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         usable = len(tokenizer) > 0
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+    except Exception as error:  # damaged files can fail anywhere in transformers
         raise ValueError(
             f"{source}: no tokenizer can be loaded from it ({_line(error)}). Name one with --tokenizer."
         ) from None
@@ -212,12 +234,30 @@ def with_padding(tokenizer):
 def load_model(folder: str, dtype: str, device_map, trust_remote_code: bool, device: str):
     """A causal LM by transformers; on one device unless there is a device map."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, output_loading_info=True
         )
-    except (ValueError, OSError, ImportError, KeyError) as error:
+    except Exception as error:  # a damaged checkpoint can fail anywhere in transformers
         raise ValueError(f"{folder}: transformers cannot load it as a causal language model ({_line(error)})") from None
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise ValueError(
+            f"{folder}: its weight files lack {len(missing)} tensors of a {type(model).__name__}, as {missing[0]}; "
+            "transformers made them up, so nothing is evaluated. Check the files, and model_type in config.json."
+        )
     return (model if device_map else model.to(device)).eval()
+
+
+def check_device(name: str) -> None:
+    """Says before hours of hashing and loading that a device is not there.
+
+    Raises:
+        ValueError: so it is, and why.
+    """
+    try:
+        torch.empty(1, device=name)
+    except Exception as error:  # each backend has its own
+        raise ValueError(f"--device {name}: torch cannot use it ({_line(error)}); such as cpu or cuda:0") from None
 
 
 def context_length(config, tokenizer, given: int | None, name: str) -> int:

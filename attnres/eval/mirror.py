@@ -146,7 +146,17 @@ def _patterns(data_files, folder: Path) -> list[tuple[str, list[str]]]:
         entries = [(str(entry["split"]), entry["path"]) for entry in data_files]
     except (TypeError, KeyError):
         raise MissingData(f"{folder / README}: data_files must be patterns or a list of split and path") from None
-    return [(split, [path] if isinstance(path, str) else list(path)) for split, path in entries]
+    found = [(split, [path] if isinstance(path, str) else path) for split, path in entries]
+    for split, paths in found:
+        if (
+            not isinstance(split, str)
+            or not isinstance(paths, list)
+            or not all(isinstance(path, str) for path in paths)
+        ):
+            raise MissingData(
+                f"{folder / README}: data_files must name a split and its paths, got {split!r}: {paths!r}"
+            )
+    return found
 
 
 def _matching(folder: Path, patterns: list[str]) -> list[Path]:

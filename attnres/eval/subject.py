@@ -98,13 +98,15 @@ def find(model, tokenizer, revision: str | None, settings: Settings) -> Origin:
     """Where the model is; its tokenizer.
 
     Raises:
-        ValueError: no such checkpoint, no tokenizer, or a layout that transformers does not load.
+        ValueError: no such checkpoint, device or tokenizer.
     """
-    from .lm import load_tokenizer, with_padding
+    from .lm import check_device, load_tokenizer, with_padding
 
     if model is None:
         raise ValueError("no model: name a folder or a hub id")
     if isinstance(model, str | os.PathLike):
+        if settings.device_map is None:
+            check_device(settings.device)
         folder = checkpoint_folder(str(model), revision)
         tokenizer_folder = folder if tokenizer is None else tokenizer_source(str(tokenizer))
         tokenizer = load_tokenizer(str(tokenizer_folder), settings.trust_remote_code)

@@ -172,7 +172,7 @@ def test_code_rows_are_skipped_unless_allowed(run, tmp_path):
     assert "HumanEval: skipped" in (tmp_path / "out" / "results.md").read_text()
 
 
-@pytest.mark.parametrize("limit", [0, -1, 2.5])
+@pytest.mark.parametrize("limit", [0, -1, 2.5, float("inf"), float("nan")])
 def test_impossible_limit_is_refused(run, limit):
     with pytest.raises(ValueError, match="limit must be"):
         run(lm=Scripted(), limit=limit)
@@ -271,6 +271,60 @@ def test_model_without_tokenizer_is_one_line(mirror_root, checkpoint, tmp_path, 
         shutil.copy(checkpoint / name, tmp_path)
     error = error_of(capsys, tmp_path, "--suite", "gsm8k", "--data-dir", mirror_root, "--out", tmp_path / "out")
     assert "no tokenizer" in error and "--tokenizer" in error
+
+
+def without_head(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def of_another_architecture(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt_neox"}))
+
+
+def cut(name, length):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:length])
+
+
+def rewritten(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_head, "lack 1 tensors of a LlamaForCausalLM, as lm_head.weight"),
+        (of_another_architecture, "tensors of a GPTNeoXForCausalLM, as "),
+        (cut("model.safetensors", 2000), "transformers cannot load it as a causal language model"),
+        (cut("model.safetensors", 3), "transformers cannot load it as a causal language model"),
+        (rewritten("config.json", '{"model_type": "llama", "num_attention_heads": "x"}'), "num_attention_heads"),
+        (rewritten("config.json", '{"model_type": 5}'), "transformers cannot load it"),
+        (rewritten("config.json", '{"model_type": "no-such"}'), "no-such"),
+        (rewritten("tokenizer.json", "{}"), "no tokenizer can be loaded"),
+        (rewritten("tokenizer.json", '{"model": {"type": "BPE", "vocab": 5}}'), "no tokenizer can be loaded"),
+        (rewritten("tokenizer_config.json", "[]"), "no tokenizer can be loaded"),
+    ],
+    ids=[
+        "no-head", "architecture", "weights", "header", "heads", "type", "unknown", "tokenizer", "vocabulary", "list",
+    ],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_one_line_and_never_scored(damage, message, checkpoint, mirror_root, tmp_path, capsys):
+    folder = tmp_path / "damaged"
+    shutil.copytree(checkpoint, folder)
+    damage(folder)
+    options = ["--suite", "arc_challenge", "--data-dir", mirror_root, "--out", tmp_path / "out", "--limit", "1"]
+    error = error_of(capsys, folder, *options)
+    assert str(folder) in error and message in error
+    assert not (tmp_path / "out" / "arc_challenge").exists()
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "privateuseone"])
+def test_a_device_that_is_not_there_is_said_before_hashing(device, checkpoint, mirror_root, monkeypatch, capsys):
+    monkeypatch.setattr(subject, "checkpoint_identity", None)
+    error = error_of(capsys, checkpoint, "--suite", "gsm8k", "--data-dir", mirror_root, "--device", device)
+    assert f"--device {device}: torch cannot use it" in error
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,10 @@ def test_missing_config_is_named(mirror_root):
         ("---\nconfigs:\n- config_name: main\n  data_files: ../x.jsonl\n---\n", "outside the folder"),
         ("---\nconfigs:\n- config_name: main\n  data_files: bad.jsonl\n---\n", "bad.jsonl: cannot be read"),
         ("---\nconfigs:\n- config_name: main\n  data_files: odd.zip\n---\n", "data files must be"),
+        ("---\nconfigs:\n- config_name: main\n  data_files: {test: 5}\n---\n", "its paths, got 'test': 5"),
+        ("---\nconfigs:\n- config_name: main\n  data_files: {test: [x, 5]}\n---\n", "got 'test': .*5"),
     ],
-    ids=["none", "empty", "yaml", "no-files", "gone", "outside", "damaged", "format"],
+    ids=["none", "empty", "yaml", "no-files", "gone", "outside", "damaged", "format", "number", "numbers"],
 )
 def test_damaged_data_set_is_one_clear_line(tmp_path, readme, message):
     folder = tmp_path / "org" / "name"

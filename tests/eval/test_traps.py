@@ -13,7 +13,7 @@
 | 9 one cache for two models | driver: fingerprints, no other cache | test_09 | test_driver: two_models, weights_tell |
 | 10 functions in results | driver: _items; loading: _describe | test_10 | test_driver: result_and_samples |
 | 11 scores move with the batch | driver: settings; compare: _agree | test_11 | test_compare: cannot_be_paired |
-| 12 sampling passes by caches | rows are greedy, and reused whole | test_12 | test_driver: interrupted |
+| 12 sampling passes by caches | rows are greedy (lm: plain_greedy), reused whole | test_12 | test_driver: interrupted |
 """
 
 import json
@@ -24,6 +24,7 @@ from types import SimpleNamespace
 import datasets
 import evaluate as hf_evaluate
 import pytest
+import torch
 from lm_eval.api import model as lm_eval_model
 from lm_eval.api import task as lm_eval_task
 from lm_eval.loggers import EvaluationTracker
@@ -32,7 +33,7 @@ from lm_eval.tasks import _yaml_loader
 from tiny_eval import Scripted, arc_item, byte_tokenizer, tiny_llama, write_data_set
 from transformers import BloomConfig, BloomForCausalLM
 
-from attnres.eval import driver, evaluate, loading, mirror, records, sample
+from attnres.eval import driver, evaluate, lm, loading, mirror, records, sample
 from attnres.eval.compare import compare
 from attnres.eval.fetch import SCRIPT_REVISION, fetch
 from attnres.eval.sandbox import SandboxedCodeEval
@@ -328,6 +329,42 @@ def test_12_a_checkpoint_that_samples_by_default_answers_greedily(run, monkeypat
     monkeypatch.setattr(model, "generate", lambda **options: asked.append(options) or generate(**options))
     run("gsm8k", model, tokenizer=byte_tokenizer(eos_token="<end>"), limit=1)
     assert [options["do_sample"] for options in asked] == [False]
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"num_beams": 3}, {"repetition_penalty": 3.0}, {"no_repeat_ngram_size": 1}, {"min_new_tokens": 30},
+        {"suppress_tokens": [*range(1, 200)]}, {"bad_words_ids": [[number] for number in range(1, 200)]},
+        {"forced_eos_token_id": 7}, {"do_sample": True, "temperature": 5.0, "top_k": 3}, {"max_new_tokens": 2},
+        {"stop_strings": ["a"]},
+    ],
+    ids=lambda own: next(iter(own)),
+)  # fmt: skip
+def test_12_what_else_a_checkpoint_generates_with_changes_no_answer(own):
+    request = lm.Request(("x" * 20, {"until": ["\n"], "max_gen_toks": 1024, "do_sample": False}))
+    answers = []
+    for options in ({}, own):
+        model = tiny_llama(length=64, seed=3)
+        model.generation_config.update(**options)
+        before = model.generation_config.to_dict()
+        answers += lm.CausalLM(model, byte_tokenizer(eos_token="<end>"), 64, 2).generate_until([request])
+        assert model.generation_config.to_dict() == before
+    assert answers[0] == answers[1]
+
+
+def test_12_end_tokens_of_a_checkpoint_still_end_answers_and_a_failure_puts_its_settings_back():
+    model, tokenizer = tiny_llama(length=64, seed=3), byte_tokenizer(eos_token="<end>")
+    request = lm.Request(("x" * 20, {"until": ["\n"], "max_gen_toks": 1024, "do_sample": False}))
+    (whole,) = lm.CausalLM(model, tokenizer, 64, 2).generate_until([request])
+    model.generation_config.eos_token_id = list(range(257))
+    assert len(lm.CausalLM(model, tokenizer, 64, 2).generate_until([request])[0]) < len(whole)
+    model.generation_config.num_beams = 3
+    with torch.no_grad():
+        model.lm_head.weight[0] = torch.nan
+    with pytest.raises(lm.NonFiniteLogits):
+        lm.CausalLM(model, tokenizer, 64, 2).generate_until([request])
+    assert model.generation_config.num_beams == 3
 
 
 def test_12_no_answer_of_an_interrupted_row_is_kept(run):
