@@ -147,6 +147,14 @@ def _differing_conditions(results: list[dict]) -> list[str]:
             for name in packages
         )
         marks.append(f"OTHER PACKAGES, which move scores: {', '.join(both)}")
+    for name, what in (("device", "DEVICES"), ("device_map", "DEVICE MAPS")):
+        one, other = (str(result["settings"].get(name)).split(":")[0] for result in results)
+        if one != other:
+            marks.append(f"OTHER {what}, which move scores: {_short(one)} and {_short(other)}")
+    found = [sorted(map(str, result.get("batch_sizes_found") or [])) for result in results]
+    if found[0] != found[1]:
+        sizes = " and ".join(_short(", ".join(each) or "none") for each in found)
+        marks.append(f"OTHER BATCH SIZES FOUND, which move scores: {first['row']} {sizes}")
     weights = [result["model"].get("weights") for result in results]
     if weights[0] == weights[1] is not None:
         marks.append("THE SAME WEIGHTS on both sides: differences are noise of the machine")
@@ -160,6 +168,8 @@ def _short(value) -> str:
 def _row(row: str, first: Path, second: Path, results: list[dict], bootstrap: int, seed: int) -> dict:
     score = results[0]["score"]
     sides = [_values(folder / row / records.SAMPLES, score["metric"], score["filter"]) for folder in (first, second)]
+    for folder, result in zip((first, second), results, strict=True):
+        records.check_samples(folder / row, result)
     _same_items(row, first, second, *(set(side) for side in sides))
     pairs = _questions(*sides)
     subtasks = [subtask for subtask, *_ in pairs]

@@ -86,6 +86,8 @@ def evaluate(
     say = _speaker(progress)
     with nullcontext() if team is None else team.leading() as end:
         settings = replace(settings, limit=_checked_limit(limit))
+        if max_length is not None and max_length < 2:
+            raise ValueError(f"--max-length {max_length}: no room for a prompt and an answer; at least 2 tokens")
         rows = select_rows(suite)
         if team is not None and device_map is not None:
             raise ValueError("--device-map spreads one model over all devices: start it without accelerate launch")
@@ -93,6 +95,7 @@ def evaluate(
         for name, reason in skipped.items():
             say(f"{name}: skipped, it {reason}")
         rows = [row for row in rows if row.name not in skipped]
+        _check_writable(Path(out), rows)
         mirror = _mirror(suite, data_dir)
         if mirror is not None and _is_sample(mirror):
             suite = "sample"  # whatever it was called: its items are no benchmark
@@ -134,7 +137,7 @@ def _run(rows, tasks, subject, settings, mirror, suite, out, skipped, progress, 
             else:
                 items, facts = measured
                 result = _result(row, suite, settings, fingerprints[row.name], subject, packages, items, facts)
-                records.write_lines(folder / records.SAMPLES, items)
+                result["samples_sha256"] = records.write_lines(folder / records.SAMPLES, items)
                 records.write_json(folder / records.RESULT, result)
                 outcome["rows"][row.name] = result
                 write_tables(out, subject.identity)
@@ -268,10 +271,11 @@ def _fingerprint(tasks: list[LoadedTask], subject: Subject, settings: Settings, 
 def _reusable(folder: Path, fingerprint: dict, say) -> dict | None:
     try:
         result = records.read_result(folder)
+        if result is None:
+            return None
+        records.check_samples(folder, result)
     except ValueError as error:
         say(f"{error}; measuring {folder.name} again")
-        return None
-    if result is None:
         return None
     changed = records.differences(result["fingerprint"], _as_json(fingerprint))
     if changed:
@@ -352,6 +356,14 @@ def _checked_limit(limit):
     if limit is not None and (not 0 < limit < math.inf or (limit >= 1 and limit != int(limit))):
         raise ValueError(f"limit must be a number of items, or a share below 1, got {limit}")
     return int(limit) if limit is not None and limit >= 1 else limit
+
+
+def _check_writable(out: Path, rows: list[Row]) -> None:
+    for folder in (out, *(out / row.name for row in rows)):
+        try:
+            records.check_writable(folder)
+        except OSError as error:
+            raise OSError(f"{folder}: cannot write results there, {error.strerror or error}") from None
 
 
 def _cannot_write(out: Path, error: OSError) -> OSError:

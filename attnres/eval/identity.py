@@ -9,11 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from .. import __version__
+
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 OTHER_FORMATS = ["*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]  # of weights, which are not loaded
 TOKENIZER = re.compile(r"tokeniz|vocab|merges|special_tokens|added_tokens|spiece|chat_template|\.model$|\.jinja$")
 PACKAGES = (
-    "attnres", "lm_eval", "torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy", "evaluate",
+    "lm_eval", "torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy", "evaluate",
     "math-verify", "sympy", "antlr4-python3-runtime", "flash-linear-attention", "triton", "kernels",
 )  # fmt: skip
 BLOB_NAME = re.compile(r"[0-9a-f]{64}")
@@ -26,6 +28,8 @@ def checkpoint_folder(model: str, revision: str | None = None) -> Path:
         ValueError: neither there nor to be had.
     """
     folder = Path(model).expanduser()
+    if folder.is_dir() and revision is not None:
+        raise ValueError(f"{model}: a folder has no revisions, got --revision {revision}; leave it out.")
     if not folder.is_dir():
         if model.count("/") != 1 or model.startswith((".", "/", "~")):
             raise ValueError(f"{model}: no such folder.")
@@ -97,7 +101,7 @@ def model_identity(model, tokenizer) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Of Python and of every package that a score may depend on."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "attnres": __version__}  # which need not be installed
     for package in PACKAGES:
         try:
             found[package] = version(package)

@@ -80,6 +80,11 @@ class CausalLM(HFLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
         for _, context, continuation in requests:
+            if len(continuation) > self._max_length:
+                raise ValueError(
+                    f"an answer to be scored has {len(continuation)} tokens, more than the context of "
+                    f"{self._max_length}: pass a larger --max-length, or leave the row out"
+                )
             self.counts["prompts_cut"] += len(context) + len(continuation) > self._max_length + 1
         if self.expect:
             self.expect(len(requests))

@@ -1,10 +1,12 @@
 """Result files: written whole or not at all, read with suspicion, never deleted."""
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryFile
 
 RESULT, SAMPLES, FAILURE = "result.json", "samples.jsonl", "failure.txt"
 NUMBER = (int, float)
@@ -15,8 +17,8 @@ FIELDS = {
     "score.micro": dict, "score.micro.value": NUMBER, "score.micro.stderr": (*NUMBER, None),
     "score.macro": dict, "score.macro.value": NUMBER, "score.macro.stderr": (*NUMBER, None),
     "shots": int, "protocol": list, "versions": dict, "seeds": dict, "seeds.fewshot": int, "seeds.choices": list,
-    "settings": dict, "model": dict, "wall_seconds": NUMBER, "tokens_per_second": (*NUMBER, None),
-    "prompts_cut": int, "answers_short": int,
+    "samples_sha256": str, "settings": dict, "model": dict, "wall_seconds": NUMBER,
+    "tokens_per_second": (*NUMBER, None), "prompts_cut": int, "answers_short": int,
 }  # fmt: skip
 
 
@@ -25,28 +27,45 @@ def write_json(path: Path, content) -> None:
     write_text(path, [json.dumps(content, indent=2, ensure_ascii=False, default=str), "\n"])
 
 
-def write_lines(path: Path, objects: Iterable) -> None:
-    """JSON lines, likewise."""
-    write_text(path, (json.dumps(each, ensure_ascii=False, default=str) + "\n" for each in objects))
+def write_lines(path: Path, objects: Iterable) -> str:
+    """JSON lines, likewise; their SHA-256."""
+    return write_text(path, (json.dumps(each, ensure_ascii=False, default=str) + "\n" for each in objects))
 
 
-def write_text(path: Path, pieces: Iterable[str]) -> None:
-    """Text in pieces, likewise.
+def write_text(path: Path, pieces: Iterable[str]) -> str:
+    """Text in pieces, likewise; the SHA-256 of what was written, whatever another process makes of the file later.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written; no part of the file is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    digest = hashlib.sha256()
     try:
-        # A lone surrogate, which a tokenizer can produce, has no UTF-8.
-        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(pieces)
+        with partial.open("wb") as file:
+            for piece in pieces:
+                # A lone surrogate, which a tokenizer can produce, has no UTF-8.
+                content = piece.encode("utf-8", errors="backslashreplace")
+                file.write(content)
+                digest.update(content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+    return digest.hexdigest()
+
+
+def check_writable(folder: Path) -> None:
+    """Says before anything is measured that a folder, or the one that it would be made in, cannot be written.
+
+    Raises:
+        OSError: so it is, and why.
+    """
+    while not folder.exists():
+        folder = folder.parent
+    with TemporaryFile(dir=folder):
+        pass
 
 
 def read_result(folder: Path) -> dict | None:
@@ -73,6 +92,20 @@ def read_result(folder: Path) -> dict | None:
     if not (folder / SAMPLES).is_file():
         raise ValueError(f"{folder / SAMPLES}: is missing beside its result")
     return content
+
+
+def check_samples(folder: Path, result: dict) -> None:
+    """Refuses samples that are not those which the result was computed from.
+
+    Raises:
+        ValueError: they are cut, changed, or of another evaluation that wrote into the folder at the same time.
+    """
+    digest = hashlib.sha256()
+    with (folder / SAMPLES).open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    if digest.hexdigest() != result["samples_sha256"]:
+        raise ValueError(f"{folder / SAMPLES}: not the samples that {RESULT} beside it was computed from")
 
 
 def check_fields(content: dict, fields: dict, where: str) -> None:

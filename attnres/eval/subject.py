@@ -111,6 +111,8 @@ def find(model, tokenizer, revision: str | None, settings: Settings) -> Origin:
         tokenizer_folder = folder if tokenizer is None else tokenizer_source(str(tokenizer))
         tokenizer = load_tokenizer(str(tokenizer_folder), settings.trust_remote_code)
         origin = Origin(str(model), folder, tokenizer, tokenizer_folder)
+    elif revision is not None:
+        raise ValueError(f"a model in memory has no revisions, got {revision!r}; leave it out")
     elif tokenizer is None:
         raise ValueError("a model in memory needs its tokenizer")
     else:

@@ -1,5 +1,6 @@
 """Two folders of results, compared."""
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -12,6 +13,7 @@ from attnres.cli import main
 from attnres.eval import evaluate
 from attnres.eval.compare import as_markdown, compare
 
+SETTINGS = {"dtype": "float32", "batch_size": 8, "device": "cpu", "device_map": None}
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -25,9 +27,9 @@ def write_row(folder, row, values, *, metric="acc", average="items", limit=None,
             "metric": metric, "filter": "none", "average": average, "n": len(values), "value": 0, "stderr": 0,
             "micro": {"value": 0, "stderr": None}, "macro": {"value": 0, "stderr": None},
         },
-        "settings": {"dtype": "float32", "batch_size": 8}, "versions": {"torch": "2.13.0"}, "protocol": [],
+        "settings": SETTINGS, "versions": {"torch": "2.13.0"}, "protocol": [],
         "model": {"weights": str(folder.parent)}, "seeds": {"fewshot": 1234, "choices": []}, "wall_seconds": 1.5,
-        "tokens_per_second": None, "prompts_cut": 0, "answers_short": 0,
+        "tokens_per_second": None, "prompts_cut": 0, "answers_short": 0, "samples_sha256": "",
     }  # fmt: skip
     result = {**result, **changes}
     (folder / "result.json").write_text(json.dumps(result))
@@ -41,6 +43,14 @@ def write_row(folder, row, values, *, metric="acc", average="items", limit=None,
         # A second filter of the same item, which must not be counted.
         lines += [json.dumps(item), json.dumps({**item, "filter": "other", "metrics": {metric: 1 - value}})]
     (folder / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    seal(folder)
+
+
+def seal(folder):
+    """Makes a row's result one that was computed from its samples as they are now."""
+    result = json.loads((folder / "result.json").read_text())
+    digest = hashlib.sha256((folder / "samples.jsonl").read_bytes()).hexdigest()
+    (folder / "result.json").write_text(json.dumps(result | {"samples_sha256": digest}))
 
 
 @pytest.fixture
@@ -69,6 +79,7 @@ def test_items_are_joined_by_their_key_and_not_by_their_order(folders):
     lines = path.read_text().splitlines()
     random.shuffle(lines)
     path.write_text("\n".join(lines))
+    seal(path.parent)
     (row,) = compare(*folders).rows
     assert (row.wins, row.losses, row.ties) == (0, 0, 60)
 
@@ -121,6 +132,8 @@ def test_holm_counts_the_rows(folders):
 def damage(folder, name, change):
     path = folder / "mmlu" / name
     path.write_text(change(path.read_text()))
+    if name == "samples.jsonl":
+        seal(path.parent)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +178,19 @@ def test_what_cannot_be_paired_is_refused_in_one_line(folders, name, change, mes
     assert said.err.startswith("attnres: error: ") and said.err.count("\n") == 1 and not said.out and not out.exists()
 
 
+@pytest.mark.parametrize(
+    "change", [lambda text: text[: text[:-1].rindex("\n") + 1], lambda text: text.replace("1.0", "0.5")]
+)
+def test_samples_that_a_result_was_not_computed_from_are_refused(folders, change):
+    """Such as those of two evaluations that wrote into one folder at the same time."""
+    for folder in folders:
+        write_row(folder, "mmlu", [("t", None, 1.0)] * 5)
+    path = folders[1] / "mmlu" / "samples.jsonl"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match=r"b/mmlu/samples.jsonl: not the samples that result.json"):
+        compare(*folders)
+
+
 def test_missing_folders_and_files_are_refused(folders):
     write_row(folders[0], "mmlu", [("t", None, 1.0)])
     with pytest.raises(ValueError, match="b: no such folder"):
@@ -202,8 +228,11 @@ def test_a_folder_is_not_compared_with_itself(folders):
     [
         ({"versions": {"torch": "2.12.0"}}, "OTHER PACKAGES, which move scores: torch 2.13.0 and 2.12.0"),
         ({"model": {"weights": "a"}}, "THE SAME WEIGHTS on both sides"),
+        ({"settings": SETTINGS | {"device": "cuda:1"}}, "OTHER DEVICES, which move scores: cpu and cuda"),
+        ({"settings": SETTINGS | {"device_map": "auto"}}, "OTHER DEVICE MAPS, which move scores: None and auto"),
+        ({"batch_sizes_found": [64, 8]}, "OTHER BATCH SIZES FOUND, which move scores: mmlu none and 64, 8"),
     ],
-    ids=("packages", "weights"),
+    ids=("packages", "weights", "device", "map", "batch-sizes"),
 )
 def test_what_a_reader_must_know_stands_above_the_table(folders, changes, mark):
     for folder in folders:

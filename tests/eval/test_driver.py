@@ -1,8 +1,11 @@
 """Running rows: what is reused and what is not, what fails alone and what stops everything."""
 
 import errno
+import hashlib
 import json
+import platform
 import shutil
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -11,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from tiny_eval import Scripted, byte_tokenizer, tiny_llama
 from transformers import PreTrainedConfig
 
+import attnres
 from attnres import cli
-from attnres.eval import driver, evaluate, records, sample, subject
+from attnres.eval import driver, evaluate, identity, records, sample, subject
 from attnres.eval.lm import CausalLM, context_length, with_padding
 
 ROWS = "gsm8k,arc_challenge"
@@ -113,6 +117,39 @@ def test_corrupt_result_is_said_and_measured_again(run, tmp_path, capsys, damage
     assert "gsm8k/result.json: not" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "change", [lambda text: text[:-1], lambda text: text.replace("1.0", "0.0")], ids=["cut", "other"]
+)
+def test_samples_that_a_result_was_not_computed_from_are_measured_again(run, tmp_path, capsys, change):
+    run(lm=Scripted(identity="a"), suite="gsm8k")
+    path = tmp_path / "out" / "gsm8k" / "samples.jsonl"
+    whole = path.read_text()
+    path.write_text(change(whole))
+    assert run(lm=Scripted(identity="a"), suite="gsm8k", progress=True)["reused"] == []
+    assert "gsm8k/samples.jsonl: not the samples that result.json" in capsys.readouterr().err
+    assert path.read_text() == whole
+
+
+def test_the_hash_of_samples_is_that_of_the_bytes_that_were_written(tmp_path):
+    digest = records.write_lines(tmp_path / "samples.jsonl", [{"text": "\ud800 é"}, {"number": 1}])
+    assert digest == hashlib.sha256((tmp_path / "samples.jsonl").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("taken", ["out", "out/gsm8k"])
+def test_a_folder_that_cannot_be_written_is_said_before_any_model_is_loaded(run, tmp_path, monkeypatch, taken):
+    (tmp_path / taken).parent.mkdir(exist_ok=True)
+    (tmp_path / taken).write_text("a file")
+    monkeypatch.setattr(driver, "load_tasks", None)
+    with pytest.raises(OSError, match=f"{taken}: cannot write results there, Not a directory"):
+        run(lm=Scripted(), suite="gsm8k")
+
+
+def test_looking_whether_a_folder_can_be_written_makes_none(run, tmp_path):
+    with pytest.raises(ValueError, match="is not in"):
+        run(lm=Scripted(), suite="mmlu")
+    assert not (tmp_path / "out").exists()
+
+
 def test_interrupted_run_goes_on_where_it_was(run):
     def interrupt(doc):
         raise KeyboardInterrupt
@@ -139,7 +176,7 @@ def test_full_disk_is_one_line_and_keeps_what_was_finished(run, tmp_path, monkey
     def full(path, objects):
         if path.parent.name == "gsm8k":
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, objects)
+        return write(path, objects)
 
     monkeypatch.setattr(records, "write_lines", full)
     with pytest.raises(OSError, match="cannot write, the disk is full. Finished rows are kept"):
@@ -230,6 +267,31 @@ def test_tokenizer_without_padding_gets_one_from_its_own_tokens(run, special):
 def test_tokenizer_without_end_token_generates(run):
     outcome = run(tiny_llama(length=300), tokenizer=byte_tokenizer(), suite="gsm8k", limit=1)
     assert outcome["failed"] == {}
+
+
+@pytest.mark.parametrize("max_length", [2, 3, 40])
+def test_a_context_in_which_no_choice_fits_is_a_clear_reason(run, max_length):
+    model, tokenizer = tiny_llama(), byte_tokenizer(eos_token="<end>")
+    outcome = run(model, tokenizer=tokenizer, suite="gpqa_diamond,gsm8k", limit=1, max_length=max_length, seeds=1)
+    fits = max_length == 40
+    assert ("gpqa_diamond" in outcome["rows"]) is fits and "gsm8k" in outcome["rows"]
+    if not fits:
+        assert f"tokens, more than the context of {max_length}: pass a larger" in outcome["failed"]["gpqa_diamond"]
+
+
+def test_a_revision_of_what_has_none_is_refused(run, checkpoint):
+    with pytest.raises(ValueError, match=f"{checkpoint}: a folder has no revisions, got --revision main"):
+        run(str(checkpoint), revision="main")
+    with pytest.raises(ValueError, match="a model in memory has no revisions, got 'main'"):
+        run(tiny_llama(), tokenizer=byte_tokenizer(eos_token="<end>"), revision="main")
+
+
+def test_the_version_of_a_package_that_is_not_installed_is_recorded(monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(identity, "version", missing)
+    assert identity.versions() == {"python": platform.python_version(), "attnres": attnres.__version__}
 
 
 def test_context_length_is_never_guessed():
@@ -334,6 +396,7 @@ def test_a_device_that_is_not_there_is_said_before_hashing(device, checkpoint, m
         (["x", "--suite", "gsm9k"], "Did you mean 'gsm8k'"),
         (["x", "--data-dir", "no-such-mirror"], "no-such-mirror: no such folder"),
         (["x", "--suite", "sample", "--data-dir", "."], "brings its own items"),
+        (["x", "--max-length", "1"], "--max-length 1: no room for a prompt and an answer; at least 2 tokens"),
         ([], "name a MODEL"),
         (["--fetch-only"], "needs --data-dir"),
     ],
