@@ -1,5 +1,7 @@
 """The arms share one set of weights and compute what they say; a faulty one is not measured."""
 
+import weakref
+
 import pytest
 import torch
 from helpers import random_tokens, relative_error, short_config
@@ -8,6 +10,7 @@ from reference import Oracle
 from attnres.bench import arms
 from attnres.bench.arms import build, check, convert, select
 from attnres.bench.workloads import hollow
+from attnres.depth_mixer import DEPTH_IMPLEMENTATIONS
 
 CPU = torch.device("cpu")
 ALL = ("plain", "standard", "block", "full", "stacked", "stacked-full")
@@ -132,12 +135,27 @@ def test_an_arm_of_a_package_that_is_missing_is_left_out_with_its_reason(monkeyp
     assert left_out == {"fla-naive": "flash-linear-attention is not installed"} and "fla-naive" not in models
 
 
-def test_plain_is_always_there_and_implementations_repeat_block_and_full():
+def test_plain_is_always_there_and_implementations_repeat_block_and_full(monkeypatch):
+    monkeypatch.setitem(DEPTH_IMPLEMENTATIONS, "other", DEPTH_IMPLEMENTATIONS["eager"])
     assert list(select(["block"])) == ["plain", "block"]
-    chosen = select(["block", "full"], ["eager"])
-    assert list(chosen) == ["plain", "block", "full", "block:eager", "full:eager"]
+    chosen = select(["block", "full"], ["other"])
+    assert list(chosen) == ["plain", "block", "full", "block:other", "full:other"]
     models, _ = build(chosen, short_config("qwen3"), 2, CPU, seed=0)
-    assert models["block:eager"].config.depth_implementation == "eager"
+    assert models["block:other"].config.depth_implementation == "other"
+
+
+def test_stacked_arm_lets_go_of_its_sources_after_a_pass(built):
+    _, models = built
+    outputs = []
+    handle = (
+        models["stacked"]
+        .model.layers[-1]
+        .register_forward_hook(lambda layer, args, output: outputs.append(weakref.ref(output)))
+    )
+    with torch.no_grad():
+        models["stacked"](random_tokens(1, 5))
+    handle.remove()
+    assert outputs[0]() is None
 
 
 @pytest.mark.parametrize(

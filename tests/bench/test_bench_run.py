@@ -119,11 +119,18 @@ def test_the_table_is_printed_and_progress_goes_to_stderr(folder, tmp_path, caps
     assert "building the arms" in said.err and "wrote bench.json, bench.md to" in said.err
 
 
-def test_low_precision_and_a_named_implementation_run(folder, tmp_path):
+def test_low_precision_and_a_named_implementation_run(folder, tmp_path, monkeypatch):
+    seen, prefill = set(), runner.WORKLOADS["prefill"]
+
+    def watched(models, options):
+        seen.update(weight.dtype for model in models.values() for weight in model.parameters())
+        return prefill(models, options)
+
+    monkeypatch.setitem(runner.WORKLOADS, "prefill", watched)
     arguments = ["bench", "--model", str(folder), *SMALL, "--measure", "prefill,depth", "--dtype", "bfloat16"]
     assert cli.main([*arguments, "--arms", "block", "--implementations", "eager", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "bench.json").read_text())
-    assert {timing["dtype"] for timing in result["timings"]} == {"bfloat16"}
+    assert {timing["dtype"] for timing in result["timings"]} == {"bfloat16"} and seen == {runner.torch.bfloat16}
     assert list(result["timings"][0]["arms"]) == ["plain", "block", "block:eager"]
 
 

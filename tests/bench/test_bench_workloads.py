@@ -1,0 +1,74 @@
+"""What is timed is what it says: tokens, caches, gradients."""
+
+import dataclasses
+
+import pytest
+import torch
+from helpers import short_config
+
+from attnres.bench.arms import build, select
+from attnres.bench.settings import DEFAULT_ARMS, Settings
+from attnres.bench.workloads import WORKLOADS
+
+SETTINGS = Settings(DEFAULT_ARMS, tokens=(7, 5), batches=(1, 3), context=6, new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def models():
+    built, _ = build(select(["block", "stacked"]), short_config("qwen3", 2), 1, torch.device("cpu"), seed=0)
+    return {name: built[name] for name in ("plain", "block", "stacked")}
+
+
+@pytest.fixture
+def passes(models):
+    """Per forward pass of any arm the shape of its token ids."""
+    shapes = []
+    handles = [
+        model.model.register_forward_pre_hook(
+            lambda module, args, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+        )
+        for model in models.values()
+    ]
+    yield shapes
+    for handle in handles:
+        handle.remove()
+
+
+def test_prefill_is_one_pass_over_each_length(models, passes):
+    for workload in WORKLOADS["prefill"](models, SETTINGS):
+        passes.clear()
+        for sample in workload.samples.values():
+            sample.run(sample.prepare())
+        assert passes == [(1, workload.parameters["tokens"])] * 3
+
+
+def test_decode_is_one_token_a_step_after_the_context_however_often_it_runs(models, passes):
+    workloads = list(WORKLOADS["decode"](models, SETTINGS))
+    assert [workload.parameters["batch"] for workload in workloads] == [1, 3]
+    for workload in workloads:
+        assert workload.steps == 4
+        for sample in [*workload.samples.values()] * 2:
+            cache = sample.prepare()
+            assert cache.get_seq_length() == 6 and len(cache.layers[0].keys) == workload.parameters["batch"]
+            passes.clear()
+            sample.run(cache)
+            assert cache.get_seq_length() == 10 and passes == [(workload.parameters["batch"], 1)] * 4
+
+
+def test_training_makes_gradients_and_leaves_none_behind(models):
+    for workload in WORKLOADS["train"](models, dataclasses.replace(SETTINGS, tokens=(7,))):
+        for name, sample in workload.samples.items():
+            prepared = sample.prepare()
+            assert models[name].training
+            sample.run(prepared)
+            assert any(weight.grad is not None for weight in models[name].parameters())
+            sample.finish()
+            assert all(weight.grad is None for weight in models[name].parameters()) and not models[name].training
+
+
+def test_generate_makes_exactly_the_new_tokens(models, passes):
+    (workload,) = WORKLOADS["generate"](models, SETTINGS)
+    for sample in workload.samples.values():
+        passes.clear()
+        sample.run(sample.prepare())
+        assert passes == [(1, 6), (1, 1), (1, 1), (1, 1)]
