@@ -291,7 +291,7 @@ def _load_all(rows: list[Row], settings: Settings, mirror, say) -> dict[str, lis
     for row in rows:
         try:
             with quiet_lm_eval():
-                loaded[row.name] = load_tasks(row, settings.seed, settings.seeds)
+                loaded[row.name] = load_tasks(row, settings.seed, settings.seeds, mirror)
         except MissingData as error:
             missing.setdefault(str(error), row.name)
         except (ConnectionError, FileNotFoundError, RuntimeError) as error:
@@ -372,7 +372,7 @@ def _cannot_write(out: Path, error: OSError) -> OSError:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
 def _is_number(value) -> bool:

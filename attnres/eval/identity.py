@@ -5,11 +5,10 @@ import json
 import os
 import platform
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-from .. import __version__
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 OTHER_FORMATS = ["*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]  # of weights, which are not loaded
@@ -101,7 +100,8 @@ def model_identity(model, tokenizer) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Of Python and of every package that a score may depend on."""
-    found = {"python": platform.python_version(), "attnres": __version__}  # which need not be installed
+    own = __package__.partition(".")[0]  # run from a checkout, it need not be installed
+    found = {"python": platform.python_version(), own: sys.modules[own].__version__}
     for package in PACKAGES:
         try:
             found[package] = version(package)

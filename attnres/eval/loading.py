@@ -3,12 +3,14 @@
 import hashlib
 import inspect
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .mirror import Mirror
+from .mirror import Mirror, MissingData
 from .suites import MIN_GENERATED_TOKENS, OWN_TASKS, Row
 
 if TYPE_CHECKING:
@@ -36,17 +38,21 @@ class LoadedTask:
         return self.name if self.seed is None else f"{self.name}_seed{self.seed}"
 
 
-def load_tasks(row: Row, seed: int, seeds: int | None = None) -> list[LoadedTask]:
+def load_tasks(row: Row, seed: int, seeds: int | None = None, mirror: Mirror | None = None) -> list[LoadedTask]:
     """All leaf tasks of a row with their data.
 
     Args:
         seed: of the choice of examples where a task draws them.
         seeds: orders of the choices, instead of the row's.
+        mirror: where the data are, to name it in errors.
+
+    Raises:
+        MissingData: items are missing or not what the task reads.
     """
     loaded = []
     for config in task_configs(row, resolve=True):
         for number in range(seeds or row.seeds) if row.seeds > 1 else [None]:
-            loaded.append(LoadedTask(config["task"], number, _build(config, row, number, seed)))
+            loaded.append(LoadedTask(config["task"], number, _build(config, row, number, seed, mirror)))
     return loaded
 
 
@@ -78,7 +84,7 @@ def task_fingerprint(loaded: LoadedTask, mirror: Mirror | None) -> dict:
     }
 
 
-def _build(config: dict, row: Row, number: int | None, seed: int) -> "ConfigurableTask":
+def _build(config: dict, row: Row, number: int | None, seed: int, mirror: Mirror | None) -> "ConfigurableTask":
     from lm_eval.api.task import ConfigurableTask
 
     config = {key: value for key, value in config.items() if key not in ("tag", "group", "task_alias")}
@@ -92,9 +98,50 @@ def _build(config: dict, row: Row, number: int | None, seed: int) -> "Configurab
         generation = dict(config.get("generation_kwargs") or {})
         generation["max_gen_toks"] = max(generation.get("max_gen_toks", 0), MIN_GENERATED_TOKENS)
         config["generation_kwargs"] = generation
-    task = ConfigurableTask(config=config)
+    where = _data(config, mirror)
+    with _naming_the_data(where, config["task"]):
+        task = ConfigurableTask(config=config)
+    _check_shots(task, row.shots, where)
     task.set_fewshot_seed(seed=seed)
+    build = task.build_all_requests
+
+    def build_all_requests(**options):
+        with _naming_the_data(where, config["task"]):
+            build(**options)
+
+    task.build_all_requests = build_all_requests
     return task
+
+
+def _check_shots(task: "ConfigurableTask", shots: int, where: str) -> None:
+    """lm-eval draws one example more where it must leave the question out."""
+    there, split = len(task.sampler.df), task.fewshot_cfg.split
+    needed = shots + (split == task.config.test_split) if shots else 0
+    if there < needed:
+        raise MissingData(
+            f"{where}: the task {task.config.task} shows {shots} examples from "
+            f"{f'the split {split!r}' if split else 'it'}, which needs at least {needed} items; it has {there}"
+        )
+
+
+@contextmanager
+def _naming_the_data(where: str, task: str) -> Iterator[None]:
+    """What a task's templates and functions raise over an item's fields names neither the data set nor the task."""
+    try:
+        yield
+    except (MissingData, OSError, RuntimeError):  # of the hub
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise MissingData(
+            f"{where}: the task {task} cannot read its items ({reason}); compare their fields with those on the hub"
+        ) from error
+
+
+def _data(config: dict, mirror: Mirror | None) -> str:
+    repository, name = config["dataset_path"], config.get("dataset_name")
+    place = "on the hub" if mirror is None else f"in {mirror.root / repository}"
+    return f"{repository}{f', config {name!r}' if name else ''} {place}"
 
 
 @lru_cache

@@ -3,9 +3,9 @@
 import datasets
 import evaluate as hf_evaluate
 import pytest
-from tiny_eval import gsm8k_item, write_data_set
+from tiny_eval import Scripted, arc_item, gpqa_item, gsm8k_item, write_data_set
 
-from attnres.eval import fetch
+from attnres.eval import evaluate, fetch, mirror
 from attnres.eval.mirror import Mirror, MissingData, serving
 from attnres.eval.suites import ROWS
 
@@ -44,19 +44,112 @@ def test_missing_config_is_named(mirror_root):
         ("---\nconfigs:\n- config_name: main\n  data_files: odd.zip\n---\n", "data files must be"),
         ("---\nconfigs:\n- config_name: main\n  data_files: {test: 5}\n---\n", "its paths, got 'test': 5"),
         ("---\nconfigs:\n- config_name: main\n  data_files: {test: [x, 5]}\n---\n", "got 'test': .*5"),
+        (b"---\nconfigs: \xff\n---\n", "README.md: must be text in UTF-8 .*at byte 13"),
+        ("---\nconfigs: " + "[" * 5000 + "\n---\n", "README.md: front matter is not valid YAML"),
+        (
+            "---\nconfigs:\n- config_name: main\n  data_files: deep.jsonl\n---\n",
+            "deep.jsonl: cannot be read .*recursion",
+        ),
+        ("---\nconfigs:\n- config_name: main\n  data_files: values.jsonl\n---\n", "values.jsonl: cannot be read"),
+        (
+            "---\nconfigs:\n- config_name: main\n  data_files: {test: none.jsonl}\n---\n",
+            "org/name, config 'main' in .*org/name: its split 'test' has no items; fill .*none.jsonl",
+        ),
     ],
-    ids=["none", "empty", "yaml", "no-files", "gone", "outside", "damaged", "format", "number", "numbers"],
+    ids=[
+        "none",
+        "empty",
+        "yaml",
+        "no-files",
+        "gone",
+        "outside",
+        "damaged",
+        "format",
+        "number",
+        "numbers",
+        "binary",
+        "deep-readme",
+        "deep",
+        "values",
+        "no-items",
+    ],
 )
 def test_damaged_data_set_is_one_clear_line(tmp_path, readme, message):
     folder = tmp_path / "org" / "name"
     folder.mkdir(parents=True)
     (folder / "bad.jsonl").write_text('{"a": 1}\n{"a": ')
     (folder / "odd.zip").touch()
+    (folder / "deep.jsonl").write_text("[" * 100_000)
+    (folder / "values.jsonl").write_text("5\n6\n")
+    (folder / "none.jsonl").touch()
     if readme is not None:
-        (folder / "README.md").write_text(readme)
+        (folder / "README.md").write_bytes(readme if isinstance(readme, bytes) else readme.encode())
     with pytest.raises(MissingData, match=message) as error:
         Mirror(tmp_path).load("org/name", "main")
     assert "\n" not in str(error.value)
+
+
+def test_a_split_that_the_front_matter_lacks_is_named_with_those_that_it_has(tmp_path):
+    write_data_set(tmp_path, "openai/gsm8k", "main", {"train": [gsm8k_item(1)]})
+    message = "openai/gsm8k, config 'main' in .*gsm8k: has no split 'test', .* lists train"
+    with pytest.raises(MissingData, match=message):
+        Mirror(tmp_path).load("openai/gsm8k", "main", split="test")
+    with pytest.raises(MissingData, match=message):
+        Mirror(tmp_path).load("openai/gsm8k", "main")["test"]
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({"train": range(30)}, "has no split 'test', which the task reads; its README.md lists train"),
+        ({"train": [], "test": range(2)}, "its split 'train' has no items"),
+        (
+            {"train": range(3), "test": range(2)},
+            "the task gsm8k shows 8 examples from the split 'train', which needs at least 8 items; it has 3",
+        ),
+        ({"train": range(30), "test": None}, r"the task gsm8k cannot read its items \(UndefinedError: 'question'"),
+    ],
+    ids=["split", "no-items", "shots", "field"],
+)
+def test_items_that_a_task_cannot_read_are_one_line_that_names_them(tmp_path, splits, message):
+    items = {
+        split: [{"x": 1}] if numbers is None else [gsm8k_item(number) for number in numbers]
+        for split, numbers in splits.items()
+    }
+    write_data_set(tmp_path, "openai/gsm8k", "main", items)
+    with pytest.raises(MissingData, match=f"gsm8k: openai/gsm8k, config 'main' in {tmp_path}/openai/gsm8k.*{message}"):
+        evaluate(suite="gsm8k", lm=Scripted(), out=tmp_path / "out", data_dir=tmp_path, progress=False)
+
+
+def test_an_example_more_is_needed_where_the_question_is_left_out(tmp_path):
+    write_data_set(tmp_path, "Idavidrein/gpqa", "gpqa_diamond", {"train": [gpqa_item(number) for number in range(5)]})
+    with pytest.raises(MissingData, match="shows 5 examples from the split 'train', which needs at least 6 items"):
+        evaluate(suite="gpqa_diamond", lm=Scripted(), out=tmp_path / "out", data_dir=tmp_path, progress=False)
+
+
+def test_an_item_without_a_field_fails_its_row_and_not_the_others(tmp_path):
+    arc, gsm8k = [arc_item(number) for number in range(30)], [gsm8k_item(number) for number in range(30)]
+    odd = {**arc_item(2), "choices": None}
+    write_data_set(
+        tmp_path, "allenai/ai2_arc", "ARC-Challenge", {"train": arc, "validation": arc, "test": [arc[0], odd]}
+    )
+    write_data_set(tmp_path, "openai/gsm8k", "main", {"train": gsm8k, "test": gsm8k[:1]})
+    options = {"out": tmp_path / "out", "data_dir": tmp_path, "progress": False}
+    outcome = evaluate(suite="arc_challenge,gsm8k", lm=Scripted(), **options)
+    assert list(outcome["rows"]) == ["gsm8k"]
+    reason = outcome["failed"]["arc_challenge"]
+    assert f"allenai/ai2_arc, config 'ARC-Challenge' in {tmp_path}/allenai/ai2_arc: the task arc_challenge" in reason
+    assert reason.endswith("'None' has no attribute 'text'); compare their fields with those on the hub")
+
+
+def test_front_matter_is_read_once_in_a_run(mirror_root, monkeypatch):
+    data, read = Mirror(mirror_root), []
+    front_matter = mirror._front_matter
+    monkeypatch.setattr(mirror, "_front_matter", lambda folder: read.append(folder) or front_matter(folder))
+    for _ in range(3):
+        data.load("openai/gsm8k", "main")
+        data.digest("openai/gsm8k", "main")
+    assert read == [mirror_root / "openai/gsm8k"]
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "json"])
