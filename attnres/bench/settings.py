@@ -84,14 +84,14 @@ class Settings:
     depths: tuple[int, ...] = ()
     num_blocks: tuple[int, ...] = (8,)
     layers_per_block: tuple[int, ...] = ()
-    tokens: tuple[int, ...] = (512,)
+    tokens: tuple[int, ...] = (256,)
     batches: tuple[int, ...] = (1, 16)
     context: int = 128
     new_tokens: int = 8
     dtypes: tuple[str, ...] = ("float32",)
     measures: tuple[str, ...] = tuple(MEASURES)
     implementations: tuple[str, ...] = ()
-    depth_shape: DepthShape = DepthShape(32, 8, 1024, 2048)
+    depth_shape: DepthShape = DepthShape(32, 8, 512, 2048)
     rounds: int = 5
     warmup: int = 1
     device: str | None = None
