@@ -38,11 +38,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except KeyboardInterrupt:
-        print("attnres: interrupted", file=sys.stderr)
+        _say("interrupted")
         return INTERRUPTED
     except (CommandError, ValueError, OSError) as error:
-        print(f"attnres: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(f"error: {' '.join(str(error).split())}")
         return USER_ERROR
+
+
+def _say(line: str):
+    """What ends a command, said by the first of several processes: all of them meet it."""
+    if _is_first():
+        print(f"attnres: {line}", file=sys.stderr)
+
+
+def _is_first() -> bool:
+    """Of the processes that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def demo(options: argparse.Namespace):
@@ -122,8 +133,8 @@ def evaluate(options: argparse.Namespace) -> int:
     )
     if outcome["writes"]:
         print((Path(options.out) / "results.md").read_text(encoding="utf-8"))
-    for name, reason in outcome["failed"].items():
-        print(f"attnres: {name} failed: {reason}", file=sys.stderr)
+        for name, reason in outcome["failed"].items():
+            print(f"attnres: {name} failed: {reason}", file=sys.stderr)
     return SOME_FAILED if outcome["failed"] else 0
 
 
@@ -188,7 +199,7 @@ class _Parser(argparse.ArgumentParser):
     """Says a mistake in one line, without the usage, which --help shows."""
 
     def error(self, message: str):
-        self.exit(USER_ERROR, f"{self.prog}: error: {message} ({self.prog} --help)\n")
+        self.exit(USER_ERROR, f"{self.prog}: error: {message} ({self.prog} --help)\n" if _is_first() else None)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -301,11 +312,16 @@ def _add_eval(commands):
         description=(
             "Runs lm-eval's tasks with the paper's protocol, a row at a time. Each row is written to OUT when it ends; "
             "the same command goes on where it was interrupted. The table is printed at the end and is in "
-            "OUT/results.md, .csv and .json. Several GPUs, a copy of the model on each: accelerate launch -m attnres "
-            "eval ..."
+            "OUT/results.md, .csv and .json. Several GPUs, a copy of the model on each: accelerate launch --multi_gpu "
+            "--num_processes N -m attnres eval ..."
         ),
     )
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="folder or hub id that transformers loads")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="folder or hub id that transformers loads, or a folder in Kimi K3's layout",
+    )
     parser.add_argument(
         "--suite",
         metavar="NAME",

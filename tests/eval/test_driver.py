@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import pytest
 import torch
@@ -406,6 +407,33 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, mirror_root, cap
     if arguments[:1] == ["no-such-folder"]:
         arguments = [*arguments, "--data-dir", mirror_root]
     assert message in error_of(capsys, *arguments)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_of_several_processes_the_first_says_what_ends_the_command(rank, monkeypatch, capsys):
+    lost = {"writes": rank == "0", "failed": {"gsm8k": "out of memory"}}
+
+    def end(*_, **options):
+        if options["seed"] == 1:
+            raise KeyboardInterrupt
+        if options["seed"] == 2:
+            raise ValueError("a mistake")
+        return lost
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(attnres.eval, "evaluate", end)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "the table")
+    statuses = [cli.main(["eval", "m", "--seed", seed]) for seed in "123"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["eval", "m", "--limit", "0"])
+    assert [*statuses, stop.value.code] == [130, 2, 1, 2]
+    said = capsys.readouterr()
+    if rank == "1":
+        assert said.out == said.err == ""
+    else:
+        *lines, last = said.err.splitlines()
+        assert lines == ["attnres: interrupted", "attnres: error: a mistake", "attnres: gsm8k failed: out of memory"]
+        assert last.startswith("attnres eval: error: argument --limit") and said.out == "the table\n"
 
 
 def test_command_prints_the_table_and_status_1_where_a_row_failed(run, mirror_root, checkpoint, tmp_path, capsys):
