@@ -83,8 +83,6 @@ def _mix(
     shape, n = sources[0].shape, len(sources)
     mixture = sources[0].new_empty(shape)
     weights = logits.new_empty((*shape[:-1], n))
-    if not mixture.numel():
-        return mixture, weights
     sources, logits, query = _contiguous(sources), logits.contiguous(), None if query is None else query.contiguous()
     carry = mixture.new_empty(shape, dtype=torch.float32) if n > GROUP_SIZE else None
     rows, tiling = _tiling(mixture, n)
@@ -120,10 +118,8 @@ def _mix_backward(
         source.new_empty(shape) if needs else None for source, needs in zip(sources, source_needs, strict=True)
     ]
     logits_gradient = weights.new_empty((*shape[:-1], n - (query is not None)))
-    query_gradient = weights.new_zeros(0) if query is None else torch.zeros_like(query)
+    query_gradient = weights.new_empty(0)
     returned = [gradient for gradient in gradients if gradient is not None]
-    if not sources[0].numel():
-        return returned, logits_gradient, query_gradient
     sources, mixture_gradient = _contiguous(sources), mixture_gradient.contiguous()
     weights_gradient = None if weights_gradient is None else weights_gradient.contiguous()
     query = None if query is None else query.contiguous()
