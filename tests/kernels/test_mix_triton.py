@@ -13,6 +13,7 @@ import torch
 from helpers import compiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 pytest.importorskip("triton", reason="not on this platform")
@@ -359,14 +360,28 @@ def test_an_exported_program_holds_one_operation(device):
         assert torch.equal(value, wanted)
 
 
-class CountMixes(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts how often the forward kernel runs."""
+class Calls(TorchDispatchMode):
+    """The arguments of every call of an operator."""
 
-    calls = 0
+    def __init__(self, operator):
+        super().__init__()
+        self.operator, self.arguments = operator, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.calls += function is torch.ops.attnres.mix.default
+        if function is self.operator:
+            self.arguments.append(args)
         return function(*args, **(kwargs or {}))
+
+
+def test_a_gradient_that_nobody_asks_for_is_neither_allocated_nor_read(device):
+    inputs = problem(2, (1, 2, 7), False, device=device)
+    inputs[0].requires_grad_(False)
+    mixture, _ = triton_mix(*arguments(inputs, False))
+    with Calls(torch.ops.attnres.mix_backward.default) as backward:
+        mixture.sum().backward()
+    ((_, weights_gradient, *_, source_needs),) = backward.arguments
+    assert weights_gradient is None
+    assert source_needs == [False, True]
 
 
 def keep_the_mixture(context, operation, *args, **kwargs):
@@ -397,9 +412,9 @@ def test_checkpointing_gives_the_same_gradients_and_may_keep_the_mixture(device,
         return mixture.sin().sum() + weights.square().sum()
 
     expected = torch.autograd.grad(block(*inputs), inputs)
-    with CountMixes() as count:
+    with Calls(torch.ops.attnres.mix.default) as forward:
         checkpoint(block, *inputs, **options).backward()
-    assert count.calls == runs
+    assert len(forward.arguments) == runs
     for tensor, wanted in zip(inputs, expected, strict=True):
         torch.testing.assert_close(tensor.grad, wanted)
 
