@@ -7,6 +7,7 @@ look here. fetch.py builds such a mirror where there is a network.
 import csv
 import hashlib
 import json
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,7 +55,8 @@ class Mirror:
             raise _no_split(where, split, files)
         splits = {}
         for each, paths in files.items():
-            splits[each] = datasets.concatenate_datasets([_read(path) for path in paths])
+            parts = [_read(path) for path in paths]
+            splits[each] = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
             if not len(splits[each]):
                 raise MissingData(f"{where}: its split {each!r} has no items; fill {paths[0]} or leave the split out")
         return splits[split] if split else _splits(splits, where)
@@ -197,6 +199,15 @@ def _matching(folder: Path, patterns: list[str]) -> list[Path]:
     return found
 
 
+def _dataset(items: list[dict]):
+    """As Dataset.from_list, which takes most of a run's start to hash what is never cached."""
+    from datasets import Dataset
+    from pyarrow import Table
+
+    columns = {key: [item.get(key) for item in items] for key in items[0]} if items else {}
+    return Dataset(Table.from_pydict(columns), fingerprint=uuid.uuid4().hex)
+
+
 def _read(path: Path):
     """One data file as a Dataset in memory."""
     from datasets import Dataset
@@ -205,16 +216,16 @@ def _read(path: Path):
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
-            return Dataset(pyarrow.parquet.read_table(path))
+            return Dataset(pyarrow.parquet.read_table(path), fingerprint=uuid.uuid4().hex)
         if path.suffix in (".csv", ".tsv"):
             with path.open(encoding="utf-8", newline="") as file:
-                return Dataset.from_list(list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")))
+                return _dataset(list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")))
         if path.suffix == ".jsonl":
             # Not splitlines: a text may hold U+2028, which is no end of a line in JSON.
             lines = path.read_text(encoding="utf-8").split("\n")
-            return Dataset.from_list([json.loads(line) for line in lines if line.strip()])
+            return _dataset([json.loads(line) for line in lines if line.strip()])
         if path.suffix == ".json":
-            return Dataset.from_list(json.loads(path.read_text(encoding="utf-8")))
+            return _dataset(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, OSError, AttributeError, RecursionError) as error:  # pyarrow's are ValueErrors
         raise MissingData(f"{path}: cannot be read ({' '.join(str(error).split())[:160]})") from None
     raise MissingData(f"{path}: data files must be {', '.join(READ_IN_MEMORY)}")

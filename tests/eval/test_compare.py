@@ -271,7 +271,7 @@ def test_two_checkpoints_that_the_driver_measured_are_compared(mirror_root, tmp_
     for seed, folder in enumerate(folders):
         evaluate(
             tiny_llama(seed=seed), "arc_challenge,gsm8k", tokenizer=byte_tokenizer(eos_token="<eos>"), out=folder,
-            data_dir=mirror_root, limit=4, progress=False,
+            data_dir=mirror_root, limit=4, max_length=1100, progress=False,
         )  # fmt: skip
     out = tmp_path / "compared"
     assert main(["compare", *map(str, folders), "--out", str(out), "--bootstrap", "200"]) == 0
