@@ -5,7 +5,7 @@ the sources then only rescales the input of an RMSNorm, which is what makes a co
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -212,19 +212,17 @@ def layer_type(config: PreTrainedConfig, layer_idx: int) -> str:
     return "full_attention"
 
 
-def create_masks(config: PreTrainedConfig, attention_mask, **mask_inputs) -> dict:
-    """One mask per layer type that occurs; masks that `generate` has already prepared are passed through."""
+def create_masks(config: PreTrainedConfig, layer_types: Iterable[str], attention_mask, **mask_inputs) -> dict:
+    """One mask per layer type; masks that `generate` has already prepared are passed through."""
     if isinstance(attention_mask, dict):
         return attention_mask
-    layer_types = {layer_type(config, layer_idx) for layer_idx in range(config.num_hidden_layers)}
-    return {
-        kind: MASKS[kind](config=config, attention_mask=attention_mask, **mask_inputs) for kind in sorted(layer_types)
-    }
+    return {kind: MASKS[kind](config=config, attention_mask=attention_mask, **mask_inputs) for kind in layer_types}
 
 
-def rotary_embeddings(config: PreTrainedConfig, rotary_emb: nn.Module | None, hidden_states, position_ids) -> dict:
+def rotary_embeddings(
+    config: PreTrainedConfig, layer_types: Iterable[str], rotary_emb: nn.Module | None, hidden_states, position_ids
+) -> dict:
     """Position embeddings per layer type; `None` where the family has no rotary embedding."""
-    layer_types = sorted({layer_type(config, layer_idx) for layer_idx in range(config.num_hidden_layers)})
     if rotary_emb is None:
         return dict.fromkeys(layer_types)
     if get_family(config).rotary_by_layer_type:

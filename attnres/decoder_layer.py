@@ -1,6 +1,6 @@
 """A family's decoder layer with mixtures over depth in place of its residual additions.
 
-Shapes: B batch, T tokens, D hidden size, n sources, Q pseudo-queries.
+Shapes: B batch, T tokens, D hidden size, n sources.
 """
 
 import torch
@@ -12,7 +12,7 @@ from transformers.utils import TransformersKwargs
 
 from .backbones import get_family, layer_type
 from .configuration_attnres import AttnResConfig
-from .depth_mixer import mix, score
+from .depth_mixer import mix
 
 
 class MixedInput(nn.Identity):
@@ -46,7 +46,8 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         self.config = config
         self.layer_idx = layer_idx
         self.family = get_family(backbone)
-        self.is_linear_attention = layer_type(backbone, layer_idx) == "linear_attention"
+        self.layer_type = layer_type(backbone, layer_idx)
+        self.rms_norm_eps = backbone.rms_norm_eps  # reading configurations is slow
         multiplier = self.family.output_multiplier
         self.output_multiplier = 1.0 if multiplier is None else getattr(backbone, multiplier)
         self.residual_mode = config.residual_mode
@@ -63,6 +64,8 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings=None,
+        shared_sources: bool = True,
+        depth_implementation: str = "eager",
         output_depth_weights: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -72,14 +75,15 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         place, so that activation checkpointing may run a layer twice.
 
         Args:
-            state: in `"standard"` mode the hidden states `[B, T, D]`. Otherwise the gain-weighted pseudo-queries `[Q,
-                D]` from this layer's attention on (2 in `"block"` mode, all remaining in `"full"` mode), then per
-                source its value `[B, T, D]` and its logits `[B, T]` for the attention and for the MLP, then, within a
-                block, the partial sum `[B, T, D]`.
+            state: in `"standard"` mode the hidden states `[B, T, D]`. Otherwise for the attention, then for the MLP:
+                the scaled pseudo-query `[1, D]` and the logits `[B, T, n]` of its n sources; then the sources, n
+                tensors `[B, T, D]`, once if both read the same, else first the attention's; and, within a block, the
+                partial sum `[B, T, D]`.
+            shared_sources: whether both read the same.
 
         Returns:
             `"standard"`: the hidden states. `"block"`: the partial sum including this layer. `"full"`: the attention
-            output, the MLP output, and the logits of the former for all later sublayers but the MLP.
+            output and the MLP output, two new sources.
         """
         attention_inputs = {
             "attention_mask": attention_mask,
@@ -95,39 +99,32 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
             return hidden_states + self._mlp(hidden_states)
 
         # Slices: older compilers take a starred name for a tuple.
-        queries, partial = state[0], None if self.starts_block else state[-1]
-        sources = state[1:] if partial is None else state[1:-1]
-        values, attention_logits, mlp_logits = sources[0::3], sources[1::3], sources[2::3]
-        dtype = values[0].dtype  # under autocast sublayers return a narrower one; sums keep that of the embedding
+        attention_query, attention_logits, mlp_query, mlp_logits = state[:4]
+        sources, partial = (state[4:], None) if self.starts_block else (state[4:-1], state[-1])
+        count = len(sources) if shared_sources else len(sources) // 2
+        attention_sources, mlp_sources = sources[:count], sources[-count:]
+        dtype = sources[0].dtype  # under autocast sublayers return a narrower one; sums keep that of the embedding
+
+        def mixture(sources, logits, query):
+            mixed, weights = mix(sources, logits, depth_implementation, query, self.rms_norm_eps, output_depth_weights)
+            if output_depth_weights:
+                self.depth_weights(weights)
+            return mixed
 
         if partial is None:
-            mixed = self._mix(values, attention_logits, output_depth_weights)
+            mixed = mixture(attention_sources, attention_logits, None)
         else:
-            (logits,) = self._score(partial, queries[:1])
-            mixed = self._mix([*values, partial], [*attention_logits, logits], output_depth_weights)
+            mixed = mixture((*attention_sources, partial), attention_logits, attention_query)
         newest = self._attention(self.mixed_input(mixed), attention_inputs).to(dtype)
         newest = newest if partial is None else partial + newest
 
-        logits, *later_logits = self._score(newest, queries[1:2] if self.residual_mode == "block" else queries[1:])
-        mixed = self._mix([*values, newest], [*mlp_logits, logits], output_depth_weights)
-        mlp_output = self._mlp(mixed).to(dtype)
-        if self.residual_mode == "block":
-            return newest + mlp_output
-        return newest, mlp_output, *later_logits
-
-    def _score(self, source: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return score(source, queries, self.config.rms_norm_eps)
-
-    def _mix(self, values, logits, output_depth_weights: bool) -> torch.Tensor:
-        mixture, weights = mix(values, logits, self.config.depth_implementation)
-        if output_depth_weights:
-            self.depth_weights(weights)
-        return mixture
+        mlp_output = self._mlp(mixture((*mlp_sources, newest), mlp_logits, mlp_query)).to(dtype)
+        return newest + mlp_output if self.residual_mode == "block" else (newest, mlp_output)
 
     def _attention(self, hidden_states: torch.Tensor, inputs: dict) -> torch.Tensor:
         """Norm, attention and what belongs to its output: `[B, T, D]` to `[B, T, D]`, one source."""
         hidden_states = getattr(self, self.family.attention_pre_norm)(hidden_states)
-        if self.is_linear_attention:
+        if self.layer_type == "linear_attention":
             inputs = {**inputs, "cache_params": inputs["past_key_values"]}
             for name in ("past_key_values", "use_cache", "position_ids", "position_embeddings"):
                 inputs.pop(name, None)

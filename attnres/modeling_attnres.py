@@ -29,7 +29,6 @@ from .backbones import (
     create_masks,
     get_family,
     init_weights,
-    layer_type,
     load_balancing_loss,
     rotary_embeddings,
     scale_logits,
@@ -37,7 +36,8 @@ from .backbones import (
 from .checkpoint_names import names_in_memory, weight_conversions
 from .configuration_attnres import DEPTH_OPTIONS, AttnResConfig
 from .decoder_layer import AttnResDecoderLayer, DepthWeights, MixedInput, SublayerWeights
-from .depth_mixer import DepthMixer, DepthScore, mix, score
+from .depth_mixer import DepthMixer, DepthScore, mix
+from .depth_sources import SourceBank, SourceList
 
 # Held while converters are registered and while a model is loaded by them.
 _CONVERSIONS = threading.RLock()
@@ -59,6 +59,10 @@ _FAMILY_TRAITS = (
     "_keys_to_ignore_on_save",
     "_can_set_experts_implementation",
 )
+
+# While decoding, the complete sources are mixed for all sublayers of a block at once: fewer operations. For more tokens
+# the mixtures would leave the cache before they are read.
+FEW_TOKENS = 64
 
 # Where remote code finds the classes in a saved folder.
 AUTO_MAP = {
@@ -385,8 +389,10 @@ class AttnResModel(AttnResPreTrainedModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
 
+        layer_types = sorted({layer.layer_type for layer in self.layers})
         masks = create_masks(
             backbone,
+            layer_types,
             attention_mask,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
@@ -395,18 +401,19 @@ class AttnResModel(AttnResPreTrainedModel):
         embedding_multiplier = get_family(backbone).embedding_multiplier
         if embedding_multiplier is not None:
             inputs_embeds = inputs_embeds * getattr(backbone, embedding_multiplier)
-        position_embeddings = rotary_embeddings(backbone, self.rotary_emb, inputs_embeds, position_ids)
+        position_embeddings = rotary_embeddings(backbone, layer_types, self.rotary_emb, inputs_embeds, position_ids)
 
-        def call_layer(layer_idx: int, *state: torch.Tensor):
-            kind = layer_type(backbone, layer_idx)
-            return self.layers[layer_idx](
+        def call_layer(layer_idx: int, *state: torch.Tensor, **options):
+            layer = self.layers[layer_idx]
+            kind = layer.layer_type
+            return layer(
                 *state,
                 attention_mask=masks[kind],
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings[kind],
-                output_depth_weights=bool(output_depth_weights),
+                **options,
                 **kwargs,
             )
 
@@ -422,43 +429,63 @@ class AttnResModel(AttnResPreTrainedModel):
     def _mix_layers(self, embedding: torch.Tensor, call_layer, output_depth_weights: bool) -> torch.Tensor:
         """Walks the decoder layers, commits each source when it is complete, and mixes the output `[B, T, D]`."""
         queries = self.depth_mixer()
+        depth_implementation = self.config.depth_implementation
         block_mode = self.config.residual_mode == "block"
         num_layers, per_block = len(self.layers), self.config.layers_per_block
-        # Per source its value and its logits; a logit tuple ends with the output's, so sublayers count from the end.
-        sources: list[tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = []
+        sources = self._new_sources(queries, embedding, output_depth_weights)
+        shared_sources = isinstance(sources, SourceList)
+        sources.commit(embedding, first_reader=0)
         partial: tuple[torch.Tensor, ...] = ()
-
-        def commit(source: torch.Tensor, first_reader: int):
-            readers = queries[first_reader:].to(source.device)
-            sources.append((source, score(source, readers, self.config.rms_norm_eps)))
-
-        commit(embedding, 0)
+        each_query = queries.split(1)
         for layer_idx in range(num_layers):
-            attention = 2 * layer_idx
-            from_end = attention - (2 * num_layers + 1)
-            state = [queries[attention : attention + 2] if block_mode else queries[attention:]]
-            for value, logits in sources:
-                state += [value, logits[from_end], logits[from_end + 1]]
-            output = call_layer(layer_idx, *state, *partial)
+            attention, mlp = 2 * layer_idx, 2 * layer_idx + 1
+            attention_logits, values = sources.read(attention)
+            mlp_logits, mlp_values = sources.read(mlp)
+            state = (each_query[attention], attention_logits, each_query[mlp], mlp_logits, *values)
+            if not shared_sources:
+                state += mlp_values
+            output = call_layer(
+                layer_idx,
+                *state,
+                *partial,
+                shared_sources=shared_sources,
+                depth_implementation=depth_implementation,
+                output_depth_weights=output_depth_weights,
+            )
             if not block_mode:
-                attention_output, mlp_output, *logits = output
-                sources.append((attention_output, tuple(logits)))
-                commit(mlp_output, attention + 2)
+                sources.commit(output[0], first_reader=mlp + 1)  # the MLP itself has scored it
+                sources.commit(output[1], first_reader=mlp + 1)
             elif (layer_idx + 1) % per_block == 0 or layer_idx + 1 == num_layers:
-                commit(output, attention + 2)
+                sources.commit(output, first_reader=mlp + 1)
                 partial = ()
             else:
                 partial = (output,)
 
-        device = sources[-1][0].device  # layers may have been spread over devices
+        logits, values = sources.read(2 * num_layers)
         mixture, weights = mix(
-            [value.to(device) for value, _ in sources],
-            [logits[-1].to(device) for _, logits in sources],
-            self.config.depth_implementation,
+            tuple(value.to(logits.device) for value in values),  # layers may have been spread over devices
+            logits,
+            depth_implementation,
+            return_weights=output_depth_weights,
         )
         if output_depth_weights:
             self.depth_weights(weights)
         return mixture
+
+    def _new_sources(
+        self, queries: torch.Tensor, embedding: torch.Tensor, output_depth_weights: bool
+    ) -> SourceList | SourceBank:
+        """A bank where it pays and may be written to: on the CPU, without autograd, compiler or wish for weights."""
+        eps = self.config.rms_norm_eps
+        devices = {embedding.device.type, next(self.layers[-1].parameters()).device.type}
+        if output_depth_weights or torch.is_grad_enabled() or torch.compiler.is_compiling() or devices != {"cpu"}:
+            return SourceList(queries, eps)
+        few = embedding.shape[0] * embedding.shape[1] <= FEW_TOKENS
+        if self.config.residual_mode == "full":
+            return SourceBank(queries, eps, embedding, len(queries), 2)
+        return SourceBank(
+            queries, eps, embedding, 1 + self.config.num_blocks, 2 * self.config.layers_per_block if few else 2
+        )
 
 
 def _keep(hidden_states: torch.Tensor, positions: int | torch.Tensor) -> torch.Tensor:

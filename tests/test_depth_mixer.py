@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnres.depth_mixer import DepthMixer, mix, score
+from attnres.depth_mixer import DepthMixer, mix, mix_bank, score
 
 EPS = 1e-6
 
@@ -24,56 +24,128 @@ def mix_per_token(sources, query, gain):
     return mixture, weights
 
 
+def scaled(query, gain=1.0):
+    """As `DepthMixer` gives pseudo-queries to the functions."""
+    return query * gain * query.shape[-1] ** 0.5
+
+
+def score_and_mix(sources, query, form, return_weights=True):
+    """The mixture in each of the forms in which sources come."""
+    logits = torch.cat([score(source, query.unsqueeze(0), EPS) for source in sources], dim=-1)
+    if form == "list":
+        return mix(tuple(sources), logits, "eager", return_weights=return_weights)
+    if form == "list and partial sum":
+        return mix(tuple(sources), logits[..., :-1], "eager", query.unsqueeze(0), EPS, return_weights)
+    with torch.no_grad():
+        if form == "bank":
+            return mix_bank(torch.stack(sources), logits.unsqueeze(0))[0], None
+        complete = mix_bank(torch.stack(sources[:-1]), logits[..., :-1].unsqueeze(0))[0]
+        together = torch.logsumexp(logits[..., :-1], dim=-1, keepdim=True)
+        return mix((complete, sources[-1]), together, "eager", query.unsqueeze(0), EPS)
+
+
+FORMS = ["list", "list and partial sum", "bank", "bank and partial sum"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 5), (3, 41)], ids="tokens{0[0]}x{0[1]}".format)
 @pytest.mark.parametrize("num_sources", [1, 2, 7], ids="n{}".format)
-def test_mixing_with_nonzero_queries_matches_a_per_token_loop(num_sources):
-    sources = [torch.randn(2, 5, 13) * 3**index for index in range(num_sources)]
+def test_mixing_with_nonzero_queries_matches_a_per_token_loop(num_sources, shape, form):
+    if num_sources == 1 and form.endswith("partial sum"):
+        num_sources = 3
+    sources = [torch.randn(*shape, 13) * 3**index for index in range(num_sources)]
     query, gain = torch.randn(13), 1 + 0.3 * torch.randn(13)
-    logits = [score(source, (query * gain).unsqueeze(0), EPS)[0] for source in sources]
-    mixture, weights = mix(sources, logits, "eager")
+    mixture, weights = score_and_mix(sources, scaled(query, gain), form)
     expected_mixture, expected_weights = mix_per_token(sources, query, gain)
-    torch.testing.assert_close(mixture.double(), expected_mixture, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(weights.double(), expected_weights, rtol=1e-5, atol=1e-6)
+    assert (mixture - expected_mixture).abs().max() < 1e-5 * expected_mixture.abs().max()
+    if weights is not None:
+        torch.testing.assert_close(weights.double(), expected_weights, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS[:2])
+def test_every_gradient_is_that_of_the_stacked_sum(form):
+    sources = [torch.randn(2, 5, 13, dtype=torch.float64, requires_grad=True) for _ in range(5)]
+    query = torch.randn(13, dtype=torch.float64, requires_grad=True)
+    direction, weight_direction = torch.randn(2, 5, 13, dtype=torch.float64), torch.randn(2, 5, 5, dtype=torch.float64)
+
+    def stacked():
+        values = torch.stack(sources)
+        keys = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + EPS)
+        weights = torch.softmax(torch.einsum("d,nbtd->btn", query, keys), dim=-1)
+        return torch.einsum("btn,nbtd->btd", weights, values), weights
+
+    def gradients(mixture, weights):
+        loss = (mixture * direction).sum() + (weights * weight_direction).sum()
+        return torch.autograd.grad(loss, [*sources, query])
+
+    expected = gradients(*stacked())
+    for gradient, wanted in zip(gradients(*score_and_mix(sources, scaled(query), form)), expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_the_gradient_of_the_sum_can_be_differentiated_again():
+    sources = [torch.randn(1, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    logits = torch.randn(1, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda logits, *values: mix(values, logits, "eager")[0], (logits, *sources))
+
+
+def test_sources_are_kept_for_the_backward_pass_by_reference():
+    sources = tuple(torch.randn(1, 11, 64, requires_grad=True) for _ in range(6))
+    logits = torch.randn(1, 11, 6, requires_grad=True)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        mix(sources, logits, "eager")
+    for source in sources:
+        kept.pop(source.untyped_storage().data_ptr())
+    assert all(tensor.shape[-1] == 6 for tensor in kept.values())  # weights only
 
 
 @given(st.integers(1, 9), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.floats(1e-3, 1e3))
 def test_depth_weights_are_a_distribution_and_do_not_depend_on_the_scale_of_a_source(num_sources, dtype, scale):
     torch.manual_seed(num_sources)
     sources = [torch.randn(1, 3, 17) for _ in range(num_sources)]
-    queries = torch.randn(2, 17)
-    logits = [score(source.to(dtype), queries, 0.0)[1] for source in sources]
-    scaled = [score((scale * source).to(dtype), queries, 0.0)[1] for source in sources]
-    mixture, weights = mix([source.to(dtype) for source in sources], logits, "eager")
+    queries = scaled(torch.randn(2, 17))
+
+    def logits_at(scale):
+        return torch.cat([score((scale * source).to(dtype), queries, 0.0)[..., 1:] for source in sources], dim=-1)
+
+    mixture, weights = mix(tuple(source.to(dtype) for source in sources), logits_at(1.0), "eager", return_weights=True)
     assert mixture.dtype == dtype and weights.dtype == torch.float32
     torch.testing.assert_close(weights.sum(-1), torch.ones(1, 3))
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.05}[dtype]
-    torch.testing.assert_close(torch.stack(scaled), torch.stack(logits), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(logits_at(scale), logits_at(1.0), rtol=tolerance, atol=tolerance)
 
 
 def test_half_precision_sources_that_are_large_do_not_overflow_their_scores():
     source = torch.full((1, 1, 4096), 60.0, dtype=torch.float16)
-    (logits,) = score(source, torch.ones(1, 4096), EPS)
-    torch.testing.assert_close(logits, torch.tensor([[4096.0]]), rtol=1e-3, atol=0)
+    logits = score(source, scaled(torch.ones(1, 4096)), EPS)
+    torch.testing.assert_close(logits, torch.tensor([[[4096.0]]]), rtol=1e-3, atol=0)
 
 
 def test_double_precision_sources_are_scored_and_mixed_in_double_precision():
     sources = [torch.randn(2, 3, 13, dtype=torch.float64) for _ in range(4)]
     query, gain = torch.randn(13, dtype=torch.float64), torch.rand(13, dtype=torch.float64)
-    logits = [score(source, (query * gain).unsqueeze(0), EPS)[0] for source in sources]
-    mixture, _ = mix(sources, logits, "eager")
-    torch.testing.assert_close(mixture, mix_per_token(sources, query, gain)[0], rtol=1e-12, atol=1e-12)
+    for form in FORMS:
+        mixture, _ = score_and_mix(sources, scaled(query, gain), form)
+        torch.testing.assert_close(mixture, mix_per_token(sources, query, gain)[0], rtol=1e-12, atol=1e-12)
 
 
 def test_a_source_of_zeros_has_score_zero_and_finite_gradients():
     source = torch.zeros(1, 2, 5, requires_grad=True)
-    (logits,) = score(source, torch.randn(1, 5), EPS)
+    logits = score(source, torch.randn(1, 5), EPS)
     logits.sum().backward()
     assert not logits.any() and torch.isfinite(source.grad).all()
 
 
 def test_one_source_is_passed_through_without_a_gradient_to_its_score():
     source = torch.randn(2, 3, 5)
-    logits = torch.randn(2, 3, requires_grad=True)
-    mixture, weights = mix([source], [logits], "eager")
+    logits = torch.randn(2, 3, 1, requires_grad=True)
+    mixture, weights = mix((source,), logits, "eager", return_weights=True)
     assert mixture is source and not weights.requires_grad
     assert torch.equal(weights, torch.ones(2, 3, 1))
 
@@ -86,4 +158,4 @@ def test_the_mixer_orders_its_queries_by_sublayer_and_starts_at_zero_and_one():
         for value, part in enumerate((mixer.attention_norm, mixer.mlp_norm, mixer.output_norm), 1):
             part.query.fill_(value)
             part.weight.fill_(10)
-    assert mixer()[:, 0].tolist() == [10, 20, 10, 20, 10, 20, 30]
+    torch.testing.assert_close(mixer()[:, 0], 5**0.5 * torch.tensor([10.0, 20, 10, 20, 10, 20, 30]))

@@ -31,7 +31,7 @@ REFUSED_CASES = [(family, "sdpa") for family in WITHOUT_SDPA] + [(family, "flex_
 
 
 def attention_module(model):
-    return next(layer for layer in model.model.layers if not layer.is_linear_attention).self_attn
+    return next(layer for layer in model.model.layers if layer.layer_type != "linear_attention").self_attn
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def oracle_of(plain, model, sublayers_per_block):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_all_gradients_equal_the_stacking_oracle(family, mode):
     options, sublayers_per_block = MODES[mode]
-    torch.manual_seed(11)
+    torch.manual_seed(13)  # with some the gradient of a router nearly cancels, in both
     plain = well_conditioned_model(family)
     model = AttnResForCausalLM.from_backbone(plain, **options)
     random_depth_parameters(model)

@@ -303,7 +303,7 @@ def test_a_tuple_holds_the_same_outputs_in_the_same_order(mode):
     for value, (name, expected) in zip(values, output.items(), strict=True):
         if name != "past_key_values":
             torch.testing.assert_close(value, expected, rtol=0, atol=0)
-    base = model.model(tokens, return_dict=False)
+    base = model.model(tokens, return_dict=False, **options)
     assert isinstance(base, tuple)
     assert torch.equal(model.lm_head(base[0]), output.logits)
 

@@ -36,7 +36,7 @@ def test_an_adapter_trains_merges_and_loads_again(tmp_path, family, targets):
         before = model(tokens).logits
     peft_model = trained_adapter(model, target_modules=TARGETS[targets])
     adapted = [module for module in peft_model.modules() if hasattr(module, "lora_A")]
-    full_attention_layers = sum(not layer.is_linear_attention for layer in model.model.layers)
+    full_attention_layers = sum(layer.layer_type != "linear_attention" for layer in model.model.layers)
     assert len(adapted) >= full_attention_layers
     assert not [name for name, p in peft_model.named_parameters() if p.requires_grad and "lora_" not in name]
     with torch.no_grad():
