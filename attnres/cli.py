@@ -167,6 +167,27 @@ def bench(options: argparse.Namespace):
     print(f"attnres: wrote {', '.join(path.name for path in written)} to {options.out}", file=sys.stderr)
 
 
+def inspect(options: argparse.Namespace):
+    """Averages the depth weights of AttnRes checkpoints over a text, prints a summary and writes figure and page."""
+    _require("matplotlib", extra="hub")
+    from .analysis.inspection import as_markdown, named
+    from .analysis.inspection import inspect as run
+
+    found, written = run(
+        named(options.models, [_local_folder(model) for model in options.models]),
+        options.text,
+        options.out,
+        context=options.context,
+        max_tokens=options.max_tokens,
+        keep_tokens=options.tokens,
+        dtype=options.dtype,
+        device=options.device,
+        progress=True,
+    )
+    print("\n".join(as_markdown(weights) for weights in found), end="")
+    print(f"attnres: wrote {', '.join(path.name for path in written)} to {options.out}", file=sys.stderr)
+
+
 def _fetch(options: argparse.Namespace) -> int:
     from .eval.fetch import fetch
     from .eval.suites import select_rows
@@ -212,6 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_compare(commands)
     _add_bench(commands)
+    _add_inspect(commands)
     return parser
 
 
@@ -390,6 +412,10 @@ def _at_least_1(value: str) -> int:
     return _whole(value, 1, None, "a whole number of at least 1")
 
 
+def _at_least_0(value: str) -> int:
+    return _whole(value, 0, None, "a whole number of at least 0")
+
+
 def _limit(value: str) -> int | float:
     try:
         limit = float(value)
@@ -418,6 +444,50 @@ def _add_compare(commands):
     )
     parser.add_argument("--seed", metavar="N", type=_seed, default=0, help="of the resampling (default: %(default)s)")
     parser.set_defaults(command=compare)
+
+
+def _add_inspect(commands):
+    parser = commands.add_parser(
+        "inspect",
+        help="which earlier outputs each sublayer reads: the learned depth weights over a text",
+        description=(
+            "Averages the depth weights of AttnRes checkpoints over the tokens of a text of any length, and writes the "
+            "paper's heatmaps before attention and before MLP with the output row as PNG, all numbers as JSON, and one "
+            "HTML page that needs no network. Prints summary numbers."
+        ),
+    )
+    parser.add_argument(
+        "models",
+        metavar="MODEL",
+        nargs="+",
+        help="folder or hub id of an AttnRes checkpoint in safetensors; several are drawn one below the other",
+    )
+    parser.add_argument("--text", metavar="FILE", required=True, help="text in UTF-8, - for standard input")
+    parser.add_argument("--out", metavar="DIR", default="inspect-out", help="folder of results (default: %(default)s)")
+    parser.add_argument(
+        "--max-tokens", metavar="N", type=_at_least_1, help="of the text that are counted (default: all)"
+    )
+    parser.add_argument(
+        "--tokens",
+        metavar="N",
+        type=_at_least_0,
+        default=64,
+        help="first tokens whose own weights the page shows (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--context",
+        metavar="TOKENS",
+        type=_at_least_1,
+        help="that the model sees at a time; each chunk starts anew (default: what the model takes, at most 2048)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the weights; auto: as in the checkpoint (default: %(default)s)",
+    )
+    parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1 (default: a GPU where there is one)")
+    parser.set_defaults(command=inspect)
 
 
 def _add_bench(commands):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -115,6 +116,59 @@ def depth_weights(
         fontsize=10,
     )
     _save(figure, path)
+
+
+def depth_panels(path: str | PathLike, models: Sequence[Mapping]):
+    """Draws mean depth weights as the paper does: a row of figures per model, before attention and before MLP, and the
+    output below. Colours follow the square root of the weight, on one scale for all.
+
+    Args:
+        path: PNG to write.
+        models: each with `title`; `columns`, labels of the sources from the embedding on; `rows`, labels of the decoder
+            layers; `attention` and `mlp`, weights per decoder layer, which may end before the last column; `output`,
+            the weights of the output.
+
+    Raises:
+        ValueError: there is nothing to draw, or weights do not fit the labels.
+    """
+    if not models:
+        raise ValueError("a figure of depth weights needs at least one model")
+    inches = [max(2.6, min(9.0, 0.24 * len(model["rows"]))) for model in models]
+    figure = Figure(figsize=(13, 0.5 + sum(inches) + 1.9 * len(models)), layout="constrained")
+    parts = figure.subfigures(len(models), 1, height_ratios=[height + 1.9 for height in inches], squeeze=False)[:, 0]
+    norm = PowerNorm(0.5, vmin=0, vmax=1)
+    for part, model, height in zip(parts, models, inches, strict=True):
+        all_axes = part.subplot_mosaic(
+            [["attention", "mlp"], ["output", "output"]], height_ratios=[height, max(0.3, height / len(model["rows"]))]
+        )
+        for name, title in (("attention", "before attention"), ("mlp", "before MLP"), ("output", "output")):
+            axes = all_axes[name]
+            rows, labels = ([model[name]], [""]) if name == "output" else (model[name], model["rows"])
+            matrix = _matrix(model["title"], rows, labels, model["columns"])
+            image = axes.imshow(matrix, cmap=COLOUR_MAP, norm=norm, aspect="auto", interpolation="nearest")
+            axes.set_facecolor("0.9")  # sources that are not there yet
+            axes.set_title(title, fontsize=10)
+            across = -(-len(model["columns"]) // (40 if name == "output" else 18))
+            axes.set_xticks(range(0, len(model["columns"]), across), model["columns"][::across], fontsize=8)
+            down = -(-len(labels) * 9 // int(72 * height))
+            axes.set_yticks(range(0, len(labels), down), labels[::down], fontsize=8)
+            axes.spines[:].set_visible(False)
+            if len(model["columns"]) <= 12 and height / len(labels) >= 0.16:
+                _write_weights(axes, rows)
+        all_axes["attention"].set_ylabel("decoder layer")
+        all_axes["output"].tick_params(axis="y", length=0)
+        all_axes["output"].set_xlabel("source")
+        bar = part.colorbar(image, ax=list(all_axes.values()), label="mean depth weight", fraction=0.03, pad=0.01)
+        bar.set_ticks([0, 0.05, 0.2, 0.5, 1])
+        part.suptitle("\n".join(textwrap.wrap(model["title"], 120)), fontsize=11, parse_math=False)
+    _save(figure, path)
+
+
+def _write_weights(axes, rows: Sequence[Sequence[float]]):
+    for row, weights in enumerate(rows):
+        for column, weight in enumerate(weights):
+            colour = "black" if weight > 0.25 else "white"  # half of the colours, by the square root
+            axes.text(column, row, f"{weight:.2f}", ha="center", va="center", fontsize=7, color=colour)
 
 
 def forest(

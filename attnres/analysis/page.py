@@ -1,0 +1,173 @@
+"""Depth weights as one HTML page that needs nothing else: no network, no server, no other file.
+
+Everything that comes from outside (names, tokens) is escaped: in the markup by `html.escape`, in the data block by
+writing "<" as \\u003c. The page's Content-Security-Policy allows its own style and script by their hashes, and nothing
+else.
+"""
+
+import base64
+import hashlib
+import json
+from html import escape
+
+from .depth_weights import DepthWeights, Mixture
+from .page_template import COLOURS, PAGE, SCRIPT, STYLE
+
+DIGITS = 5
+SHOWN_IGNORED = 6
+SPACES = {" ": "\u2423", "\n": "\u21b5", "\r": "\u240d", "\t": "\u21e5"}
+PANELS = {"attention": "before attention", "mlp": "before MLP", "output": "output"}
+
+
+def render(found: list[DepthWeights]) -> str:
+    """The page over one or more models."""
+    data = {"colours": COLOURS, "models": [_model_data(weights) for weights in found]}
+    names = ", ".join(weights.model for weights in found)
+    return _fill(
+        PAGE,
+        script_hash=_hash(SCRIPT),
+        style_hash=_hash(STYLE),
+        style=STYLE,
+        script=SCRIPT,
+        title=escape(f"Depth weights: {names}"),
+        # A data block ends at the first "</script"; U+2028 and U+2029 are escaped by json.
+        data=json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
+        models="".join(_section(index, weights) for index, weights in enumerate(found)),
+    )
+
+
+def visible(text: str) -> str:
+    """Text with every character to be seen: spaces and line ends as symbols, what does not print as its code."""
+    return "".join(
+        SPACES.get(character) or (character if character.isprintable() else _code(character)) for character in text
+    )
+
+
+def _code(character: str) -> str:
+    number = ord(character)
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+
+def _fill(template: str, **parts: str) -> str:
+    """Each `[[name]]` replaced by its part, in one pass: parts may hold anything."""
+    pieces = template.split("[[")
+    filled = [pieces[0]]
+    for piece in pieces[1:]:
+        name, rest = piece.split("]]", 1)
+        filled += [parts[name], rest]
+    return "".join(filled)
+
+
+def _hash(source: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+
+
+def _model_data(weights: DepthWeights) -> dict:
+    return {
+        "sources": weights.sources,
+        "short": weights.short_sources,
+        "tokens": [visible(token.text) for token in weights.tokens],
+        "rows": [_row_data(mixture) for mixture in weights.mixtures],
+        "tokenWeights": [[_rounded(row) for row in rows] for rows in weights.token_weights],
+    }
+
+
+def _row_data(mixture: Mixture) -> dict:
+    return {
+        "kind": mixture.kind,
+        "layer": mixture.layer,
+        "partial": mixture.partial,
+        **{name: _rounded(getattr(mixture, name)) for name in ("mean", "std", "min", "max")},
+    }
+
+
+def _rounded(values: list[float]) -> list[float]:
+    return [round(value, DIGITS) for value in values]
+
+
+def _section(index: int, weights: DepthWeights) -> str:
+    mode = "Full AttnRes" if weights.layers_per_block is None else "Block AttnRes"
+    facts = [
+        f"{mode} ({weights.family})",
+        f"{weights.num_layers} decoder layers",
+        *([] if weights.layers_per_block is None else [f"{weights.layers_per_block} decoder layers per block"]),
+        f"{weights.num_tokens:,} tokens of {weights.text}, {weights.context:,} at a time",
+    ]
+    return f"""
+<section class="model" data-model="{index}" aria-labelledby="name-{index}">
+<h2 id="name-{index}">{escape(weights.model)}</h2>
+<p class="facts">{escape("; ".join(facts))}</p>
+{_tokens(index, weights)}
+<p class="showing" aria-live="polite">Showing the mean over all {weights.num_tokens:,} tokens.</p>
+<div class="panels">
+{"".join(_panel(index, kind) for kind in PANELS)}
+</div>
+<p class="readout" aria-live="polite">Point at a cell, or focus a panel and use the arrow keys.</p>
+{_summary(weights)}
+</section>
+"""
+
+
+def _panel(index: int, kind: str) -> str:
+    label = f"{PANELS[kind]}: heatmap of depth weights, a row per mixture, a column per source; arrow keys move"
+    return f"""<figure class="panel {kind}"><figcaption>{PANELS[kind]}</figcaption>
+<div class="scroll"><canvas data-panel="{kind}" tabindex="0" role="application" aria-roledescription="heatmap"
+ aria-label="{escape(label)}"></canvas></div></figure>
+"""
+
+
+def _tokens(index: int, weights: DepthWeights) -> str:
+    if not weights.tokens:
+        return ""
+    buttons = "".join(
+        f'<button type="button" role="radio" aria-checked="false" tabindex="-1" data-token="{number}" '
+        f'title="token {number}, id {token.id}"><bdi>{escape(visible(token.text))}</bdi></button>'
+        for number, token in enumerate(weights.tokens)
+    )
+    return f"""<div class="tokens" role="radiogroup" aria-label="which token's weights to show">
+<button type="button" role="radio" aria-checked="true" tabindex="0" data-token="-1" class="all">mean</button>{buttons}
+</div>
+<p class="hint">The first {len(weights.tokens)} tokens: choose one to see its own weights.</p>
+"""
+
+
+def _summary(weights: DepthWeights) -> str:
+    summary = weights.summary()
+    head = (
+        '<thead><tr><th scope="col">mixture</th><th scope="col">{0}</th><th scope="col">weight on newest source</th>'
+        '<th scope="col">on embedding</th><th scope="col">entropy (nats)</th><th scope="col">effective sources</th>'
+        '<th scope="col">{1}</th></tr></thead>'
+    )
+    overall = "".join(
+        f'<tr><th scope="row">{PANELS.get(kind, "all")}</th><td>{values["mixtures"]}</td>{_numbers(values)}'
+        f"<td>{values['ignoring']} of {values['mixtures']}</td></tr>"
+        for kind, values in summary["overall"].items()
+    )
+    each = "".join(
+        f'<tr><th scope="row">{row["name"]}</th><td>{row["sources"]}</td>{_numbers(row)}'
+        f"<td>{escape(_listed(row['ignored']))}</td></tr>"
+        for row in summary["mixtures"]
+    )
+    ignored = "".join(
+        f"<li>{escape(source)}: ignored by {len(entry['by'])} of the {entry['seen_by']} mixtures that see it "
+        f"({escape(_listed(entry['by']))})</li>"
+        for source, entry in summary["ignored"].items()
+    )
+    return f"""<h3>Summary</h3>
+<div class="scroll"><table>{head.format("how many", "ignoring a source")}<tbody>{overall}</tbody></table></div>
+<p class="hint">Means over the mixtures of two sources or more. Entropy: mean over tokens; effective sources:
+exp(entropy). A source is ignored: {escape(summary["ignored_rule"])}.</p>
+<ul class="ignored">{ignored or "<li>No source is ignored.</li>"}</ul>
+<details><summary>Every mixture</summary>
+<div class="scroll tall" tabindex="0" role="region" aria-label="summary of every mixture">
+<table>{head.format("sources", "ignored sources")}<tbody>{each}</tbody></table></div></details>
+"""
+
+
+def _numbers(values: dict) -> str:
+    return "".join(f"<td>{values[name]:.3f}</td>" for name in ("newest", "embedding", "entropy", "effective_sources"))
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - SHOWN_IGNORED
+    return (", ".join(names[:SHOWN_IGNORED]) + (f" and {more} more" if more > 0 else "")) or "none"
