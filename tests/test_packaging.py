@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "plots": set(),
     "kernels": set(),  # depth_mixer reaches them by name
     **{name: set(REMOTE_CODE) for name in REMOTE_CODE},
-    "__init__": set(REMOTE_CODE),
+    "__init__": {*REMOTE_CODE, "analysis"},  # whose callback it hands out on demand
     "conversion": MODEL,
     "analysis": MODEL | {"plots"},
     "parallel": MODEL,

@@ -67,3 +67,22 @@ def test_forest_shows_rows_with_and_without_a_published_difference(tmp_path):
     path = tmp_path / "forest.png"
     plots.forest(path, ["a", "b"], [1.0, -2.0], [(0, 2), (-5, 1)], [0.5, None], ["1", "2"], "n", "t", "a warning")
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+
+
+def run_over_depth(name):
+    depth = {"output_rms": [1.0, None, 3.0], "gradient_norm": [0.5, 0.2, 0.1]}
+    return {"name": name, "step": 7, **depth, "validation": {"steps": [], "loss": []}}
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_training_dynamics_grow_with_their_legend_and_nothing_is_cut_off(tmp_path, count):
+    plots.training_dynamics(tmp_path / "dynamics.png", [run_over_depth(f"_run {n} of $5") for n in range(count)])
+    image = matplotlib.image.imread(tmp_path / "dynamics.png")[..., :3]
+    assert image.shape[1] == 2100 and image.shape[0] == 720 + 30 * -(-count // 3)
+    border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+    assert (border == 1).all()
+
+
+def test_training_dynamics_refuse_to_draw_nothing(tmp_path):
+    with pytest.raises(ValueError, match="at least one run"):
+        plots.training_dynamics(tmp_path / "dynamics.png", [])
