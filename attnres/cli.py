@@ -188,6 +188,20 @@ def inspect(options: argparse.Namespace):
     print(f"attnres: wrote {', '.join(path.name for path in written)} to {options.out}", file=sys.stderr)
 
 
+def dynamics(options: argparse.Namespace):
+    """Draws how several runs trained over depth, side by side, and prints and writes the numbers."""
+    _require("matplotlib", extra="hub")
+    from .analysis.dynamics_runs import as_markdown, read_runs, write
+
+    runs = read_runs(options.runs, options.step)
+    for run in runs:
+        if not run.validation["loss"]:
+            print(f"attnres: {run.name} has no eval_loss: evaluate while training (eval_strategy)", file=sys.stderr)
+    written = write(runs, options.out)
+    print(as_markdown(runs), end="")
+    print(f"attnres: wrote {' and '.join(path.name for path in written)} to {options.out}", file=sys.stderr)
+
+
 def _fetch(options: argparse.Namespace) -> int:
     from .eval.fetch import fetch
     from .eval.suites import select_rows
@@ -234,6 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_compare(commands)
     _add_bench(commands)
     _add_inspect(commands)
+    _add_dynamics(commands)
     return parser
 
 
@@ -556,6 +571,26 @@ def _add_bench(commands):
     parser.add_argument("--quick", action="store_true", help="a small model and fewer rounds: says whether all works")
     parser.add_argument("--out", metavar="DIR", default="bench-out", help="folder of results (default: %(default)s)")
     parser.set_defaults(command=bench)
+
+
+def _add_dynamics(commands):
+    parser = commands.add_parser(
+        "dynamics",
+        help="validation loss, output magnitude and gradient norm over depth of several training runs",
+        description=(
+            "Draws the paper's figure of training dynamics from what DepthDynamicsCallback logged in one or more "
+            "trainings with transformers' Trainer: validation loss over steps, and of each decoder layer the magnitude "
+            "of its output and the norm of the loss's gradient by it."
+        ),
+    )
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", help="output_dir of a Trainer, with checkpoints or a trainer_state.json"
+    )
+    parser.add_argument(
+        "--step", metavar="N", type=_at_least_1, help="the last measurement up to this step (default: the last of all)"
+    )
+    parser.add_argument("--out", metavar="DIR", default="dynamics-out", help="folder of results (default: %(default)s)")
+    parser.set_defaults(command=dynamics)
 
 
 _BENCH = """\

@@ -284,6 +284,64 @@ def overhead(path: str | PathLike, panels: Sequence[Mapping], title: str):
     _save(figure, path)
 
 
+def training_dynamics(path: str | PathLike, runs: Sequence[Mapping]):
+    """Draws several runs side by side: validation loss over steps, output magnitude and gradient norm over depth.
+
+    Args:
+        path: PNG to write, 2100 x 750 pixels, taller with many runs.
+        runs: each with `name`; `step`, of its measurement; `output_rms` and `gradient_norm`, a value or None per
+            decoder layer; and `validation` with `steps` and `loss`, which may be empty.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    if not runs:
+        raise ValueError("a figure of training dynamics needs at least one run")
+    columns = min(len(runs), 3)
+    figure = Figure(figsize=(14, 4.8 + 0.2 * -(-len(runs) // columns)), layout="constrained")
+    panels = figure.subplots(1, 3)
+    handles = []
+    for index, run in enumerate(runs):
+        style = {
+            "color": COLOURS[index % len(COLOURS)],
+            # Shifted where the colours start again, so that no two lines look the same.
+            "linestyle": DASHES[(index + index // len(COLOURS)) % len(DASHES)],
+            "marker": MARKERS[(index + index // len(COLOURS)) % len(MARKERS)],
+            "markersize": 4,
+        }
+        handles += panels[0].plot(run["validation"]["steps"], run["validation"]["loss"], **style)
+        for axes, name in zip(panels[1:], ("output_rms", "gradient_norm"), strict=True):
+            values = np.asarray(run[name], dtype=float)  # None becomes a gap
+            axes.plot(np.arange(len(values)), values, **style)
+    if not any(run["validation"]["steps"] for run in runs):
+        panels[0].annotate(
+            "no run was evaluated", (0.5, 0.5), xycoords="axes fraction", ha="center", va="center", color="0.35"
+        )
+        panels[0].set(xticks=[], yticks=[])
+    for axes, title, across, up in zip(
+        panels,
+        ("Validation loss", "Output magnitude over depth", "Gradient norm over depth"),
+        ("optimiser step", "decoder layer", "decoder layer"),
+        ("loss (nats per token)", "RMS of the layer's output", "norm of the loss's gradient by that output"),
+        strict=True,
+    ):
+        axes.set_title(title)
+        axes.set_xlabel(across)
+        axes.set_ylabel(up)
+        axes.grid(color="0.9")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[1:]:
+        axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    # A legend leaves out a label that starts with an underscore; a dollar sign would start a formula.
+    labels = [f" {run['name']}, measured at step {run['step']}" for run in runs]
+    legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    _save(figure, path)
+
+
 def _matrix(title: str, rows, row_labels: Sequence[str], column_labels: Sequence[str]) -> np.ma.MaskedArray:
     if len(rows) != len(row_labels) or max(map(len, rows)) > len(column_labels):
         raise ValueError(
