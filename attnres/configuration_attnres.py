@@ -55,8 +55,9 @@ class AttnResConfig(PreTrainedConfig):
         num_blocks (`int`, *optional*):
             Convenience: turned into `layers_per_block = ceil(num_hidden_layers / num_blocks)` and not stored; it makes
             at most this many blocks (28 layers in 8 blocks: 4 layers each, 7 blocks).
-        depth_implementation (`str`, defaults to `"eager"`):
-            Which implementation mixes, a key of `attnres.depth_mixer.DEPTH_IMPLEMENTATIONS`. Not stored.
+        depth_implementation (`str`, defaults to `"auto"`):
+            Which implementation mixes, a key of `attnres.depth_mixer.DEPTH_IMPLEMENTATIONS`: `"eager"`, `"triton"`, or
+            `"auto"`, Triton on CUDA if it is installed and passes a self-check, otherwise eager. Not stored.
 
     Raises:
         ValueError: an unsupported backbone, or a depth option out of range; names the field, the value and the rule.
@@ -73,7 +74,7 @@ class AttnResConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         num_blocks = kwargs.pop("num_blocks", None)
-        depth_implementation = kwargs.pop("depth_implementation", "eager")
+        depth_implementation = kwargs.pop("depth_implementation", "auto")
         backbone = _as_config(self.backbone_config)
         if self.backbone_config is None and self.layers_per_block is None and num_blocks is None:
             self.layers_per_block = DEFAULT_BACKBONE_LAYERS_PER_BLOCK
@@ -137,7 +138,7 @@ class AttnResConfig(PreTrainedConfig):
 
     @depth_implementation.setter
     def depth_implementation(self, value: str | None):
-        value = "eager" if value is None else value
+        value = "auto" if value is None else value
         if value not in DEPTH_IMPLEMENTATIONS:
             raise ValueError(f"depth_implementation must be one of {sorted(DEPTH_IMPLEMENTATIONS)}, got {value!r}.")
         self._depth_implementation_internal = value

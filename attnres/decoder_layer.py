@@ -115,10 +115,12 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
             mixed = mixture(attention_sources, attention_logits, None)
         else:
             mixed = mixture((*attention_sources, partial), attention_logits, attention_query)
-        newest = self._attention(self.mixed_input(mixed), attention_inputs).to(dtype)
+        newest = self._attention(self.mixed_input(mixed), attention_inputs)
+        newest = newest if newest.dtype == dtype else newest.to(dtype)
         newest = newest if partial is None else partial + newest
 
-        mlp_output = self._mlp(mixture((*mlp_sources, newest), mlp_logits, mlp_query)).to(dtype)
+        mlp_output = self._mlp(mixture((*mlp_sources, newest), mlp_logits, mlp_query))
+        mlp_output = mlp_output if mlp_output.dtype == dtype else mlp_output.to(dtype)
         return newest + mlp_output if self.residual_mode == "block" else (newest, mlp_output)
 
     def _attention(self, hidden_states: torch.Tensor, inputs: dict) -> torch.Tensor:

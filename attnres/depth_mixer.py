@@ -9,6 +9,9 @@ matrix product per source ("score on commit"). A sublayer then only has to softm
 Shapes: B batch, T tokens, D hidden size, L decoder layers, n sources, Q pseudo-queries scored at once.
 """
 
+import importlib
+import math
+import warnings
 from functools import lru_cache
 
 import torch
@@ -85,7 +88,12 @@ def _product_and_norm(source: torch.Tensor, queries: torch.Tensor, eps: float) -
         source = source.float()
     floor = _constant((source.shape[-1] * eps) ** 0.5, source.dtype, source.device)
     norm = torch.linalg.vector_norm(source, dim=-1, keepdim=True)
-    return nn.functional.linear(source, queries.to(source.dtype)), torch.hypot(norm, floor)
+    return nn.functional.linear(source, _as(queries, source.dtype)), torch.hypot(norm, floor)
+
+
+def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor.to(dtype)`, which even where there is nothing to do takes as long as an operation on one token."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _constant(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -172,23 +180,24 @@ def mix_bank(bank: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
     Args:
         bank: n sources side by side, `[n, B, T, D]`.
-        logits: of K sublayers, `[K, B, T, n]`, float32.
+        logits: of K sublayers, `[K, n, B, T]`, float32: a softmax over few numbers is fast only if they are apart.
 
     Returns:
         `[K, B, T, D]` in the dtype of the bank. One pass over the sources per sublayer, summed in float32.
     """
     if len(bank) == 1:
         return bank.expand(len(logits), -1, -1, -1)
-    weights = torch.softmax(logits, dim=-1).to(bank.dtype)
-    rows, offsets = _bags(*logits.shape)
-    mixtures = torch.embedding_bag(bank.flatten(0, 2), rows, offsets, mode=0, per_sample_weights=weights.view(-1))[0]
-    return mixtures.view(*logits.shape[:3], bank.shape[-1])
+    sublayers, count, batch, tokens = logits.shape
+    weights = torch.softmax(logits, dim=1).to(bank.dtype).movedim(1, -1).reshape(-1)
+    rows, offsets = _bags(sublayers, batch * tokens, count)
+    mixtures = torch.embedding_bag(bank.flatten(0, 2), rows, offsets, mode=0, per_sample_weights=weights)[0]
+    return mixtures.view(sublayers, batch, tokens, -1)
 
 
-def _bags(sublayers: int, batch: int, tokens: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _bags(sublayers: int, tokens: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of a flat bank that belong to each sublayer and token, and where each one's rows begin."""
-    make = _few_bags if sublayers * batch * tokens <= FEW_BAGS else _new_bags
-    return make(sublayers, batch * tokens, count)
+    make = _few_bags if sublayers * tokens <= FEW_BAGS else _new_bags
+    return make(sublayers, tokens, count)
 
 
 def _new_bags(sublayers: int, tokens: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,7 +220,8 @@ def mix_eager(
 
     Args:
         sources: n tensors `[B, T, D]`.
-        logits: `[B, T, n]`, float32; with a query `[B, T, n - 1]`, without the last source's.
+        logits: `[B, T, n]`, float32; with a query `[B, T, n - 1]`, without the last source's; or, for one token, two
+            sources and a query, the number that it is.
         query: `[1, D]`, the scaled pseudo-query that the last source is to be scored with.
         eps: epsilon of its key norm.
         return_weights: whether the depth weights are wanted.
@@ -219,6 +229,8 @@ def mix_eager(
     Returns:
         The mixture `[B, T, D]` in the dtype of the sources and, if wanted, the depth weights `[B, T, n]`, float32.
     """
+    if isinstance(logits, float):
+        return _merge_token(*sources, logits, query, eps), None
     by_hand = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if len(sources) == 2 and query is not None and not by_hand and not return_weights:
         return _merge(*sources, logits, query, eps), None
@@ -233,10 +245,63 @@ def _merge(first: torch.Tensor, last: torch.Tensor, logit: torch.Tensor, query: 
     """Of two sources, in few operations: a softmax over two is a sigmoid of their difference."""
     product, norm = _product_and_norm(last, query, eps)
     share_of_first = torch.sigmoid(torch.addcdiv(logit, product, norm, value=-1))
-    return torch.lerp(last, first, share_of_first.to(last.dtype))
+    return torch.lerp(last, first, _as(share_of_first, last.dtype))
 
 
-DEPTH_IMPLEMENTATIONS = {"eager": mix_eager}
+def score_token(source: torch.Tensor, queries: torch.Tensor, eps: float) -> list[float]:
+    """`score` for one token, in as few operations as there can be: Q numbers for a source `[D]`."""
+    source = source.float() if source.dtype.itemsize < 4 else source
+    norm = math.sqrt(torch.dot(source, source).item() + source.shape[-1] * eps)
+    return [product / norm for product in torch.mv(_as(queries, source.dtype), source).tolist()]
+
+
+def _merge_token(first: torch.Tensor, last: torch.Tensor, logit: float, query: torch.Tensor, eps: float):
+    """`_merge` for one token: numbers of Python cost less than tensors of one number."""
+    vector = last.view(-1)
+    vector = vector.float() if vector.dtype.itemsize < 4 else vector
+    own = torch.dot(vector, query[0]).item() / math.sqrt(torch.dot(vector, vector).item() + vector.shape[0] * eps)
+    return torch.lerp(last, first, 1 / (1 + math.exp(min(own - logit, 700.0))))  # beyond, exp overflows
+
+
+def mix_triton(sources, logits, query, eps, return_weights):
+    """`mix_eager` by the kernels of the package; where they do not work, eager after one warning that says why."""
+    device = sources[0].device
+    problem = _triton_problem(device.type, device.index)
+    if problem is not None:
+        _warn_once(f'depth_implementation="triton" mixes by "eager" instead: {problem}')
+    if problem is not None or sources[0].dtype == torch.float64:
+        return mix_eager(sources, logits, query, eps, return_weights)
+    query = None if query is None else query[0] * query.shape[-1] ** -0.5
+    mixture, weights = torch.ops.attnres.mix(list(sources), logits, query, eps)
+    return mixture, weights if return_weights else None
+
+
+def mix_auto(sources, logits, query, eps, return_weights):
+    """By Triton on CUDA, by eager elsewhere."""
+    chosen = mix_triton if isinstance(logits, torch.Tensor) and logits.device.type == "cuda" else mix_eager
+    return chosen(sources, logits, query, eps, return_weights)
+
+
+@torch.compiler.assume_constant_result
+def _triton_problem(device_type: str, device_index: int | None) -> str | None:
+    """Why the kernels cannot be used on a device, found out once; `None` where they can."""
+    try:
+        # By name: in a Hub folder these files stand alone, and a relative import would make the folder look for it.
+        kernels = importlib.import_module("attnres.kernels.mix_triton")
+    except ImportError as error:
+        return f"{' '.join(str(error).split())}; pip install attnres[triton]"
+    if device_type not in kernels.DEVICES and not kernels.INTERPRETED:
+        return f"its kernels run on {' and '.join(kernels.DEVICES)}, not on {device_type}"
+    return kernels.self_check(torch.device(device_type, device_index))
+
+
+@torch.compiler.assume_constant_result
+@lru_cache
+def _warn_once(message: str):
+    warnings.warn(message, stacklevel=2)
+
+
+DEPTH_IMPLEMENTATIONS = {"auto": mix_auto, "eager": mix_eager, "triton": mix_triton}
 
 
 def mix(

@@ -3,9 +3,11 @@
 Shapes: B batch, T tokens, D hidden size, n complete sources, Q pseudo-queries, K sublayers.
 """
 
+import math
+
 import torch
 
-from .depth_mixer import mix_bank, score
+from .depth_mixer import mix_bank, score, score_token
 
 
 class SourceList:
@@ -29,13 +31,11 @@ class SourceList:
         self._logits.append(score(source, readers, self.eps).unbind(-1))
 
     def read(self, reader: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """What one sublayer reads: logits `[B, T, n]`, on the device of the newest source, and as many
-        sources `[B, T, D]`.
-        """
+        """What one sublayer reads: logits `[B, T, n]` and n sources `[B, T, D]`, on the device of the newest."""
         from_end = reader - len(self.queries)
         device = self._values[-1].device
         logits = torch.stack([logits[from_end].to(device) for logits in self._logits], dim=-1)
-        return logits, tuple(self._values)
+        return logits, tuple(value.to(device) for value in self._values)  # layers may be spread over devices
 
 
 class SourceBank:
@@ -57,25 +57,62 @@ class SourceBank:
         self.readers_at_once = readers_at_once
         precision = torch.promote_types(embedding.dtype, torch.float32)
         self._values = embedding.new_empty(capacity, *embedding.shape)
-        self._logits = embedding.new_empty(len(queries), *embedding.shape[:2], capacity, dtype=precision)
+        self._logits = embedding.new_empty(len(queries), capacity, *embedding.shape[:2], dtype=precision)
         self._count = 0
         self._ready: dict[int, tuple[torch.Tensor, tuple[torch.Tensor]]] = {}
 
     def commit(self, source: torch.Tensor, first_reader: int):
         self._values[self._count] = source
         scores = score(source, self.queries[first_reader:], self.eps)
-        self._logits[first_reader:, ..., self._count] = scores.movedim(-1, 0)
+        self._logits[first_reader:, self._count] = scores.movedim(-1, 0)
         self._count += 1
         self._ready.clear()
 
     def read(self, reader: int) -> tuple[torch.Tensor, tuple[torch.Tensor]]:
         """A logit `[B, T, 1]` and a source `[B, T, D]`, the mixture of all that are complete."""
         if reader not in self._ready:
-            logits = self._logits[reader : reader + self.readers_at_once, ..., : self._count]
+            logits = self._logits[reader : reader + self.readers_at_once, : self._count]
             mixtures = mix_bank(self._values[: self._count], logits).unbind(0)
-            together = torch.logsumexp(logits, dim=-1, keepdim=True).unbind(0)
+            together = torch.logsumexp(logits, dim=1).unsqueeze(-1).unbind(0)
             self._ready = {
                 reader + number: (logit, (mixture,))
                 for number, (logit, mixture) in enumerate(zip(together, mixtures, strict=True))
+            }
+        return self._ready.pop(reader)
+
+
+class TokenBank:
+    """`SourceBank` for one token, where operations cost more than what they compute: logits are numbers of Python."""
+
+    def __init__(self, queries: torch.Tensor, eps: float, embedding: torch.Tensor, capacity: int, readers_at_once: int):
+        self.queries = queries
+        self.eps = eps
+        self.readers_at_once = readers_at_once
+        self._shape = embedding.shape
+        self._rows = embedding.new_empty(capacity, embedding.shape[-1])
+        self._logits: list[list[float]] = []  # each ends with the output's
+        self._ready: dict[int, tuple[float, tuple[torch.Tensor]]] = {}
+
+    def commit(self, source: torch.Tensor, first_reader: int):
+        row = self._rows[len(self._logits)]
+        row.copy_(source.view(-1))
+        self._logits.append(score_token(row, self.queries[first_reader:], self.eps))
+        self._ready.clear()
+
+    def read(self, reader: int) -> tuple[float, tuple[torch.Tensor]]:
+        if reader not in self._ready:
+            readers = range(reader, min(reader + self.readers_at_once, len(self.queries)))
+            together, weights = [], []
+            for from_end in (number - len(self.queries) for number in readers):
+                logits = [logits[from_end] for logits in self._logits]
+                highest = max(logits)
+                exponentials = [math.exp(logit - highest) for logit in logits]
+                total = math.fsum(exponentials)
+                together.append(highest + math.log(total))
+                weights.append([exponential / total for exponential in exponentials])
+            rows = self._rows[: len(self._logits)]
+            mixtures = torch.mm(torch.tensor(weights, dtype=rows.dtype), rows).view(-1, *self._shape).unbind(0)
+            self._ready = {
+                number: (logit, (mixture,)) for number, logit, mixture in zip(readers, together, mixtures, strict=True)
             }
         return self._ready.pop(reader)

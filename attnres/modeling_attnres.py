@@ -37,7 +37,7 @@ from .checkpoint_names import names_in_memory, weight_conversions
 from .configuration_attnres import DEPTH_OPTIONS, AttnResConfig
 from .decoder_layer import AttnResDecoderLayer, DepthWeights, MixedInput, SublayerWeights
 from .depth_mixer import DepthMixer, DepthScore, mix
-from .depth_sources import SourceBank, SourceList
+from .depth_sources import SourceBank, SourceList, TokenBank
 
 # Held while converters are registered and while a model is loaded by them.
 _CONVERSIONS = threading.RLock()
@@ -462,30 +462,29 @@ class AttnResModel(AttnResPreTrainedModel):
                 partial = (output,)
 
         logits, values = sources.read(2 * num_layers)
-        mixture, weights = mix(
-            tuple(value.to(logits.device) for value in values),  # layers may have been spread over devices
-            logits,
-            depth_implementation,
-            return_weights=output_depth_weights,
-        )
+        mixture, weights = mix(values, logits, depth_implementation, return_weights=output_depth_weights)
         if output_depth_weights:
             self.depth_weights(weights)
         return mixture
 
     def _new_sources(
         self, queries: torch.Tensor, embedding: torch.Tensor, output_depth_weights: bool
-    ) -> SourceList | SourceBank:
+    ) -> SourceList | SourceBank | TokenBank:
         """A bank where it pays and may be written to: on the CPU, without autograd, compiler or wish for weights."""
         eps = self.config.rms_norm_eps
         devices = {embedding.device.type, next(self.layers[-1].parameters()).device.type}
-        if output_depth_weights or torch.is_grad_enabled() or torch.compiler.is_compiling() or devices != {"cpu"}:
+        eager = self.config.depth_implementation in ("auto", "eager")
+        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if recorded or output_depth_weights or not eager or devices != {"cpu"}:
             return SourceList(queries, eps)
-        few = embedding.shape[0] * embedding.shape[1] <= FEW_TOKENS
-        if self.config.residual_mode == "full":
-            return SourceBank(queries, eps, embedding, len(queries), 2)
-        return SourceBank(
-            queries, eps, embedding, 1 + self.config.num_blocks, 2 * self.config.layers_per_block if few else 2
-        )
+        tokens = embedding.shape[0] * embedding.shape[1]
+        capacity, readers_at_once = len(queries), 2
+        if self.config.residual_mode == "block":
+            capacity = 1 + self.config.num_blocks
+            if tokens <= FEW_TOKENS:
+                readers_at_once = 2 * self.config.layers_per_block
+        bank = TokenBank if tokens == 1 else SourceBank
+        return bank(queries, eps, embedding, capacity, readers_at_once)
 
 
 def _keep(hidden_states: torch.Tensor, positions: int | torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "parallel": MODEL,
     "bench": MODEL | {"plots"},
     "eval": {"plots", "conversion"},
-    "hub_card": MODEL | {"plots", "eval", "analysis"},
+    # conversion reads a checkpoint's headers, copies its files and puts a folder in place; a card needs the same.
+    "hub_card": MODEL | {"plots", "eval", "analysis", "conversion"},
 }
 MAY_IMPORT["demo"] = {*MODEL, "plots", "conversion", "analysis", "parallel", "eval", "hub_card"}
 MAY_IMPORT["cli"] = MAY_IMPORT["demo"] | {"demo", "bench"}
@@ -118,6 +119,7 @@ def test_version_is_read_from_the_source(metadata):
         ("datasets", "eval", ">=2.16"),
         ("matplotlib", "eval", ">=3.9"),
         ("matplotlib", "hub", ">=3.9"),
+        ("triton", "triton", ">=3.6"),
     ],
 )
 def test_required_version_is_the_promised_range(metadata, name, extra, specifier):

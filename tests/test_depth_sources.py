@@ -1,0 +1,83 @@
+"""Without autograd the complete sources are kept side by side and mixed for several sublayers at once: same results."""
+
+import pytest
+import torch
+from helpers import random_attnres, random_tokens, relative_error
+
+from attnres.depth_sources import SourceBank, SourceList, TokenBank
+
+SHAPES = {"one token": (1, 1), "few tokens": (3, 5), "a batch of one token": (7, 1), "many tokens": (2, 67)}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("mode", ["block", "full"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gemma3_text", "granite"])
+def test_logits_without_autograd_are_those_with_it(family, mode, shape):
+    model = random_attnres(family, mode)
+    tokens = random_tokens(*shape)
+    expected = model(tokens).logits
+    with torch.no_grad():
+        assert relative_error(model(tokens).logits, expected) < 1e-4
+    with torch.inference_mode():
+        assert relative_error(model(tokens).logits, expected) < 1e-4
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("mode", ["block", "full"])
+def test_decoding_token_by_token_gives_the_logits_of_the_whole_text(mode, batch):
+    model = random_attnres("qwen3", mode)
+    tokens = random_tokens(batch, 11)
+    expected = model(tokens).logits
+    with torch.no_grad():
+        cache, steps = None, []
+        for position in range(tokens.shape[1]):
+            output = model(tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            steps.append(output.logits)
+    assert relative_error(torch.cat(steps, dim=1), expected) < 1e-4
+
+
+@pytest.mark.parametrize("kind", [SourceBank, TokenBank])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_bank_reads_what_a_list_reads(kind, dtype):
+    torch.manual_seed(0)
+    shape = (1, 1, 13) if kind is TokenBank else (2, 3, 13)
+    queries = torch.randn(9, 13, dtype=torch.promote_types(dtype, torch.float32))
+    values = [torch.randn(shape).to(dtype) for _ in range(4)]
+    with torch.no_grad():
+        many = SourceList(queries, 1e-6)
+        bank = kind(queries, 1e-6, values[0], capacity=4, readers_at_once=3)
+        for number, value in enumerate(values):
+            many.commit(value, 2 * number)
+            bank.commit(value, 2 * number)
+            for reader in range(2 * number, min(2 * number + 4, 9)):
+                logits, sources = many.read(reader)
+                together, (mixture,) = bank.read(reader)
+                weights = torch.softmax(logits, dim=-1).double()
+                expected = sum(source.double() * weights[..., i : i + 1] for i, source in enumerate(sources))
+                tolerance = {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, 1e-2)
+                assert relative_error(mixture.double(), expected) < tolerance
+                together = torch.as_tensor(together, dtype=torch.float64).view(*logits.shape[:2])
+                assert relative_error(together, torch.logsumexp(logits.double(), dim=-1)) < max(tolerance, 1e-6)
+
+
+def test_extreme_logits_neither_overflow_nor_lose_the_largest():
+    model = random_attnres("llama")
+    with torch.no_grad():
+        for name, parameter in model.depth_mixer.named_parameters():
+            if name.endswith("query"):
+                parameter.mul_(1e4)
+    for shape in SHAPES.values():
+        tokens = random_tokens(*shape)
+        expected = model(tokens).logits
+        with torch.no_grad():
+            found = model(tokens).logits
+        assert torch.isfinite(found).all() and relative_error(found, expected) < 1e-3
+
+
+def test_infinite_hidden_states_stay_visible():
+    model = random_attnres("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight.fill_(float("nan"))
+        for shape in SHAPES.values():
+            assert torch.isnan(model(random_tokens(*shape)).logits).all()
