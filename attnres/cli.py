@@ -167,6 +167,20 @@ def bench(options: argparse.Namespace):
     print(f"attnres: wrote {', '.join(path.name for path in written)} to {options.out}", file=sys.stderr)
 
 
+def dynamics(options: argparse.Namespace):
+    """Draws how several runs trained over depth, side by side, and prints and writes the numbers."""
+    _require("matplotlib", extra="hub")
+    from .analysis.dynamics_runs import as_markdown, read_runs, write
+
+    runs = read_runs(options.runs, options.step)
+    for run in runs:
+        if not run.validation["loss"]:
+            print(f"attnres: {run.name} has no eval_loss: evaluate while training (eval_strategy)", file=sys.stderr)
+    written = write(runs, options.out)
+    print(as_markdown(runs), end="")
+    print(f"attnres: wrote {' and '.join(path.name for path in written)} to {options.out}", file=sys.stderr)
+
+
 def inspect(options: argparse.Namespace):
     """Averages the depth weights of AttnRes checkpoints over a text, prints a summary and writes figure and page."""
     _require("matplotlib", extra="hub")
@@ -188,18 +202,44 @@ def inspect(options: argparse.Namespace):
     print(f"attnres: wrote {', '.join(path.name for path in written)} to {options.out}", file=sys.stderr)
 
 
-def dynamics(options: argparse.Namespace):
-    """Draws how several runs trained over depth, side by side, and prints and writes the numbers."""
+def card(options: argparse.Namespace):
+    """Makes a Hub folder with its model card and uploads it if asked to."""
     _require("matplotlib", extra="hub")
-    from .analysis.dynamics_runs import as_markdown, read_runs, write
+    if options.push is None and (options.public or options.yes):
+        raise CommandError("--public and --yes say how to upload: name a repository with --push")
+    from .hub_card import build, push, upload_list
 
-    runs = read_runs(options.runs, options.step)
-    for run in runs:
-        if not run.validation["loss"]:
-            print(f"attnres: {run.name} has no eval_loss: evaluate while training (eval_strategy)", file=sys.stderr)
-    written = write(runs, options.out)
-    print(as_markdown(runs), end="")
-    print(f"attnres: wrote {' and '.join(path.name for path in written)} to {options.out}", file=sys.stderr)
+    folder = build(
+        _local_folder(options.model),
+        options.out,
+        options.results,
+        text=options.text,
+        dynamics=options.dynamics,
+        license=options.license,
+        language=options.language,
+        base_model=options.base_model,
+        repo=options.push,
+        execute_snippets=options.run,
+        link=options.link,
+        overwrite=options.overwrite,
+        progress=True,
+    )
+    print(folder)
+    if options.push is None:
+        return
+    kind = "public" if options.public else "private"
+    print(f"{upload_list(folder)}, to the {kind} repository {options.push}", file=sys.stderr)
+    if options.yes or _agreed():
+        print(push(folder, options.push, public=options.public))
+    else:
+        print("attnres: not uploaded", file=sys.stderr)
+
+
+def _agreed() -> bool:
+    if not sys.stdin.isatty():
+        raise CommandError("not uploaded: nobody is there to be asked; --yes uploads without")
+    print("Upload? [y/N] ", end="", file=sys.stderr, flush=True)
+    return input().strip().lower() in ("y", "yes")
 
 
 def _fetch(options: argparse.Namespace) -> int:
@@ -246,6 +286,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect_checkpoint(commands)
     _add_eval(commands)
     _add_compare(commands)
+    _add_card(commands)
     _add_bench(commands)
     _add_inspect(commands)
     _add_dynamics(commands)
@@ -503,6 +544,58 @@ def _add_inspect(commands):
     )
     parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1 (default: a GPU where there is one)")
     parser.set_defaults(command=inspect)
+
+
+def _add_card(commands):
+    parser = commands.add_parser(
+        "card",
+        help="a complete Hub folder: code, weights, and a model card with what was measured",
+        description=(
+            "Makes a folder that loads anywhere with trust_remote_code=True: the model's code, weights, tokenizer, and "
+            "a model card from what was measured on these very weights. The card's usage snippets are run, offline and "
+            "without this package, and everything is checked for tokens and local paths before the folder appears."
+        ),
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder or hub id of an AttnRes checkpoint with its tokenizer")
+    parser.add_argument("--out", metavar="DIR", default="card-out", help="folder to make (default: %(default)s)")
+    parser.add_argument(
+        "--results",
+        metavar="DIR",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="folders that `attnres eval` wrote for MODEL, without --limit; several hold different rows",
+    )
+    parser.add_argument("--text", metavar="FILE", help="whose depth weights are drawn (default: four short texts)")
+    parser.add_argument(
+        "--dynamics",
+        metavar="RUN",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="output_dir of Trainers that logged training dynamics, to be drawn",
+    )
+    parser.add_argument(
+        "--license", metavar="ID", help="such as apache-2.0 (default: what MODEL's card or LICENSE says)"
+    )
+    parser.add_argument(
+        "--language", metavar="CODE", nargs="+", help="such as en, zh or code (default: what MODEL's card says)"
+    )
+    parser.add_argument("--base-model", metavar="ID", help="hub id of what MODEL was converted or fine-tuned from")
+    parser.add_argument(
+        "--no-run",
+        dest="run",
+        action="store_false",
+        help="do not load the model: no snippet is run and no depth weights are drawn, and the card says so",
+    )
+    parser.add_argument(
+        "--link", action="store_true", help="hard links to MODEL's weights; saving over DIR later changes MODEL"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR once the new one is complete")
+    parser.add_argument("--push", metavar="REPO", help="upload to this hub repository, private unless --public")
+    parser.add_argument("--public", action="store_true", help="everybody may see the repository")
+    parser.add_argument("--yes", action="store_true", help="upload without asking")
+    parser.set_defaults(command=card)
 
 
 def _add_bench(commands):

@@ -118,6 +118,9 @@ def _remove_leftovers(folder: Path):
 
 def _sync(folder: Path):
     for path in folder.iterdir():
+        if path.is_dir():
+            _sync(path)
+            continue
         with path.open("rb") as file:
             os.fsync(file.fileno())
     _sync_directory(folder)

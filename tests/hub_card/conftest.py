@@ -1,0 +1,62 @@
+"""A small AttnRes checkpoint with its tokenizer, what the real driver measured on it, and its finished Hub folder."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "eval"))  # tiny_eval: a mirror of three data sets
+
+from tiny_card import save_checkpoint
+from tiny_eval import CONFIGS, ITEMS, Scripted, write_data_set
+
+from attnres.eval import evaluate
+from attnres.eval.identity import checkpoint_identity
+from attnres.hub_card import build
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "source")
+    (folder / "LICENSE").write_text("Apache License\n   Version 2.0, January 2004\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_mirror(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("mirror")
+    for repository, (config, splits) in CONFIGS.items():
+        parts = zip(splits, range(0, 1000, 100), strict=False)
+        items = {
+            split: [ITEMS[repository](start + number) for number in range(3 if split == "test" else 30)]
+            for split, start in parts
+        }
+        write_data_set(root, repository, config, items)
+    return root
+
+
+@pytest.fixture(scope="session")
+def measure(checkpoint, small_mirror, tmp_path_factory):
+    """Runs the real driver over a model that knows two answers of three; gives the folder of results."""
+
+    def measure(suite: str, identity: dict | None = None, **options) -> Path:
+        out = tmp_path_factory.mktemp("results")
+        lm = Scripted(write=lambda doc: "no idea" if doc["answer"].endswith(" 104") else doc["answer"])
+        lm.identity = checkpoint_identity(checkpoint) if identity is None else identity
+        options = {"data_dir": small_mirror, "progress": False, **options}
+        assert not evaluate(None, suite, lm=lm, out=out, **options)["failed"]
+        return out
+
+    return measure
+
+
+@pytest.fixture(scope="session")
+def results(measure) -> Path:
+    return measure("gsm8k,gpqa_diamond,arc_challenge")
+
+
+@pytest.fixture(scope="session")
+def hub_folder(checkpoint, results, tmp_path_factory) -> Path:
+    """Built with all that is run and checked."""
+    out = tmp_path_factory.mktemp("hub") / "tiny-attnres"
+    return build(checkpoint, out, [results], language="en", base_model="someone/plain-qwen")

@@ -1,0 +1,129 @@
+"""No token and no path of the machine ends up in a folder: planted ones are found, wherever they are."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from attnres.hub_card import build, validation
+from attnres.hub_card.leaks import find_leaks
+
+# Put together here, so that nobody who searches this repository finds one.
+SECRETS = {
+    "a Hugging Face token": "hf_" + "aBcD" * 8,
+    "an AWS key": "AKIA" + "A1B2" * 4,
+    "a GitHub token": "ghp_" + "x1Y2" * 9,
+    "an API key": "sk-" + "abcd" * 10,
+    "a private key": "-----BEGIN RSA " + "PRIVATE KEY-----",
+    "a path of a home folder": "/home" + "/someone/models",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, tmp_path_factory):
+    return build(checkpoint, tmp_path_factory.mktemp("finished") / "tiny", execute_snippets=False)
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def found(folder) -> str:
+    with pytest.raises(ValueError, match="not fit to be published") as caught:
+        validation.check_folder(folder)
+    return str(caught.value)
+
+
+def test_a_finished_folder_has_none(finished, checkpoint):
+    assert find_leaks(finished, (checkpoint, finished, Path.cwd())) == []
+
+
+@pytest.mark.parametrize(("what", "secret"), SECRETS.items(), ids=SECRETS)
+@pytest.mark.parametrize("name", ["README.md", "depth_mixer.py", "LICENSE", ".eval_results/a.yaml", "merges.txt"])
+def test_a_planted_secret_is_found_in_every_text_file(folder, what, secret, name):
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        file.write(f"\n# see {secret}\n")
+    message = found(folder)
+    assert f"{name}: {what}" in message and secret not in message
+
+
+@pytest.mark.parametrize(("what", "secret"), SECRETS.items(), ids=SECRETS)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_planted_secret_is_found_in_every_json_file_however_it_is_escaped(folder, what, secret, name):
+    path = folder / name
+    text = json.dumps({**json.loads(path.read_text()), "note": secret})
+    path.write_text(text)
+    assert f"{name}: {what}" in found(folder)
+    escaped = "".join(f"\\u{ord(letter):04x}" for letter in secret)
+    path.write_text(text.replace(json.dumps(secret)[1:-1], escaped))
+    assert f"{name}: {what}" in found(folder)
+
+
+def test_a_secret_in_the_metadata_of_the_weights_is_found(folder):
+    path = folder / "model.safetensors"
+    save_file(load_file(path), path, metadata={"format": "pt", "made_by": SECRETS["a Hugging Face token"]})
+    assert "model.safetensors: a Hugging Face token" in found(folder)
+
+
+def test_weights_themselves_are_not_taken_for_text(tmp_path):
+    text = torch.tensor(list(SECRETS["a Hugging Face token"].encode()), dtype=torch.uint8)
+    save_file({"weight": text}, tmp_path / "model.safetensors")
+    assert find_leaks(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "C:" + "\\Users\\ann\\model",
+        "c:" + "/Users/ann/model",
+        "/Us" + "ers/ann/model",
+        "/ro" + "ot/model",
+        "/home" + "/a",
+    ],
+)
+def test_home_folders_of_every_system_are_found(tmp_path, path):
+    (tmp_path / "a.json").write_text(json.dumps({"path": path}))
+    (tmp_path / "b.md").write_text(f"`{path}`")
+    assert {each.partition(":")[0] for each in find_leaks(tmp_path)} == {"a.json", "b.md"}
+
+
+@pytest.mark.parametrize(
+    "text", ["https://example.org/home/page", "~/home/x", "hf_short", "sk-learn", "the /home folder"]
+)
+def test_what_only_looks_alike_is_let_through(tmp_path, text):
+    (tmp_path / "a.md").write_text(text)
+    assert find_leaks(tmp_path) == []
+
+
+def test_folders_of_this_machine_are_found(tmp_path, monkeypatch):
+    home, work = tmp_path / "ann", tmp_path / "work" / "model"
+    monkeypatch.setattr(Path, "home", lambda: home)
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "a.md").write_text(f"from {home}/model")
+    (tmp_path / "hub" / "b.json").write_text(json.dumps({"at": str(work)}))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(Path("/nowhere")))
+    assert [each.partition(" (")[0] for each in find_leaks(tmp_path / "hub", (work,))] == [
+        "a.md: a path of this home folder",
+        "b.json: the path of model",
+    ]
+
+
+def test_a_name_or_path_is_found_in_a_tokenizer_and_dropped_from_a_configuration(checkpoint, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint, source)
+    config = json.loads((source / "config.json").read_text())
+    config["_name_or_path"] = config["backbone_config"]["_name_or_path"] = "./runs/17"
+    (source / "config.json").write_text(json.dumps(config))
+    folder = build(source, tmp_path / "hub", execute_snippets=False)
+    assert "_name_or_path" not in (folder / "config.json").read_text()
+    tokenizer = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "_name_or_path": "./runs/17"}))
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: a _name_or_path"):
+        build(source, tmp_path / "hub", execute_snippets=False, overwrite=True)
