@@ -146,14 +146,14 @@ def depth_panels(path: str | PathLike, models: Sequence[Mapping]):
             rows, labels = ([model[name]], [""]) if name == "output" else (model[name], model["rows"])
             matrix = _matrix(model["title"], rows, labels, model["columns"])
             image = axes.imshow(matrix, cmap=COLOUR_MAP, norm=norm, aspect="auto", interpolation="nearest")
-            axes.set_facecolor("0.9")  # sources that are not there yet
+            axes.patch.set(hatch="////", edgecolor="0.85", facecolor="white")  # sources that are not there yet
             axes.set_title(title, fontsize=10)
             across = -(-len(model["columns"]) // (40 if name == "output" else 18))
             axes.set_xticks(range(0, len(model["columns"]), across), model["columns"][::across], fontsize=8)
             down = -(-len(labels) * 9 // int(72 * height))
             axes.set_yticks(range(0, len(labels), down), labels[::down], fontsize=8)
             axes.spines[:].set_visible(False)
-            if len(model["columns"]) <= 12 and height / len(labels) >= 0.16:
+            if len(model["columns"]) <= 18 and height / len(labels) >= 0.16:
                 _write_weights(axes, rows)
         all_axes["attention"].set_ylabel("decoder layer")
         all_axes["output"].tick_params(axis="y", length=0)
@@ -168,7 +168,7 @@ def _write_weights(axes, rows: Sequence[Sequence[float]]):
     for row, weights in enumerate(rows):
         for column, weight in enumerate(weights):
             colour = "black" if weight > 0.25 else "white"  # half of the colours, by the square root
-            axes.text(column, row, f"{weight:.2f}", ha="center", va="center", fontsize=7, color=colour)
+            axes.text(column, row, f"{weight:.2f}", ha="center", va="center", fontsize=6.5, color=colour)
 
 
 def forest(

@@ -3,7 +3,6 @@
 Shapes: T tokens, K tokens that are kept one by one, L decoder layers, n sources.
 """
 
-import io
 import json
 import math
 import os
@@ -14,11 +13,12 @@ from pathlib import Path
 
 import torch
 
+from .text import pieces_of, prefix_of, token_text, tokens_of
+
 FORMAT = "attnres-depth-weights/1"
 IGNORED_SHARE = 0.1  # a source is ignored if its mean weight is below this share of 1 / n, the uniform weight
 KINDS = {"attention": "attention", "mlp": "MLP", "output": "output"}  # as they are called in text
 MAX_CONTEXT = 2048  # unless more is asked for: what is alive at a time grows with it
-PIECE = 2**16  # characters that are tokenised at a time
 DIGITS = 6  # of the weights of single tokens
 
 
@@ -133,7 +133,7 @@ class DepthWeights:
                 seen = sum(mixture.num_sources > index for mixture in self.mixtures)
                 ignored[source] = {"by": by, "seen_by": seen}
         return {
-            "ignored_rule": f"mean weight below {IGNORED_SHARE} / n, n the number of sources that the mixture sees",
+            "ignored_rule": f"mean weight below {IGNORED_SHARE}/n, n the number of sources that the mixture sees",
             "overall": {kind: _means(group) for kind, group in groups.items() if group},
             "mixtures": [
                 {
@@ -220,9 +220,9 @@ def depth_weights(
         raise ValueError(f'{name}: depth weights need residual_mode "block" or "full"; this model mixes nothing.')
     if (text is None) == (token_ids is None) or (text is not None and tokenizer is None):
         raise ValueError("depth_weights needs either a tokenizer and a text, or token_ids.")
-    prefix = [] if tokenizer is None else _prefix(tokenizer)
+    prefix = [] if tokenizer is None else prefix_of(tokenizer)
     context = _context(config, context, len(prefix), name)
-    stream = _tokens(tokenizer, _pieces(text)) if token_ids is None else ((int(id), None) for id in token_ids)
+    stream = tokens_of(tokenizer, pieces_of(text)) if token_ids is None else ((int(id), None) for id in token_ids)
     kept: list[tuple[int, str | None]] = []
     running: list[_Running] | None = None
     training = model.training
@@ -261,33 +261,9 @@ def depth_weights(
         sources=names,
         short_sources=short_names,
         mixtures=[statistics.mixture(index, config) for index, statistics in enumerate(running)],
-        tokens=[Token(id, _token_text(tokenizer, id) if text is None else text) for id, text in kept],
+        tokens=[Token(id, token_text(tokenizer, id) if text is None else text) for id, text in kept],
         token_weights=[statistics.kept for statistics in running],
     )
-
-
-def read_pieces(file: io.TextIOBase, name: str) -> Iterator[str]:
-    """A text in pieces that tokenizers of words read as they read the whole: cut between a word and a space.
-
-    Raises:
-        ValueError: it is no text in UTF-8.
-    """
-    rest = ""
-    while True:
-        try:
-            block = file.read(PIECE)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{name}: not UTF-8 text ({error.reason}); give a text file.") from None
-        if "\0" in block:
-            raise ValueError(f"{name}: holds NUL characters, so it is no text; give a text file.")
-        if not block:
-            break
-        piece = rest + block
-        cut = _boundary(piece)
-        rest = piece[cut:]
-        yield piece[:cut]
-    if rest:
-        yield rest
 
 
 def write_text(path: str | os.PathLike, text: str):
@@ -397,39 +373,3 @@ def _check_ids(ids: list[int], vocab_size: int, name: str):
 def _chunks(stream: Iterator, size: int) -> Iterator[list]:
     while chunk := list(islice(stream, size)):
         yield chunk
-
-
-def _pieces(text: str | Iterable[str]) -> Iterable[str]:
-    return read_pieces(io.StringIO(text, newline=""), "text") if isinstance(text, str) else text
-
-
-def _boundary(piece: str) -> int:
-    """Where to cut: before the last space that follows a letter or digit, if there is one near the end."""
-    for index in range(len(piece) - 1, max(0, len(piece) - 4096), -1):
-        if piece[index].isspace() and piece[index - 1].isalnum():
-            return index
-    return len(piece)
-
-
-def _tokens(tokenizer, pieces: Iterable[str]) -> Iterator[tuple[int, str]]:
-    """Token ids with their text."""
-    for piece in pieces:
-        if tokenizer.is_fast:
-            encoded = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            for id, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-                yield id, piece[start:end] or _token_text(tokenizer, id)
-        else:
-            for id in tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]:
-                yield id, _token_text(tokenizer, id)
-
-
-def _token_text(tokenizer, id: int) -> str:
-    return f"<{id}>" if tokenizer is None else str(tokenizer.convert_ids_to_tokens(id))
-
-
-def _prefix(tokenizer) -> list[int]:
-    """Ids that the tokenizer puts before every text."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    special = tokenizer("a")["input_ids"]
-    starts = range(len(special) - len(plain) + 1)
-    return special[: next((start for start in starts if special[start : start + len(plain)] == plain), 0)]

@@ -17,10 +17,12 @@ from transformers import AutoTokenizer
 
 from .. import plots
 from ..modeling_attnres import AttnResForCausalLM
-from .depth_weights import KINDS, DepthWeights, depth_weights, read_pieces, write_text
+from .depth_weights import KINDS, DepthWeights, depth_weights, write_text
 from .page import render
+from .text import read_pieces
 
 STDIN = "-"
+SHOWN_SOURCES = 8  # in the list of those that are ignored
 
 
 def inspect(
@@ -150,10 +152,14 @@ def as_markdown(weights: DepthWeights) -> str:
             f"| {values['effective_sources']:.2f} | {values['ignoring']} of {values['mixtures']} |"
         )
     lines += ["", f"Means over mixtures of two sources or more. A source is ignored: {summary['ignored_rule']}."]
-    for source, entry in summary["ignored"].items():
+    shares = {source: len(entry["by"]) / entry["seen_by"] for source, entry in summary["ignored"].items()}
+    for source in sorted(shares, key=shares.get, reverse=True)[:SHOWN_SOURCES]:
+        entry = summary["ignored"][source]
         shown = ", ".join(entry["by"][:4]) + (", ..." if len(entry["by"]) > 4 else "")
         lines.append(f"- {source}: ignored by {len(entry['by'])} of the {entry['seen_by']} that see it ({shown})")
-    if not summary["ignored"]:
+    if len(shares) > SHOWN_SOURCES:
+        lines.append(f"- and {len(shares) - SHOWN_SOURCES} more, by smaller shares of those that see them")
+    if not shares:
         lines.append("- none is ignored")
     return "\n".join(lines) + "\n"
 

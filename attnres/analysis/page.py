@@ -14,7 +14,8 @@ from .depth_weights import DepthWeights, Mixture
 from .page_template import COLOURS, PAGE, SCRIPT, STYLE
 
 DIGITS = 5
-SHOWN_IGNORED = 6
+SHOWN_IGNORED = 6  # in a list of names
+SHOWN_SOURCES = 12  # longer lists wait to be opened
 SPACES = {" ": "\u2423", "\n": "\u21b5", "\r": "\u240d", "\t": "\u21e5"}
 PANELS = {"attention": "before attention", "mlp": "before MLP", "output": "output"}
 
@@ -148,16 +149,21 @@ def _summary(weights: DepthWeights) -> str:
         f"<td>{escape(_listed(row['ignored']))}</td></tr>"
         for row in summary["mixtures"]
     )
-    ignored = "".join(
+    entries = "".join(
         f"<li>{escape(source)}: ignored by {len(entry['by'])} of the {entry['seen_by']} mixtures that see it "
         f"({escape(_listed(entry['by']))})</li>"
         for source, entry in summary["ignored"].items()
     )
+    ignored = "<p>No source is ignored.</p>"
+    if entries:
+        some = f"{len(summary['ignored'])} of {len(weights.sources)} sources are ignored by some mixture"
+        state = " open" if len(summary["ignored"]) <= SHOWN_SOURCES else ""
+        ignored = f"<details{state}><summary>{some}</summary><ul>{entries}</ul></details>"
     return f"""<h3>Summary</h3>
 <div class="scroll"><table>{head.format("how many", "ignoring a source")}<tbody>{overall}</tbody></table></div>
 <p class="hint">Means over the mixtures of two sources or more. Entropy: mean over tokens; effective sources:
 exp(entropy). A source is ignored: {escape(summary["ignored_rule"])}.</p>
-<ul class="ignored">{ignored or "<li>No source is ignored.</li>"}</ul>
+{ignored}
 <details><summary>Every mixture</summary>
 <div class="scroll tall" tabindex="0" role="region" aria-label="summary of every mixture">
 <table>{head.format("sources", "ignored sources")}<tbody>{each}</tbody></table></div></details>

@@ -24,7 +24,7 @@ PAGE = """<!DOCTYPE html>
 first. Each row sums to 1. Colours follow the square root of the weight, so that small ones can be told apart.</p>
 <div class="scale"><div class="bar"></div><ol><li class="t0">0</li><li class="t1">0.05</li><li class="t2">0.2</li><li
  class="t3">0.5</li><li class="t4">1</li></ol></div>
-<p class="hint">Grey: not there yet. Outlined: the partial sum of the sublayer's own block.</p>
+<p class="hint">Hatched: not there yet. Marked in the corner: the partial sum of the sublayer's own block.</p>
 <noscript><p>The heatmaps need JavaScript; the tables do not.</p></noscript>
 </header>
 <main>[[models]]</main>
@@ -37,10 +37,10 @@ first. Each row sums to 1. Colours follow the square root of the weight, so that
 
 STYLE = (
     """
-:root { --back: #ffffff; --text: #1b1f24; --soft: #57606a; --line: #d0d7de; --empty: #e9ebee; --card: #f6f8fa;
+:root { --back: #ffffff; --text: #1b1f24; --soft: #57606a; --line: #d0d7de; --card: #f6f8fa;
   --focus: #0969da; }
 @media (prefers-color-scheme: dark) {
-  :root { --back: #14171c; --text: #e6e9ed; --soft: #a3acb8; --line: #3a424d; --empty: #353a42; --card: #1e232a;
+  :root { --back: #14171c; --text: #e6e9ed; --soft: #a3acb8; --line: #3a424d; --card: #1e232a;
     --focus: #6cb2ff; }
 }
 * { box-sizing: border-box; }
@@ -121,7 +121,7 @@ class Panel {
     this.view = view;
     this.rows = [];
     model.rows.forEach((row, index) => { if (row.kind === canvas.dataset.panel) this.rows.push(index); });
-    this.columns = Math.max(...this.rows.map(index => model.rows[index].mean.length));
+    this.columns = model.short.length;
     this.cursor = null;
     canvas.addEventListener("pointermove", event => this.point(event));
     canvas.addEventListener("pointerdown", event => this.point(event));
@@ -145,7 +145,8 @@ class Panel {
     const canvas = this.canvas, context = canvas.getContext("2d"), ratio = window.devicePixelRatio || 1;
     context.font = FONT;
     const widest = texts => Math.ceil(Math.max(...texts.map(text => context.measureText(text).width)));
-    this.left = widest(this.rows.map((_, row) => this.label(row))) + 8;
+    // As wide as the widest label of any panel, so that the panels' columns are in line.
+    this.left = widest(["output", "layer " + this.model.rows[this.model.rows.length - 2].layer]) + 8;
     this.top = 4;
     const available = canvas.parentElement.clientWidth - this.left - 12;
     this.width = Math.max(4, Math.min(64, Math.floor(available / this.columns)));
@@ -157,27 +158,30 @@ class Panel {
     canvas.style.width = outerWidth + "px";
     canvas.style.height = outerHeight + "px";
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
-    context.fillStyle = theme("--empty");
-    context.fillRect(this.left, this.top, inner, below - this.top);
+    this.hatch(context, inner, below - this.top);
     const gap = this.width >= 12 ? 1 : 0;
     context.textBaseline = "middle";
     context.textAlign = "center";
     context.font = "11px system-ui, \"DejaVu Sans\", sans-serif";
-    const written = this.width >= 32 && this.height >= 18;
+    const written = this.width >= 28 && this.height >= 18;
     this.rows.forEach((index, row) => {
       const weights = this.weights(row), y = this.top + row * this.height;
+      const last = weights.length - 1;
       weights.forEach((weight, column) => {
         const x = this.left + column * this.width;
         context.fillStyle = "rgb(" + colour(weight).join(" ") + ")";
         context.fillRect(x, y, this.width - gap, this.height - gap);
-        if (written) {
-          context.fillStyle = weight > 0.25 ? "#000" : "#fff";
-          context.fillText(weight.toFixed(2), x + this.width / 2, y + this.height / 2 + 1);
+        context.fillStyle = weight > 0.25 ? "#000" : "#fff";
+        if (written) context.fillText(weight.toFixed(2), x + this.width / 2, y + this.height / 2 + 1);
+        if (column === last && this.model.rows[index].partial) {
+          const size = Math.min(8, this.width - gap);
+          context.beginPath();
+          context.moveTo(x, y);
+          context.lineTo(x + size, y);
+          context.lineTo(x, y + size);
+          context.fill();
         }
       });
-      if (this.model.rows[index].partial) {
-        this.frame(context, row, weights.length - 1, "#d55e00", this.width >= 12 ? 2 : 1);
-      }
     });
     context.font = FONT;
     context.fillStyle = theme("--text");
@@ -191,14 +195,32 @@ class Panel {
     for (let column = 0; column < this.columns; column += step) {
       context.fillText(names[column], Math.max(this.left + (column + 0.5) * this.width, 14), below + 11);
     }
-    if (this.cursor) this.frame(context, this.cursor.row, this.cursor.column, theme("--text"), 3);
+    if (this.cursor) this.frame(context, this.cursor.row, this.cursor.column);
   }
 
-  frame(context, row, column, style, width) {
-    context.strokeStyle = style;
-    context.lineWidth = width;
-    context.strokeRect(this.left + column * this.width + width / 2, this.top + row * this.height + width / 2,
-      this.width - width, this.height - width);
+  hatch(context, width, height) {
+    context.save();
+    context.beginPath();
+    context.rect(this.left, this.top, width, height);
+    context.clip();
+    context.strokeStyle = theme("--line");
+    context.lineWidth = 1;
+    context.beginPath();
+    for (let x = this.left - height; x < this.left + width; x += 8) {
+      context.moveTo(x, this.top + height);
+      context.lineTo(x + height, this.top);
+    }
+    context.stroke();
+    context.restore();
+  }
+
+  frame(context, row, column) {  // white within black, around the cell: seen on every colour
+    const x = this.left + column * this.width, y = this.top + row * this.height;
+    for (const [style, width] of [["#000", 4], ["#fff", 2]]) {
+      context.strokeStyle = style;
+      context.lineWidth = width;
+      context.strokeRect(x - 2, y - 2, this.width + 4, this.height + 4);
+    }
   }
 
   point(event) {
@@ -287,6 +309,7 @@ for (const section of document.querySelectorAll("section.model")) {
     }
     view.token = Number(button.dataset.token);
     showing.textContent = view.token < 0 ? mean : "Showing token " + view.token + ": " + model.tokens[view.token];
+    view.readout.textContent = "";  // it was about what was shown before
     for (const panel of own) panel.draw();
   };
   buttons.forEach((button, index) => {

@@ -11,7 +11,7 @@ import torch
 from tiny_inspect import TEXT, made_up, tiny_model, tiny_tokenizer
 
 from attnres.analysis import DepthWeights, depth_weights
-from attnres.analysis.depth_weights import PIECE, read_pieces
+from attnres.analysis.text import PIECE, read_pieces
 
 
 def all_weights(model, ids, context, prefix=()):
@@ -134,7 +134,7 @@ def test_a_source_is_ignored_below_a_tenth_of_the_uniform_weight():
     assert summary["ignored"] == {"embedding": {"by": ["layer 1 MLP"], "seen_by": 5}}
     assert summary["mixtures"][3]["ignored"] == ["embedding"]
     assert summary["overall"]["mlp"]["ignoring"] == 1 and summary["overall"]["attention"]["ignoring"] == 0
-    assert "0.1 / n" in summary["ignored_rule"]
+    assert "0.1/n" in summary["ignored_rule"]
 
 
 def test_what_is_saved_loads_as_it_was(tmp_path):

@@ -198,6 +198,9 @@ def test_the_terminal_shows_the_summary_numbers():
     table = as_markdown(made_up(2))
     assert "| before MLP | 0.500 | 0.312 |" in table
     assert "none is ignored" in table
+    deep = as_markdown(made_up(12))
+    assert "- embedding: ignored by 18 of the 25 that see it (layer 3 MLP, " in deep
+    assert deep.count("ignored by") == 8 and "- and 10 more, by smaller shares" in deep
 
 
 @pytest.mark.parametrize("num_layers", [1, 3, 48])

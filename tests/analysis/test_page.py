@@ -209,16 +209,30 @@ def test_the_keyboard_does_what_the_mouse_does(shown):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_both_colour_schemes_can_be_read(shown, scheme):
     shown.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-    back, text, soft, empty = (
+    back, text, soft = (
         np.array([int(theme[start : start + 2], 16) for start in (1, 3, 5)])
-        for theme in (shown.evaluate(f"theme('{name}')") for name in ("--back", "--text", "--soft", "--empty"))
+        for theme in (shown.evaluate(f"theme('{name}')") for name in ("--back", "--text", "--soft"))
     )
     assert (back.mean() > 200) == (scheme == "light")
     assert contrast(text, back) >= 7 and contrast(soft, back) >= 4.5
-    corner = shown.evaluate("""(() => { const {canvas, left, top, width} = panels[0], ratio = devicePixelRatio;
-        const at = (x, y) => [...canvas.getContext("2d").getImageData(x * ratio, y * ratio, 1, 1).data].slice(0, 3);
-        return [at(left + 4, top + 4), at(left + (panels[0].columns - 0.5) * width, top + 4)]; })()""")
-    assert corner == [[0xFE, 0xE8, 0x38], empty.tolist()]  # alone: weight 1; and no source yet
+    alone = shown.evaluate("""(() => { const {canvas, left, top} = panels[0], ratio = devicePixelRatio;
+        const pixel = canvas.getContext("2d").getImageData((left + 4) * ratio, (top + 4) * ratio, 1, 1);
+        return [...pixel.data].slice(0, 3); })()""")
+    assert alone == [0xFE, 0xE8, 0x38]  # weight 1
+
+
+@needs_chromium
+@pytest.mark.parametrize("shown", [two_models], indirect=True)
+def test_a_partial_sum_is_marked_in_the_corner_without_a_colour_of_its_own(shown):
+    def corner(model, row, column):
+        return shown.evaluate(f"""(() => {{
+            const {{canvas, left, top, width, height}} = panels[{model} * 3 + 1], ratio = devicePixelRatio;
+            const x = left + {column} * width + 1, y = top + {row} * height + 1;
+            return [...canvas.getContext("2d").getImageData(x * ratio, y * ratio, 1, 1).data].slice(0, 3);
+        }})()""")
+
+    assert corner(1, 3, 4) == [0, 0, 0]  # weight 0.5: black, as its number is
+    assert corner(1, 3, 3) != [0, 0, 0] and corner(0, 3, 7) != [0, 0, 0]  # another source; a full model
 
 
 def contrast(first, second) -> float:
