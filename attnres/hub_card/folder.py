@@ -84,13 +84,13 @@ def build(
     _check_tokenizer(source)
     provenance = read_provenance(source, license, language, base_model)
     say = _speaker(progress)
-    measured = Measured()
-    if results:
-        say("hashing the weights")
-        measured = read_measured(results, str(source), checkpoint_identity(source))
     facts = inspect_checkpoint(source)
     name = repo or out.name
     with replaced_folder(out, overwrite) as folder:
+        measured = Measured()
+        if results:
+            say("hashing the weights")
+            measured = read_measured(results, str(source), checkpoint_identity(source))
         _carry(checkpoint, folder, link, progress)
         _write_code(config, folder)
         sections = {}

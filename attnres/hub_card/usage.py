@@ -52,7 +52,7 @@ import torch
 with torch.no_grad():
     depth_weights = model(**inputs, output_depth_weights=True).depth_weights
 
-# Attention, MLP, attention, MLP, ..., output: a tensor [batch, tokens, sources] each, every row sums to 1.
+# Attention, MLP, attention, MLP, ..., output: [batch, tokens, sources] each, and every row sums to 1.
 for sublayer, weights in enumerate(depth_weights):
     print(sublayer, [round(weight, 3) for weight in weights.mean((0, 1)).tolist()])
 """

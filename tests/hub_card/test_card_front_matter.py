@@ -5,7 +5,7 @@ import shutil
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from attnres.eval.suites import ROWS
@@ -66,8 +66,12 @@ def test_no_string_can_break_or_extend_the_front_matter(name, licence, link, lan
     }
 
 
-@settings(max_examples=60)
-@given(ANY_TEXT)
+@settings(max_examples=150)
+@given(ANY_TEXT | st.text("|*_`[]()<>!#~\\$&; \na1", max_size=20))
+@example("*a*")
+@example("![a](b)")
+@example("a|b\n\n# c")
+@example("<script>")
 def test_no_string_leaves_its_cell(text):
     markdown_it = pytest.importorskip("markdown_it")
     html = markdown_it.MarkdownIt("commonmark").enable("table").render(table(("a", "b"), [(plain(text), 1)]))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from tiny_card import save_checkpoint
@@ -35,8 +36,9 @@ def test_limited_results_are_refused(checkpoint, measure, limit, tmp_path):
     refused(checkpoint, tmp_path / "hub", measure("gsm8k", limit=limit), match=r"gsm8k: was run with --limit")
 
 
-def test_a_limit_that_was_taken_out_of_the_result_is_found(checkpoint, measure, tmp_path):
-    results = edited(measure("gsm8k", limit=2), tmp_path, "gsm8k", limit=None)
+@pytest.mark.parametrize("changes", [{"limit": None}, {"settings": {}}], ids=lambda changes: next(iter(changes)))
+def test_a_limit_that_was_taken_out_in_one_place_is_found(checkpoint, measure, changes, tmp_path):
+    results = edited(measure("gsm8k", limit=2), tmp_path, "gsm8k", **changes)
     refused(checkpoint, tmp_path / "hub", results, match=r"gsm8k: was run with --limit")
 
 
@@ -166,6 +168,7 @@ def test_code_that_needs_the_package_is_never_published(checkpoint, monkeypatch,
             file.write("\nfrom attnres import AttnResConfig\n")
 
     monkeypatch.setattr(hub_folder, "_write_code", leaning)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # as if it were installed
     with pytest.raises(ValueError, match="attnres"):
         build(checkpoint, tmp_path / "hub")
 
