@@ -168,11 +168,12 @@ def _dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 def _weighted_sum(weights: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
-    columns = weights.to(sources[0].dtype).split(1, dim=-1)
-    mixture = sources[0] * columns[0]
-    for source, column in zip(sources[1:], columns[1:], strict=True):
+    """Summed in float32: rounding every partial sum of many sources would cost more digits than all else."""
+    first, *others = weights.split(1, dim=-1)
+    mixture = sources[0] * first
+    for source, column in zip(sources[1:], others, strict=True):
         mixture.addcmul_(source, column)
-    return mixture
+    return _as(mixture, sources[0].dtype)
 
 
 def mix_bank(bank: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

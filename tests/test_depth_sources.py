@@ -1,9 +1,14 @@
 """Without autograd the complete sources are kept side by side and mixed for several sublayers at once: same results."""
 
+import importlib.util
+from pathlib import Path
+from statistics import median
+
 import pytest
 import torch
 from helpers import random_attnres, random_tokens, relative_error
 
+from attnres.bench.memory import peak_bytes
 from attnres.depth_sources import SourceBank, SourceList, TokenBank
 
 SHAPES = {"one token": (1, 1), "few tokens": (3, 5), "a batch of one token": (7, 1), "many tokens": (2, 67)}
@@ -81,3 +86,36 @@ def test_infinite_hidden_states_stay_visible():
         model.model.embed_tokens.weight.fill_(float("nan"))
         for shape in SHAPES.values():
             assert torch.isnan(model(random_tokens(*shape)).logits).all()
+
+
+@pytest.mark.parametrize("mode", ["block", "full"])
+def test_a_chunked_prefill_needs_room_for_the_sources_of_one_chunk_only(mode):
+    """Over the same backbone with plain residuals; the cache is the same for both."""
+    tokens, chunk = random_tokens(1, 1024), 128
+    standard, mixed = random_attnres("llama", "standard"), random_attnres("llama", mode)
+
+    def prefill(model, length):
+        cache = None
+        with torch.no_grad():
+            for start in range(0, tokens.shape[1], length):
+                part = tokens[:, start : start + length]
+                cache = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+
+    def over_standard(length):
+        cpu = torch.device("cpu")
+        return peak_bytes(lambda: prefill(mixed, length), cpu) - peak_bytes(lambda: prefill(standard, length), cpu)
+
+    whole, chunked = over_standard(tokens.shape[1]), over_standard(chunk)
+    assert whole > 0 and chunked < whole / 4
+
+
+def test_rounding_errors_in_bfloat16_stay_near_those_of_plain_residuals():
+    """As benchmarks/rounding.py measures them, on smaller models; what it finds for larger ones is in the documents."""
+    path = Path(__file__).parents[1] / "benchmarks" / "rounding.py"
+    spec = importlib.util.spec_from_file_location("rounding", path)
+    rounding = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rounding)
+    runs = [rounding.errors(seed, layers=12, hidden_size=128, tokens=64) for seed in range(3)]
+    for name in ("block inference", "block training", "full training", "full inference"):
+        ratio = median(run[name] / run[f"plain {name.split()[1]}"] for run in runs)
+        assert ratio < (2.0 if name == "full inference" else 1.5), f"{name}: {ratio:.2f}"
