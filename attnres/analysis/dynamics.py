@@ -115,7 +115,6 @@ class _MeasuredStep:
         self.num_layers = len(decoder.layers)
         self.mixer = getattr(decoder, "depth_mixer", None)
         self._training_pass = False
-        self._awaited: set[int] = set()
         self._sizes: dict[int, int] = defaultdict(int)
         self._outputs: dict[int, list[torch.Tensor]] = defaultdict(list)
         self._gradients: dict[int, list[torch.Tensor]] = defaultdict(list)
@@ -164,7 +163,6 @@ class _MeasuredStep:
 
     def _begin_pass(self, decoder: nn.Module, args: tuple, kwargs: dict):
         self._training_pass = torch.is_grad_enabled()
-        self._awaited = set(range(self.num_layers)) if self._training_pass else set()
         if self.mixer is None or not self._training_pass:
             return None
         return args, {**kwargs, "output_depth_weights": True}
@@ -173,8 +171,7 @@ class _MeasuredStep:
         if not isinstance(output, torch.Tensor):
             # "full" returns the outputs of attention and MLP; some plain layers return hidden states and more.
             output = output[-1] if getattr(layer, "residual_mode", None) == "full" else output[0]
-        if index in self._awaited:  # not in a recomputation by activation checkpointing
-            self._awaited.remove(index)
+        if self._training_pass:  # what activation checkpointing runs twice counts twice, and leaves the mean as it is
             self._sizes[index] += output.numel()
             self._outputs[index].append(_norm(output.detach()))
         if output.requires_grad:

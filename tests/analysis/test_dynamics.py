@@ -147,6 +147,22 @@ def test_activation_checkpointing_changes_no_value(tmp_path, mode, use_reentrant
     assert_close(depth_logs(checkpointed)[1], depth_logs(plain)[1])
 
 
+class _LooksFirst(Trainer):
+    def compute_loss(self, model, inputs, *args, **options):
+        with torch.no_grad():
+            model(random_tokens(3, 8, seed=4), use_cache=False)
+        return super().compute_loss(model, inputs, *args, **options)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_pass_without_gradients_does_not_count(tmp_path, mode):
+    expected = depth_logs(trained(model_of(mode), tmp_path))[1]
+    trainer = trainer_of(model_of(mode), tmp_path)
+    trainer.__class__ = _LooksFirst
+    trainer.train()
+    assert_close(depth_logs(trainer)[1], expected)
+
+
 def test_steps_that_are_multiples_of_the_interval_are_measured_and_the_last(tmp_path):
     assert list(depth_logs(trained(model_of("block"), tmp_path, interval=3, max_steps=7))) == [3, 6, 7]
 
