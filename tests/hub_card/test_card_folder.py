@@ -19,6 +19,7 @@ from attnres.conversion import convert
 from attnres.eval import evaluate, sample
 from attnres.eval.published import TABLE_3
 from attnres.hub_card import build
+from attnres.hub_card.figures import draw_depth_weights
 
 
 def section(folder, title: str) -> str:
@@ -227,21 +228,24 @@ def test_a_conversion_is_reported_and_zero_pseudo_queries_are_said(tmp_path):
     assert "name is not recorded" in section(folder, "Licence and origin")
 
 
-@pytest.mark.parametrize(("mode", "said"), [("full", "Sublayer i"), ("standard", "No depth mixing")])
-def test_other_residual_modes_run_too(mode, said, tmp_path):
-    folder = build(save_checkpoint(tmp_path / "source", mode, "llama"), tmp_path / "hub")
-    assert said in section(folder, "Depth")
-    assert (folder / "depth-weights.png").is_file() == (mode != "standard")
+def test_a_baseline_with_plain_residuals_runs_and_has_no_depth_weights(tmp_path):
+    folder = build(save_checkpoint(tmp_path / "source", "standard", "llama"), tmp_path / "hub")
+    assert "No depth mixing" in section(folder, "Depth") and "depth_weights" not in section(folder, "Usage")
+    assert not (folder / "depth-weights.png").exists()
+
+
+def test_full_depth_mixing_is_said(tmp_path):
+    folder = quick(save_checkpoint(tmp_path / "source", "full", "llama"), tmp_path / "hub")
+    assert "Sublayer i (from 1) mixes i sources" in section(folder, "Depth")
+    assert "11: the embedding and 10 sublayers" in section(folder, "Architecture")
 
 
 def test_depth_weights_are_those_of_the_text_given(checkpoint, tmp_path):
     (tmp_path / "text.txt").write_text("def mean(values):\n" * 20)
-    folder = build(checkpoint, tmp_path / "hub", text=tmp_path / "text.txt")
     tokens = len(AutoTokenizer.from_pretrained(checkpoint)((tmp_path / "text.txt").read_text())["input_ids"])
-    assert f"Mean over {tokens:,} tokens of a text that the author of this card chose" in section(
-        folder, "Depth weights"
-    )
-    assert "text.txt" not in (folder / "README.md").read_text()
+    text = draw_depth_weights(tmp_path, checkpoint, "tiny", tmp_path / "text.txt")
+    assert f"Mean over {tokens:,} tokens of a text that the author of this card chose" in text
+    assert "text.txt" not in text and (tmp_path / "depth-weights.png").is_file()
 
 
 def test_a_link_shares_the_weight_file_and_a_copy_does_not(checkpoint, tmp_path):
