@@ -334,7 +334,7 @@ def training_dynamics(path: str | PathLike, runs: Sequence[Mapping]):
     for axes in panels[1:]:
         axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    # A legend leaves out a label that starts with an underscore; a dollar sign would start a formula.
+    # matplotlib 3.9 leaves out labels that start with an underscore; a dollar sign would start a formula.
     labels = [f" {run['name']}, measured at step {run['step']}" for run in runs]
     legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     for text in legend.get_texts():
