@@ -88,7 +88,7 @@ details { margin: .6rem 0; }
 summary { cursor: pointer; }
 #tip { position: fixed; z-index: 2; pointer-events: none; padding: .4rem .6rem; border: 1px solid var(--line);
   border-radius: 6px; background: var(--card); color: var(--text); font-size: .85rem; line-height: 1.4;
-  max-width: 22rem; box-shadow: 0 2px 10px rgb(0 0 0 / .25); }
+  width: max-content; max-width: min(22rem, 100vw - 8px); box-shadow: 0 2px 10px rgb(0 0 0 / .25); }
 #tip[hidden] { display: none; }
 #tip div { overflow-wrap: anywhere; }
 #tip div:first-child { font-weight: 600; }
@@ -266,8 +266,7 @@ class Panel {
     const box = this.canvas.getBoundingClientRect(), size = tip.getBoundingClientRect();
     const x = box.left + this.left + (column + 1) * this.width + 8;
     const y = box.top + this.top + (row + 1) * this.height + 8;
-    const turned = x + size.width > innerWidth - 4 ? x - size.width - this.width - 16 : x;
-    tip.style.left = Math.max(4, Math.min(turned, innerWidth - size.width - 4)) + "px";
+    tip.style.left = Math.max(4, Math.min(x, innerWidth - size.width - 4)) + "px";
     tip.style.top = Math.max(4, y + size.height > innerHeight - 4 ? y - size.height - this.height - 16 : y) + "px";
   }
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
 from families import tiny_config
 from tiny_inspect import TEXT, made_up, save_checkpoint, tiny_model
 from transformers import AutoModelForCausalLM
@@ -129,7 +130,7 @@ def make_without_weights(folder):
 
 def make_pickled(folder):
     make_without_weights(folder)
-    (folder / "pytorch_model.bin").write_bytes(b"anything")
+    torch.save(tiny_model().state_dict(), folder / "pytorch_model.bin")
 
 
 def make_empty(folder):
