@@ -23,7 +23,7 @@ MODEL, TEXT, FIGURE = [*arguments, "depth-weights.png"][:3]
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
 model = AutoModelForCausalLM.from_pretrained(MODEL).eval()
 text = Path(TEXT).read_text(encoding="utf-8")
-print(f"{MODEL}: {model.config.num_hidden_layers} decoder layers in {model.config.num_blocks} blocks")
+print(f"{MODEL}: {model.config.num_hidden_layers} decoder layers, residual_mode {model.config.residual_mode}")
 
 # %% The weights of one passage: 2 L + 1 tensors [B, T, n], attention, MLP, attention, MLP, ..., output
 inputs = tokenizer(text[:1000], return_tensors="pt")

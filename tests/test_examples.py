@@ -106,7 +106,7 @@ def test_read_depth_weights_prints_what_every_mixture_takes(material, tmp_path, 
     figure = tmp_path / "weights.png"
     arguments = [material / "attnres", material / "text.txt", figure]
     printed = run("read_depth_weights.py", *arguments, monkeypatch=monkeypatch, capsys=capsys)
-    assert "5 decoder layers in 3 blocks" in printed
+    assert "5 decoder layers, residual_mode block" in printed
     shares = re.search(r"output: 4 sources, mean weights ([\d. ]+)\n", printed)[1].split()
     assert abs(sum(map(float, shares)) - 1) < 0.05
     assert len(re.findall(r"layer \d (?:attention|MLP): newest source", printed)) == 10
