@@ -260,11 +260,16 @@ def quick(tmp_path_factory):
 
 
 def test_quick_demo_writes_everything_and_leaves_nothing_else(quick):
-    _, out, home = quick
-    expected = {MARKER, "plain", "half-way", "converted", "from-scratch", "held-out.jsonl", "sample"}
+    process, out, home = quick
+    expected = {MARKER, "plain", "half-way", "converted", "from-scratch", "held-out.jsonl", "sample", "hub"}
     expected |= {"results.md", "results.json", "loss-curves.png", "depth-weights.png"}
     assert {path.name for path in out.iterdir()} == expected
     assert [path.name for path in out.parent.iterdir()] == ["out"]
+    card = (out / "hub" / "README.md").read_text(encoding="utf-8")
+    assert "Smoke test (no benchmark)" in card and "model-index" not in card
+    assert f"open {out / 'hub' / 'README.md'}" in process.stdout
+    written = [path for path in out.rglob("*") if path.suffix in (".json", ".md", ".csv")]
+    assert not [path for path in written if ".unfinished" in path.read_text(encoding="utf-8")]
     assert not list(home.rglob("*.arrow")) and not (home / ".cache" / "huggingface" / "datasets").exists()
     for figure in ("loss-curves.png", "depth-weights.png"):
         assert min(matplotlib.image.imread(out / figure).shape[:2]) > 400

@@ -5,6 +5,7 @@ on held-out files: the plain backbone trained to the end, the half-way checkpoin
 to the end, and Block AttnRes trained from scratch.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -22,6 +23,7 @@ from transformers import logging as transformers_logging
 from attnres import AttnResConfig, AttnResForCausalLM
 from attnres.eval import compare, evaluate
 from attnres.eval.sample import root as sample_items
+from attnres.hub_card import build as build_card
 
 from . import corpus as text
 from .evaluation import (
@@ -34,6 +36,7 @@ from .evaluation import (
 from .folder import building
 from .report import (
     ARMS,
+    CARD,
     CONVERTED,
     HALF_WAY,
     PLAIN,
@@ -68,8 +71,18 @@ def run(out: str | os.PathLike, *, quick: bool = False, overwrite: bool = False,
         results = _run_in(folder, settings)
         results["seconds"] = round(time.perf_counter() - started, 1)
         write_tables(results, folder)
+        _name_final_place(folder, Path(out))
     print(conclude(results, Path(out)))
     return results
+
+
+def _name_final_place(folder: Path, out: Path):
+    """Evaluations say which folder they measured; by the time someone reads it, that has its final name."""
+    for path in folder.rglob("*"):
+        if path.suffix in (".json", ".md", ".csv"):
+            content = path.read_text(encoding="utf-8")
+            if str(folder) in content:
+                path.write_text(content.replace(str(folder), str(out)), encoding="utf-8")
 
 
 @contextmanager
@@ -193,26 +206,37 @@ def _run_in(folder: Path, settings: Settings) -> dict:
         "layers_per_block": scratch.config.layers_per_block,
     }
     draw_figures(results, folder)
-    results["sample_comparison"] = _compare_on_samples(models, tokenizer, settings, folder)
+    results["sample_comparison"] = _compare_on_samples(settings, folder)
+    _make_card(data["documents"], folder)
     return results
 
 
-def _compare_on_samples(models: dict, tokenizer, settings: Settings, folder: Path) -> dict:
+def _compare_on_samples(settings: Settings, folder: Path) -> dict:
     """Plain and from-scratch on the sample suite: the paper's tasks over miniature items, to show that it all works."""
     outputs = {arm: folder / "sample" / arm for arm in (PLAIN, SCRATCH)}
     with TemporaryDirectory() as cache:
         for arm, out in outputs.items():
             evaluate(
-                models[arm],
+                str(folder / arm),  # not the model in memory: its card takes results of the very files
                 settings.sample_rows,
                 out=out,
                 data_dir=None if settings.sample_rows == "sample" else sample_items(cache),
-                tokenizer=tokenizer,
+                device="cpu",
             )
     comparison = compare.compare(outputs[PLAIN], outputs[SCRATCH])
     comparison = replace(comparison, first=PLAIN, second=SCRATCH)  # not the folders of a demo that is not finished
     compare.write(comparison, folder / "sample")
     return {"table": compare.as_markdown(comparison), **comparison.as_dict}
+
+
+def _make_card(documents: Path, folder: Path):
+    """A folder of the from-scratch arm as it would go to the Hub; depth weights are those over a held-out document."""
+    with TemporaryDirectory() as temporary, documents.open(encoding="utf-8") as lines:
+        text = Path(temporary) / "held-out.txt"
+        text.write_text(json.loads(next(lines))["text"], encoding="utf-8")
+        build_card(
+            folder / SCRATCH, folder / CARD, [folder / "sample" / SCRATCH], text=text, language="en", progress=True
+        )
 
 
 def _train_plain(data: dict, settings: Settings, folder: Path) -> tuple[dict[str, History], HalfWay]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from attnres import __version__, plots
 
 PLAIN, HALF_WAY, CONVERTED, SCRATCH = "plain", "half-way", "converted", "from-scratch"
+CARD = "hub"
 ARMS = (HALF_WAY, PLAIN, CONVERTED, SCRATCH)
 DESCRIPTIONS = {
     HALF_WAY: "the plain arm after half of the steps",
@@ -96,6 +97,8 @@ The paper's tasks on miniature items, plain (first) against from-scratch (second
 
 {results["seconds"]:.0f} s in all. In {out}: a checkpoint per arm, results.md, results.json and the figures; in
 {out / "sample"}: the evaluation on the miniature items.
+
+The from-scratch arm as it would go to the Hub, code, figures and model card included: open {out / CARD / "README.md"}
 
 Next, your own model: any PreNorm checkpoint of a supported family starts as an AttnRes model without loss:
 

@@ -327,7 +327,11 @@ def test_verification_layer_by_layer_from_disk_equals_that_in_memory(save_plain,
     monkeypatch.setattr(verification, "MEMORY_SHARE", 0.0)
     layers = convert(plain, tmp_path / "layers", verify="auto").report
     assert (whole.pop("in_memory"), layers.pop("in_memory")) == (True, False)
-    assert layers == pytest.approx(whole)
+    assert layers.keys() == whole.keys()
+    for name, value in whole.items():
+        if isinstance(value, float):
+            value = pytest.approx(value, rel=1e-3, abs=1e-5)  # differences of logits that are nearly equal
+        assert layers[name] == value, name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["layers", "plain", "whole"]
 
 
