@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 
 from .dynamics_names import PER_LAYER, PER_MIXTURE, parse
+from .text import printable
 
 STATE = "trainer_state.json"
 CHECKPOINT = "checkpoint-"
@@ -87,7 +88,9 @@ def _names(paths: Sequence[Path]) -> list[str]:
     """Folder names; of folders with the same name as much of the path as tells them apart."""
     parts = [path.resolve().parts for path in paths]
     return [
-        next(("/".join(own[-count:]) for count in range(1, len(own)) if _alone(own, parts, count)), str(path))
+        printable(
+            next(("/".join(own[-count:]) for count in range(1, len(own)) if _alone(own, parts, count)), str(path))
+        )
         for own, path in zip(parts, paths, strict=True)
     ]
 
@@ -125,7 +128,7 @@ def _read_run(folder: Path, name: str, step: int | None) -> Dynamics:
     losses = sorted((at, loss) for at, loss in validation.items() if loss is not None)
     return Dynamics(
         name=name,
-        state=str(path),
+        state=printable(str(path)),
         step=chosen,
         **{measure: _per_layer(measured[chosen], measure) for measure in PER_LAYER},
         **{measure: _per_mixture(measured[chosen], measure) for measure in PER_MIXTURE},

@@ -19,7 +19,7 @@ from .. import plots
 from ..modeling_attnres import AttnResForCausalLM
 from .depth_weights import KINDS, DepthWeights, depth_weights, write_text
 from .page import render
-from .text import read_pieces
+from .text import printable, read_pieces
 
 STDIN = "-"
 SHOWN_SOURCES = 8  # in the list of those that are ignored
@@ -93,7 +93,7 @@ def named(models: Sequence[str], folders: Sequence[str | os.PathLike]) -> dict[s
     """Folders by names that tell nothing about this machine: the last part of a path, a hub id as it is."""
     result = {}
     for model, folder in zip(models, folders, strict=True):
-        name = base = Path(os.path.abspath(model)).name if Path(model).exists() else model
+        name = base = printable(Path(os.path.abspath(model)).name if Path(model).exists() else model)
         number = 1
         while name in result:
             number += 1
@@ -175,8 +175,8 @@ def _check_checkpoint(name: str, folder: Path):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{name}: has no config.json; it is no transformers checkpoint.") from None
-    except ValueError as error:
-        raise ValueError(f"{name}: its config.json is not valid JSON ({error}).") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: its config.json is not valid JSON ({_line(error)}).") from None
     if not isinstance(config, dict):
         raise ValueError(f"{name}: config.json must hold a JSON object, got {type(config).__name__}.")
     kind = config.get("model_type")
@@ -185,8 +185,8 @@ def _check_checkpoint(name: str, folder: Path):
         raise ValueError(f"{name}: is in the Kimi K3 layout; inspect the result of `attnres convert {name} DST`.")
     if kind != AttnResForCausalLM.config_class.model_type:
         raise ValueError(
-            f"{name}: model_type must be 'attnres', got {kind!r}; a plain checkpoint has no depth weights to inspect "
-            "(`attnres convert` makes an AttnRes model of it, whose weights are uniform until it is trained)."
+            f"{name}: model_type must be 'attnres', got {repr(kind)[:80]}; a plain checkpoint has no depth weights to "
+            "inspect (`attnres convert` makes an AttnRes model of it, whose weights are uniform until it is trained)."
         )
     if config.get("residual_mode") == "standard":
         raise ValueError(f"{name}: residual_mode must be 'block' or 'full', got 'standard', which mixes nothing.")

@@ -12,6 +12,7 @@ from html import escape
 
 from .depth_weights import DepthWeights, Mixture
 from .page_template import COLOURS, PAGE, SCRIPT, STYLE
+from .text import printable
 
 DIGITS = 5
 SHOWN_IGNORED = 6  # in a list of names
@@ -39,14 +40,7 @@ def render(found: list[DepthWeights]) -> str:
 
 def visible(text: str) -> str:
     """Text with every character to be seen: spaces and line ends as symbols, what does not print as its code."""
-    return "".join(
-        SPACES.get(character) or (character if character.isprintable() else _code(character)) for character in text
-    )
-
-
-def _code(character: str) -> str:
-    number = ord(character)
-    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+    return "".join(SPACES.get(character) or printable(character) for character in text)
 
 
 def _fill(template: str, **parts: str) -> str:

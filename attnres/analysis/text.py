@@ -60,6 +60,17 @@ def prefix_of(tokenizer) -> list[int]:
     return special[: next((start for start in starts if special[start : start + len(plain)] == plain), 0)]
 
 
+def printable(text: str) -> str:
+    """Text on one line for terminals, figures and pages: what does not print becomes its code."""
+    return "".join(character if character.isprintable() else code(character) for character in text)
+
+
+def code(character: str) -> str:
+    """How a character is written that cannot be shown."""
+    number = ord(character)
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+
 def _boundary(piece: str) -> int:
     """Where to cut: before the last space that follows a letter or digit, if there is one near the end."""
     for index in range(len(piece) - 1, max(0, len(piece) - 4096), -1):

@@ -125,7 +125,11 @@ def build(
     """
     torch.manual_seed(seed)
     with torch.device(device):
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        try:
+            plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        except Exception as error:  # numbers that fit no model fail anywhere in transformers or torch
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"model: its configuration makes no {config.model_type} model ({reason})") from None
         depth = DepthMixer(config.num_hidden_layers, config.hidden_size)
     _randomise(depth)
     references = {arm.reference: ARMS[arm.reference] for arm in arms.values() if arm.reference}

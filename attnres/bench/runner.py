@@ -72,7 +72,7 @@ def backbone_config(settings: Settings) -> PreTrainedConfig:
         raise ValueError(f"model {settings.model}: no such folder or file")
     try:
         config = AutoConfig.from_pretrained(settings.model)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # hostile or damaged files can fail anywhere in transformers
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"model {settings.model}: no configuration of a transformers model ({reason})") from None
     config = config.backbone_config if isinstance(config, AttnResConfig) else config

@@ -42,6 +42,8 @@ def read_measured(folders: Sequence[str | PathLike], model: str, identity: dict[
     """
     found: dict[str, tuple[Path, dict]] = {}
     for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder of results.")
         rows = {name: result for name in ROWS if (result := records.read_result(folder / name)) is not None}
         if not rows:
             raise ValueError(f"{folder}: holds no results of `attnres eval` (<row>/result.json).")

@@ -20,6 +20,7 @@ LICENSE_TEXTS = {
     r"associated documentation files",
 }
 LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+WEB = ("https://", "http://")
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
 
 
@@ -58,11 +59,11 @@ def read_provenance(
         ValueError: the card cannot be read, or a value is no licence, language or hub id.
     """
     stated = _front_matter(folder / README)
-    if base_model is not None:
-        validate_repo_id(base_model)
-    elif OWN_TAG in _strings(stated.get("tags")):
+    if base_model is None and OWN_TAG in _strings(stated.get("tags")):
         # Any other card is that of the checkpoint which was converted: its base model is one generation too early.
         base_model = stated.get("base_model")
+    for each in _strings(base_model) if base_model != "" else [""]:
+        _check_id(each, folder)
     report = folder / REPORT
     return Provenance(
         **_licence(folder, stated, license),
@@ -79,7 +80,7 @@ def _front_matter(path: Path) -> dict:
     try:
         block = REGEX_YAML_BLOCK.search(path.read_text(encoding="utf-8-sig"))
         stated = yaml.safe_load(block[2]) if block else None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(
             f"{path}: its front matter is not valid YAML ({' '.join(str(error).split())[:120]})."
         ) from None
@@ -88,15 +89,30 @@ def _front_matter(path: Path) -> dict:
     return stated or {}
 
 
+def _check_id(base_model: str, folder: Path):
+    try:
+        validate_repo_id(base_model)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder}: base model must be a hub id such as someone/model, got {base_model!r} ({error}); "
+            "--base-model sets it."
+        ) from None
+
+
 def _licence(folder: Path, stated: dict, given: str | None) -> dict[str, str]:
     if given is not None:
         if not LICENSE_ID.fullmatch(given):
             raise ValueError(f"license must be an identifier of the hub such as apache-2.0 or other, got {given!r}.")
         return {"license": given, "license_from": "stated by the author of this card"}
     if isinstance(stated.get("license"), str):
+        if not LICENSE_ID.fullmatch(stated["license"].lower()):
+            raise ValueError(
+                f"{folder / README}: license must be an identifier of the hub such as apache-2.0 or other, "
+                f"got {stated['license'][:80]!r}; --license sets it."
+            )
         found = {key: stated[key] for key in ("license", "license_name", "license_link") if _is_text(stated.get(key))}
         link = found.get("license_link", "")
-        if link and "://" not in link and not (folder / link).is_file():
+        if link and not link.startswith(WEB) and not (folder / link).is_file():
             del found["license_link"]
         return {**found, "license_from": "carried over from the card of the checkpoint"}
     name = next((name for name in LICENSE_FILES if (folder / name).is_file()), None)

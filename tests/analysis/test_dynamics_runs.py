@@ -1,6 +1,7 @@
 """`attnres dynamics`: reading what trainings have logged, and what users see when something is wrong with it."""
 
 import json
+import os
 
 import matplotlib.image
 import pytest
@@ -150,3 +151,10 @@ def test_an_output_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
     run = save(tmp_path / "run", HISTORY)
     (tmp_path / "file").write_text("")
     assert "cannot write the dynamics there" in refused(capsys, run, "--out", tmp_path / "file")
+
+
+def test_a_folder_whose_name_does_not_print_is_drawn_with_its_code(tmp_path, capsys):
+    folder = save(tmp_path / os.fsdecode(b"a\n\xff"), HISTORY)
+    assert cli.main(["dynamics", str(folder), "--out", str(tmp_path / "out")]) == 0
+    assert "| a\\x0a\\udcff | 20 |" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "dynamics.json").read_text())[0]["state"].isprintable()

@@ -142,6 +142,11 @@ def make_broken(folder):
     (folder / "config.json").write_text("{")
 
 
+def make_nested(folder):
+    folder.mkdir()
+    (folder / "config.json").write_text("[" * 100_000)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -153,6 +158,7 @@ def make_broken(folder):
         (make_pickled, "model: cannot be loaded"),
         (make_empty, "model: has no config.json"),
         (make_broken, "model: its config.json is not valid JSON"),
+        (make_nested, "model: its config.json is not valid JSON"),
         (lambda folder: None, "model: no such folder"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -222,3 +228,7 @@ def test_the_figure_refuses_what_does_not_fit_its_labels(tmp_path):
     with pytest.raises(ValueError, match="at least one model"):
         plots.depth_panels(tmp_path / "x.png", [])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_does_not_print_is_shown_as_its_code():
+    assert list(named(["a\n\x1b[31m\udcff", "模"], [1, 2])) == ["a\\x0a\\x1b[31m\\udcff", "模"]

@@ -248,3 +248,21 @@ def test_threads_are_put_back(folder, tmp_path):
     assert cli.main([*arguments, "--threads", str(before + 1), "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "bench.json").read_text())
     assert result["machine"]["threads"] == before + 1 and runner.torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "config.json: no configuration of a transformers model"),
+        ('{"model_type": "qwen3", "hidden_size": "wide"}', "config.json: no configuration of a transformers model"),
+        ('{"model_type": "qwen3", "hidden_size": -4}', "model: its configuration makes no qwen3 model"),
+    ],
+    ids=["nested", "no number", "negative"],
+)
+def test_a_configuration_that_makes_no_model_is_one_line_and_status_2(content, message, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(content)
+    arguments = ["--quick", "--out", str(tmp_path / "out"), "--model", str(tmp_path / "config.json")]
+    assert cli.main(["bench", *arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and message in said.err.splitlines()[-1] and "Traceback" not in said.err
+    assert not (tmp_path / "out").exists()

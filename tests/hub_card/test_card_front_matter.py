@@ -169,3 +169,8 @@ def test_front_matter_that_cannot_be_read_is_named(folder, text):
 def test_a_card_without_front_matter_states_nothing(folder):
     (folder / "README.md").write_text("# A model\n")
     assert read_provenance(folder) == Provenance()
+
+
+def test_a_link_that_is_no_web_address_is_left_out(folder):
+    write_card(folder, license="other", license_link="javascript:x://")
+    assert read_provenance(folder).license_link is None

@@ -185,7 +185,7 @@ def test_a_text_that_is_not_there_is_one_line(checkpoint, tmp_path):
         (["--language", "English!"], "language must be codes"),
         (["--base-model", "../secret"], "Repo id"),
         (["--push", "a/b/c", "--yes"], "Repo id"),
-        (["--results", "nowhere"], "holds no results"),
+        (["--results", "nowhere"], "nowhere: no such folder of results"),
         (["--public"], "name a repository with --push"),
     ],
 )
@@ -203,3 +203,39 @@ def test_a_plain_checkpoint_is_one_line_and_status_2(capsys, tmp_path):
     capsys.readouterr()
     assert cli.main(["card", str(tmp_path / "plain"), "--out", str(tmp_path / "hub")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["current", "home"])
+@pytest.mark.parametrize("place", [".", "below"])
+def test_no_folder_that_the_user_stands_or_lives_in_is_replaced(checkpoint, tmp_path, monkeypatch, kind, place):
+    out = tmp_path / "project"
+    (out / "below").mkdir(parents=True)
+    if kind == "current":
+        monkeypatch.chdir(out / place)
+    else:
+        monkeypatch.setattr(Path, "home", lambda: out / place)
+    with pytest.raises(ValueError, match=f"is the {kind} folder or holds it; name a new folder with --out"):
+        build(checkpoint, out, execute_snippets=False, overwrite=True)
+    assert [path.name for path in out.iterdir()] == ["below"]
+
+
+def test_a_file_in_the_place_of_results_is_named(checkpoint, tmp_path):
+    (tmp_path / "results").touch()
+    refused(checkpoint, tmp_path / "hub", tmp_path / "results", match="results: no such folder of results")
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        ("license: 'mit <script>'", "README.md: license must be an identifier of the hub .*--license sets it"),
+        ('license: "mit\\nevil: 1"', "README.md: license must be an identifier of the hub"),
+        ("base_model: '](x) y'\ntags: [attention-residuals]", "base model must be a hub id .*--base-model sets it"),
+        ("a: " + "[" * 3000, "README.md: its front matter is not valid YAML"),
+    ],
+    ids=["license", "license of two lines", "base model", "nested"],
+)
+def test_a_card_that_states_nonsense_is_named(checkpoint, tmp_path, card, message):
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint, source)
+    (source / "README.md").write_text(f"---\n{card}\n---\n")
+    refused(source, tmp_path / "hub", match=message)
