@@ -68,8 +68,12 @@ def replaced_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     An old folder of that name stays where it is until then.
 
     Raises:
-        FileExistsError: `folder` is there, not empty, and `overwrite` was not asked for.
+        FileExistsError: `folder` is there, not empty, and `overwrite` was not asked for; or it holds the current or the
+            home folder, which nobody means to lose.
     """
+    for kind, place in (("current", Path.cwd()), ("home", Path.home())):
+        if place.resolve().is_relative_to(folder.resolve()):
+            raise FileExistsError(f"{folder}: is or holds the {kind} folder, which is never replaced; name another.")
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise FileExistsError(f"{folder}: exists and is not a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:

@@ -396,3 +396,17 @@ def test_a_header_that_promises_a_lot_allocates_little(plain):
         read_checkpoint(plain)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
     assert os.path.exists(plain)
+
+
+@pytest.mark.parametrize("place", ["current", "home"])
+def test_the_current_and_the_home_folder_are_never_replaced(place, plain, tmp_path, monkeypatch):
+    precious = tmp_path / "precious"
+    (precious / "inside").mkdir(parents=True)
+    (precious / "thesis.tex").write_text("mine")
+    if place == "current":
+        monkeypatch.chdir(precious / "inside")
+    else:
+        monkeypatch.setenv("HOME", str(precious))
+    with pytest.raises(FileExistsError, match=f"holds the {place} folder"):
+        convert(plain, precious, overwrite=True, verify="none")
+    assert (precious / "thesis.tex").read_text() == "mine"
