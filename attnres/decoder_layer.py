@@ -3,6 +3,8 @@
 Shapes: B batch, T tokens, D hidden size, n sources.
 """
 
+import functools
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
@@ -25,6 +27,44 @@ class DepthWeights(nn.Identity):
 
 class SublayerWeights(nn.Identity):
     """The attention weights of a softmax attention; a place for `output_attentions` to look."""
+
+
+class Scores:
+    """The pseudo-queries and logits that a decoder layer is called with, in one object that is no container.
+
+    FSDP casts all tensors that it finds in the arguments of a wrapped module to its parameters' dtype. Logits have to
+    stay float32: rounded to bfloat16 one of 50 is off by 0.1, and so is its source's weight.
+
+    Args:
+        attention_query, attention_logits, mlp_query, mlp_logits: as in `AttnResDecoderLayer.forward`.
+    """
+
+    __slots__ = ("values",)
+
+    def __init__(self, attention_query, attention_logits, mlp_query, mlp_logits):
+        self.values = (attention_query, attention_logits, mlp_query, mlp_logits)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Scores":
+        """On another device; accelerate's hooks call this where layers are spread over several."""
+        return Scores(
+            *(
+                value.to(device, non_blocking=non_blocking) if isinstance(value, torch.Tensor) else value
+                for value in self.values
+            )
+        )
+
+
+def _checkpoint_scores(checkpoint, function, *state):
+    """`checkpoint(function, *state)`, unpacking scores for it: it has to see every tensor to give it a gradient."""
+    if not isinstance(state[0], Scores):
+        return checkpoint(function, *state)
+    scores, *others = state
+    count = len(scores.values)
+
+    def packed(*tensors):
+        return function(Scores(*tensors[:count]), *tensors[count:])
+
+    return checkpoint(packed, *scores.values, *others)
 
 
 class AttnResDecoderLayer(GradientCheckpointingLayer):
@@ -56,9 +96,17 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         self.sublayer_weights = SublayerWeights()
         self.depth_weights = DepthWeights()
 
+    @property
+    def _gradient_checkpointing_func(self):
+        return functools.partial(_checkpoint_scores, self._checkpoint)
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, checkpoint):  # transformers sets it on every layer
+        self._checkpoint = checkpoint
+
     def forward(
         self,
-        *state: torch.Tensor,
+        *state: torch.Tensor | Scores,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
@@ -76,9 +124,9 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
 
         Args:
             state: in `"standard"` mode the hidden states `[B, T, D]`. Otherwise for the attention, then for the MLP:
-                the scaled pseudo-query `[1, D]` and the logits `[B, T, n]` of its n sources; then the sources, n
-                tensors `[B, T, D]`, once if both read the same, else first the attention's; and, within a block, the
-                partial sum `[B, T, D]`.
+                the scaled pseudo-query `[1, D]` and the logits `[B, T, n]` of its n sources, these four also as one
+                `Scores`; then the sources, n tensors `[B, T, D]`, once if both read the same, else first the
+                attention's; and, within a block, the partial sum `[B, T, D]`.
             shared_sources: whether both read the same.
 
         Returns:
@@ -98,6 +146,8 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
             hidden_states = hidden_states + self._attention(self.mixed_input(hidden_states), attention_inputs)
             return hidden_states + self._mlp(hidden_states)
 
+        if isinstance(state[0], Scores):
+            state = (*state[0].values, *state[1:])
         # Slices: older compilers take a starred name for a tuple.
         attention_query, attention_logits, mlp_query, mlp_logits = state[:4]
         sources, partial = (state[4:], None) if self.starts_block else (state[4:-1], state[-1])
