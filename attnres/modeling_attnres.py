@@ -35,7 +35,7 @@ from .backbones import (
 )
 from .checkpoint_names import names_in_memory, weight_conversions
 from .configuration_attnres import DEPTH_OPTIONS, AttnResConfig
-from .decoder_layer import AttnResDecoderLayer, DepthWeights, MixedInput, Scores, SublayerWeights
+from .decoder_layer import AttnResDecoderLayer, DepthWeights, MixedInput, SublayerWeights
 from .depth_mixer import DepthMixer, DepthScore, mix
 from .depth_sources import SourceBank, SourceList, TokenBank
 
@@ -430,38 +430,11 @@ class AttnResModel(AttnResPreTrainedModel):
         """Walks the decoder layers, commits each source when it is complete, and mixes the output `[B, T, D]`."""
         queries = self.depth_mixer()
         depth_implementation = self.config.depth_implementation
-        block_mode = self.config.residual_mode == "block"
-        num_layers, per_block = len(self.layers), self.config.layers_per_block
         sources = self._new_sources(queries, embedding, output_depth_weights)
-        shared_sources = isinstance(sources, SourceList)
         sources.commit(embedding, first_reader=0)
-        partial: tuple[torch.Tensor, ...] = ()
-        each_query = queries.split(1)
-        for layer_idx in range(num_layers):
-            attention, mlp = 2 * layer_idx, 2 * layer_idx + 1
-            attention_logits, values = sources.read(attention)
-            mlp_logits, mlp_values = sources.read(mlp)
-            state = (Scores(each_query[attention], attention_logits, each_query[mlp], mlp_logits), *values)
-            if not shared_sources:
-                state += mlp_values
-            output = call_layer(
-                layer_idx,
-                *state,
-                *partial,
-                shared_sources=shared_sources,
-                depth_implementation=depth_implementation,
-                output_depth_weights=output_depth_weights,
-            )
-            if not block_mode:
-                sources.commit(output[0], first_reader=mlp + 1)  # the MLP itself has scored it
-                sources.commit(output[1], first_reader=mlp + 1)
-            elif (layer_idx + 1) % per_block == 0 or layer_idx + 1 == num_layers:
-                sources.commit(output, first_reader=mlp + 1)
-                partial = ()
-            else:
-                partial = (output,)
-
-        logits, values = sources.read(2 * num_layers)
+        layers = range(len(self.layers))
+        mix_layers(self.config, layers, queries, sources, (), call_layer, output_depth_weights)
+        logits, values = sources.read(2 * len(layers))
         mixture, weights = mix(values, logits, depth_implementation, return_weights=output_depth_weights)
         if output_depth_weights:
             self.depth_weights(weights)
@@ -485,6 +458,59 @@ class AttnResModel(AttnResPreTrainedModel):
                 readers_at_once = 2 * self.config.layers_per_block
         bank = TokenBank if tokens == 1 else SourceBank
         return bank(queries, eps, embedding, capacity, readers_at_once)
+
+
+def mix_layers(
+    config: AttnResConfig,
+    layers: range,
+    queries: torch.Tensor,
+    sources: SourceList | SourceBank | TokenBank,
+    partial: tuple[torch.Tensor, ...],
+    call_layer,
+    output_depth_weights: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """Walks decoder layers, all or those of a pipeline stage, and commits each source when it is complete.
+
+    Args:
+        config: of the whole model, not in `"standard"` mode.
+        layers: indices of the decoder layers.
+        queries: scaled pseudo-queries `[Q, D]`, those of these layers first.
+        sources: holds what is complete before them; sublayers are counted from the first of these layers.
+        partial: the partial sum `[B, T, D]` of a block that began before them, if one did.
+        call_layer: calls the decoder layer of an index.
+
+    Returns:
+        The partial sum of a block that goes on after them, if one does.
+    """
+    depth_implementation = config.depth_implementation
+    block_mode = config.residual_mode == "block"
+    num_layers, per_block = config.num_hidden_layers, config.layers_per_block
+    shared_sources = isinstance(sources, SourceList)
+    each_query = queries.split(1)
+    for number, layer_idx in enumerate(layers):
+        attention, mlp = 2 * number, 2 * number + 1
+        attention_logits, values = sources.read(attention)
+        mlp_logits, mlp_values = sources.read(mlp)
+        state = (each_query[attention], attention_logits, each_query[mlp], mlp_logits, *values)
+        if not shared_sources:
+            state += mlp_values
+        output = call_layer(
+            layer_idx,
+            *state,
+            *partial,
+            shared_sources=shared_sources,
+            depth_implementation=depth_implementation,
+            output_depth_weights=output_depth_weights,
+        )
+        if not block_mode:
+            sources.commit(output[0], first_reader=mlp + 1)  # the MLP itself has scored it
+            sources.commit(output[1], first_reader=mlp + 1)
+        elif (layer_idx + 1) % per_block == 0 or layer_idx + 1 == num_layers:
+            sources.commit(output, first_reader=mlp + 1)
+            partial = ()
+        else:
+            partial = (output,)
+    return partial
 
 
 def _keep(hidden_states: torch.Tensor, positions: int | torch.Tensor) -> torch.Tensor:
