@@ -202,6 +202,20 @@ def inspect(options: argparse.Namespace):
     print(f"attnres: wrote {', '.join(path.name for path in written)} to {options.out}", file=sys.stderr)
 
 
+def train(options: argparse.Namespace) -> int:
+    """Trains a model; what diverged is no mistake of the user and ends with 1."""
+    _require("datasets", extra="train")
+    from .training.command import run
+    from .training.trainer import Diverged
+
+    try:
+        run(options.arguments)
+    except Diverged as error:
+        _say(f"stopped: {error}")
+        return SOME_FAILED
+    return 0
+
+
 def card(options: argparse.Namespace):
     """Makes a Hub folder with its model card and uploads it if asked to."""
     _require("matplotlib", extra="hub")
@@ -290,6 +304,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     _add_inspect(commands)
     _add_dynamics(commands)
+    _add_train(commands)
     return parser
 
 
@@ -684,6 +699,18 @@ def _add_dynamics(commands):
     )
     parser.add_argument("--out", metavar="DIR", default="dynamics-out", help="folder of results (default: %(default)s)")
     parser.set_defaults(command=dynamics)
+
+
+def _add_train(commands):
+    # Among its options are all of TrainingArguments, which takes seconds to import: the command reads them itself.
+    parser = commands.add_parser(
+        "train",
+        help="pre-train or fine-tune with transformers' Trainer",
+        add_help=False,
+        prefix_chars="\0",
+    )
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    parser.set_defaults(command=train)
 
 
 _BENCH = """\

@@ -34,12 +34,13 @@ MAY_IMPORT = {
     "analysis": MODEL | {"plots"},
     "parallel": MODEL,
     "bench": MODEL | {"plots"},
+    "training": MODEL,
     "eval": {"plots", "conversion"},
     # conversion reads a checkpoint's headers, copies its files and puts a folder in place; a card needs the same.
     "hub_card": MODEL | {"plots", "eval", "analysis", "conversion"},
 }
 MAY_IMPORT["demo"] = {*MODEL, "plots", "conversion", "analysis", "parallel", "eval", "hub_card"}
-MAY_IMPORT["cli"] = MAY_IMPORT["demo"] | {"demo", "bench"}
+MAY_IMPORT["cli"] = MAY_IMPORT["demo"] | {"demo", "bench", "training"}
 MAY_IMPORT["__main__"] = {"cli"}
 
 

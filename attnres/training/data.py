@@ -1,0 +1,223 @@
+"""From documents to sequences of equal length.
+
+Documents are joined with an end-of-text token after each and cut every T tokens, wherever that falls: the plain
+concatenation of transformers' own run_clm. Positions do not start over, and attention reaches across documents.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    import datasets
+
+# How files are read, by what their names end in; others are text.
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+
+PIECE = 1_000_000  # characters that a tokenizer is given at once: what it needs is many times that
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents.
+
+    Attributes:
+        names: files, folders, hub ids.
+        config, split: of folders and hub ids.
+        text_field: column with the text.
+    """
+
+    names: tuple[str, ...]
+    config: str | None
+    split: str
+    text_field: str
+
+
+def sequences(source: Source, tokenizer: PreTrainedTokenizerBase, length: int) -> "datasets.Dataset":
+    """All sequences of a source, on disk in the cache of `datasets`: rows of `length` `input_ids`.
+
+    Raises:
+        ValueError: data are missing, have another form, or make no sequence.
+    """
+    import datasets
+
+    tokens = datasets.concatenate_datasets(
+        [_tokens(documents, tokenizer) for documents in _documents(source, streaming=False)]
+    )
+    packed = tokens.map(
+        _Packer(length),
+        batched=True,
+        batch_size=100,
+        remove_columns=tokens.column_names,
+        features=tokens.features,
+        new_fingerprint=_digest(tokens._fingerprint, str(length)),
+        desc="pack",
+    )
+    if len(packed) == 0:
+        count = sum(len(row) for row in tokens["input_ids"])
+        raise ValueError(
+            f"{', '.join(source.names)}: {count} tokens make no sequence of {length}: choose --sequence-length below"
+        )
+    return packed
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Sequences of a source, read while training.
+
+    Args:
+        endless: begin again where the data end.
+    """
+
+    def __init__(self, source: Source, tokenizer: PreTrainedTokenizerBase, length: int, endless: bool):
+        self.source, self.length, self.endless = source, length, endless
+        self.parts = [_tokens(documents, tokenizer) for documents in _documents(source, streaming=True)]
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        packer = _Packer(self.length)
+        while True:
+            found = 0
+            for part in self.parts:
+                for row in part:
+                    found += len(row["input_ids"])
+                    for sequence in packer({"input_ids": [row["input_ids"]]})["input_ids"]:
+                        yield {"input_ids": sequence}
+            if not self.endless:
+                return
+            if found == 0:
+                raise ValueError(f"{', '.join(self.source.names)}: no text")
+
+
+def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Rows to a batch `[B, T]`; every token is a label."""
+    ids = torch.tensor([row["input_ids"] for row in rows], dtype=torch.long)
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def digest(source: Source, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What tells these documents and tokens from others: files by content, hub data by revision."""
+    from datasets import load_dataset_builder
+
+    parts = []
+    for name in source.names:
+        if Path(name).is_file():
+            parts.append(_file_digest(Path(name)))
+        else:
+            builder = load_dataset_builder(name, source.config)
+            files = (builder.config.data_files or {}).get(source.split, [])
+            parts += [_file_digest(Path(file)) if Path(file).is_file() else str(file) for file in files]
+            parts.append(source.split)
+    return {"data": _digest(source.text_field, *parts), "tokenizer": _tokenizer_digest(tokenizer)}
+
+
+def _documents(source: Source, streaming: bool) -> list:
+    """A data set for each name, with one column `text`."""
+    return [_load(name, source, streaming) for name in source.names]
+
+
+def _load(name: str, source: Source, streaming: bool):
+    import datasets
+
+    path = Path(name)
+    try:
+        if path.is_file():
+            stem = path.name
+            for ending in COMPRESSED:
+                stem = stem.removesuffix(ending)
+            kind = FORMATS.get(Path(stem).suffix.lower(), "text")
+            options = {"sample_by": "document"} if kind == "text" else {}
+            found = datasets.load_dataset(kind, data_files=[name], split="train", streaming=streaming, **options)
+        else:
+            builder = datasets.load_dataset_builder(name, source.config)
+            options = {"sample_by": "document"} if builder.builder_id.startswith("text") else {}
+            found = datasets.load_dataset(name, source.config, split=source.split, streaming=streaming, **options)
+        columns = found.column_names or list(next(iter(found), {}))
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
+        raise ValueError(f"{name}: cannot be read ({' '.join(str(cause or error).split())[:200]})") from error
+    if source.text_field not in columns:
+        raise ValueError(
+            f"{name}: has no column {source.text_field!r} but {', '.join(columns)}; name the one with the text by "
+            "--text-field"
+        )
+    found = found.select_columns([source.text_field])
+    return found if source.text_field == "text" else found.rename_column(source.text_field, "text")
+
+
+def _tokens(documents, tokenizer: PreTrainedTokenizerBase):
+    import datasets
+
+    features = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))})
+    options = {"batched": True, "batch_size": 100, "remove_columns": ["text"], "features": features}
+    if isinstance(documents, datasets.Dataset):
+        options["new_fingerprint"] = _digest(documents._fingerprint, _tokenizer_digest(tokenizer))
+        options["desc"] = "tokenize"
+    return documents.map(partial(_tokenize, tokenizer=tokenizer), **options)
+
+
+def _tokenize(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
+    """Each document with the tokens that its tokenizer puts around, and an end-of-text token if that puts none."""
+    rows = []
+    for text in batch["text"]:
+        if not isinstance(text, str):
+            raise ValueError(f"a text is {text!r}: --text-field must name a column of strings")
+        if not text:
+            continue
+        ids: list[int] = []
+        for number, piece in enumerate(_pieces(text)):
+            ids += tokenizer(piece, add_special_tokens=number == 0, verbose=False)["input_ids"]
+        if not ids or ids[-1] != tokenizer.eos_token_id:
+            ids.append(tokenizer.eos_token_id)
+        rows.append(ids)
+    return {"input_ids": rows}
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text cut after line breaks, into pieces that a tokenizer can hold."""
+    begin = 0
+    while len(text) - begin > PIECE:
+        end = text.rfind("\n", begin, begin + PIECE) + 1
+        end = end if end > begin else begin + PIECE
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+class _Packer:
+    """Joins rows of tokens and cuts them every `length`; what is left over waits for the next rows."""
+
+    def __init__(self, length: int):
+        self.length = length
+        self.rest: list[int] = []
+
+    def __call__(self, batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        for row in batch["input_ids"]:
+            self.rest += row
+        whole = len(self.rest) - len(self.rest) % self.length
+        packed = [self.rest[begin : begin + self.length] for begin in range(0, whole, self.length)]
+        self.rest = self.rest[whole:]
+        return {"input_ids": packed}
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _file_digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = str(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+    return _digest(content, str(tokenizer.eos_token_id), str(tokenizer.bos_token_id))
