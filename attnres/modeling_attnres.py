@@ -35,7 +35,7 @@ from .backbones import (
 )
 from .checkpoint_names import names_in_memory, weight_conversions
 from .configuration_attnres import DEPTH_OPTIONS, AttnResConfig
-from .decoder_layer import AttnResDecoderLayer, DepthWeights, MixedInput, SublayerWeights
+from .decoder_layer import AttnResDecoderLayer, DepthWeights, MixedInput, Scores, SublayerWeights
 from .depth_mixer import DepthMixer, DepthScore, mix
 from .depth_sources import SourceBank, SourceList, TokenBank
 
@@ -491,7 +491,7 @@ def mix_layers(
         attention, mlp = 2 * number, 2 * number + 1
         attention_logits, values = sources.read(attention)
         mlp_logits, mlp_values = sources.read(mlp)
-        state = (each_query[attention], attention_logits, each_query[mlp], mlp_logits, *values)
+        state = (Scores(each_query[attention], attention_logits, each_query[mlp], mlp_logits), *values)
         if not shared_sources:
             state += mlp_values
         output = call_layer(
