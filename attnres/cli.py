@@ -624,7 +624,7 @@ def _add_bench(commands):
         "bench",
         help="time and memory beside the same backbone with plain residuals",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=_BENCH + "".join(f"\n  {name:<9} {text}" for name, text in MEASURES.items()),
+        description=_BENCH + "".join(f"\n  {name:<15} {text}" for name, text in MEASURES.items()),
     )
     parser.add_argument(
         "--model",

@@ -14,6 +14,7 @@ import math
 import warnings
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -223,7 +224,8 @@ def mix_eager(
         sources: n tensors `[B, T, D]`.
         logits: `[B, T, n]`, float32; with a query `[B, T, n - 1]`, without the last source's; or, for one token, two
             sources and a query, the number that it is.
-        query: `[1, D]`, the scaled pseudo-query that the last source is to be scored with.
+        query: `[1, D]`, the scaled pseudo-query that the last source is to be scored with; numpy's `[D]` where the
+            logits are a number.
         eps: epsilon of its key norm.
         return_weights: whether the depth weights are wanted.
 
@@ -249,18 +251,23 @@ def _merge(first: torch.Tensor, last: torch.Tensor, logit: torch.Tensor, query: 
     return torch.lerp(last, first, _as(share_of_first, last.dtype))
 
 
-def score_token(source: torch.Tensor, queries: torch.Tensor, eps: float) -> list[float]:
-    """`score` for one token, in as few operations as there can be: Q numbers for a source `[D]`."""
-    source = source.float() if source.dtype.itemsize < 4 else source
-    norm = math.sqrt(torch.dot(source, source).item() + source.shape[-1] * eps)
-    return [product / norm for product in torch.mv(_as(queries, source.dtype), source).tolist()]
+def token_vector(source: torch.Tensor) -> np.ndarray:
+    """A source of one token as a vector `[D]` of numpy, float32 or wider. While decoding, the weights that stream past
+    leave nothing in the cache: numpy's short way to a dot product takes half the time of torch's."""
+    return (source.float() if source.dtype.itemsize < 4 else source).numpy().ravel()
 
 
-def _merge_token(first: torch.Tensor, last: torch.Tensor, logit: float, query: torch.Tensor, eps: float):
+def score_token(vector: np.ndarray, queries: np.ndarray, eps: float) -> list[float]:
+    """`score` for one token: Q numbers for a source `[D]` and scaled pseudo-queries `[Q, D]`."""
+    norm = math.sqrt(vector.dot(vector).item() + vector.shape[0] * eps)
+    return [product / norm for product in queries.dot(vector).tolist()]
+
+
+def _merge_token(first: torch.Tensor, last: torch.Tensor, logit: float, query: np.ndarray, eps: float):
     """`_merge` for one token: numbers of Python cost less than tensors of one number."""
-    vector = last.view(-1)
-    vector = vector.float() if vector.dtype.itemsize < 4 else vector
-    own = torch.dot(vector, query[0]).item() / math.sqrt(torch.dot(vector, vector).item() + vector.shape[0] * eps)
+    vector = token_vector(last)
+    norm = math.sqrt(vector.dot(vector).item() + vector.shape[0] * eps)
+    own = vector.dot(query).item() / norm
     return torch.lerp(last, first, 1 / (1 + math.exp(min(own - logit, 700.0))))  # beyond, exp overflows
 
 

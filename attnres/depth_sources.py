@@ -5,9 +5,10 @@ Shapes: B batch, T tokens, D hidden size, n complete sources, Q pseudo-queries, 
 
 import math
 
+import numpy as np
 import torch
 
-from .depth_mixer import mix_bank, score, score_token
+from .depth_mixer import mix_bank, score, score_token, token_vector
 
 
 class SourceList:
@@ -20,6 +21,7 @@ class SourceList:
 
     def __init__(self, queries: torch.Tensor, eps: float):
         self.queries = queries
+        self.each_query = queries.split(1)
         self.eps = eps
         self._values: list[torch.Tensor] = []
         self._logits: list[tuple[torch.Tensor, ...]] = []  # each ends with the output's: sublayers count from the end
@@ -53,6 +55,7 @@ class SourceBank:
 
     def __init__(self, queries: torch.Tensor, eps: float, embedding: torch.Tensor, capacity: int, readers_at_once: int):
         self.queries = queries
+        self.each_query = queries.split(1)
         self.eps = eps
         self.readers_at_once = readers_at_once
         precision = torch.promote_types(embedding.dtype, torch.float32)
@@ -82,20 +85,22 @@ class SourceBank:
 
 
 class TokenBank:
-    """`SourceBank` for one token, where operations cost more than what they compute: logits are numbers of Python."""
+    """`SourceBank` for one token, where operations cost more than what they compute: sources are rows of numpy, logits
+    are numbers of Python."""
 
     def __init__(self, queries: torch.Tensor, eps: float, embedding: torch.Tensor, capacity: int, readers_at_once: int):
-        self.queries = queries
+        self.queries = queries.numpy()
+        self.each_query = list(self.queries)
         self.eps = eps
         self.readers_at_once = readers_at_once
-        self._shape = embedding.shape
-        self._rows = embedding.new_empty(capacity, embedding.shape[-1])
+        self._shape, self._dtype = embedding.shape, embedding.dtype
+        self._rows = np.empty((capacity, embedding.shape[-1]), dtype=self.queries.dtype)
         self._logits: list[list[float]] = []  # each ends with the output's
         self._ready: dict[int, tuple[float, tuple[torch.Tensor]]] = {}
 
     def commit(self, source: torch.Tensor, first_reader: int):
         row = self._rows[len(self._logits)]
-        row.copy_(source.view(-1))
+        row[:] = token_vector(source.detach())
         self._logits.append(score_token(row, self.queries[first_reader:], self.eps))
         self._ready.clear()
 
@@ -110,8 +115,8 @@ class TokenBank:
                 total = math.fsum(exponentials)
                 together.append(highest + math.log(total))
                 weights.append([exponential / total for exponential in exponentials])
-            rows = self._rows[: len(self._logits)]
-            mixtures = torch.mm(torch.tensor(weights, dtype=rows.dtype), rows).view(-1, *self._shape).unbind(0)
+            mixed = np.array(weights, dtype=self._rows.dtype).dot(self._rows[: len(self._logits)])
+            mixtures = torch.from_numpy(mixed).to(self._dtype).view(-1, *self._shape).unbind(0)
             self._ready = {
                 number: (logit, (mixture,)) for number, logit, mixture in zip(readers, together, mixtures, strict=True)
             }

@@ -486,7 +486,7 @@ def mix_layers(
     block_mode = config.residual_mode == "block"
     num_layers, per_block = config.num_hidden_layers, config.layers_per_block
     shared_sources = isinstance(sources, SourceList)
-    each_query = queries.split(1)
+    each_query = sources.each_query
     for number, layer_idx in enumerate(layers):
         attention, mlp = 2 * number, 2 * number + 1
         attention_logits, values = sources.read(attention)

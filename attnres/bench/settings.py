@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 MEASURES = {
     "prefill": "forward of a prompt that fills a cache, as generate() starts; logits of the last token only",
     "decode": "one token per sequence with a cache of --context tokens, per step",
+    "compiled-decode": "the same by torch.compile with a static cache, on a GPU with CUDA graphs",
     "train": "forward with loss, and backward; without the optimiser, which is the same for all",
     "generate": "generate() end to end: a prompt of --context tokens, then --new-tokens tokens, greedy",
     "memory": "bytes saved for backward; peak memory of a training step and of a prefill",
     "depth": "the residual path alone: sublayers and their norms replaced by the identity",
 }
+DEFAULT_MEASURES = tuple(name for name in MEASURES if not name.startswith("compiled"))
 DTYPES = ("float32", "bfloat16", "float16")
 
 # Qwen3-like, with a small vocabulary so that the head does not hide what the residual path costs.
@@ -89,7 +91,7 @@ class Settings:
     context: int = 128
     new_tokens: int = 8
     dtypes: tuple[str, ...] = ("float32",)
-    measures: tuple[str, ...] = tuple(MEASURES)
+    measures: tuple[str, ...] = DEFAULT_MEASURES
     implementations: tuple[str, ...] = ()
     depth_shape: DepthShape = DepthShape(32, 8, 512, 2048)
     rounds: int = 5

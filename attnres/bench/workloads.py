@@ -7,11 +7,13 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StaticCache
 
 from .arms import PLAIN
 from .settings import Settings
 from .timing import Sample
+
+RECOMPILATIONS = 64  # torch gives up after 8 of one function, which all arms share
 
 Models = Mapping[str, PreTrainedModel]
 
@@ -60,6 +62,28 @@ def decode(models: Models, settings: Settings) -> Iterator[Workload]:
         )
 
 
+def compiled_decode(models: Models, settings: Settings) -> Iterator[Workload]:
+    mode = "reduce-overhead" if models[PLAIN].device.type == "cuda" else "default"  # reduce-overhead: CUDA graphs
+    for batch in settings.batches:
+        ids = random_ids(models[PLAIN], batch, settings.context, settings.seed)
+        torch.compiler.reset()  # what was compiled for other sizes counts towards the limit of recompilations
+        samples = {}
+        for name, model in models.items():
+            # Compiled code holds on to its cache: each model has one, and every run goes on after the same context.
+            cache = StaticCache(config=model.config, max_cache_len=settings.context + settings.new_tokens)
+            with torch.no_grad():
+                model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            compiled = torch.compile(model, dynamic=False, mode=mode)
+            run = _decode_of(compiled, ids[:, :1], settings.new_tokens)
+            samples[name] = Sample(partial(_with, run, cache), partial(_rewind, cache, settings.context))
+        yield Workload(
+            "compiled-decode",
+            {"batch": batch, "context": settings.context, "new_tokens": settings.new_tokens},
+            samples,
+            steps=settings.new_tokens,
+        )
+
+
 def train(models: Models, settings: Settings) -> Iterator[Workload]:
     for tokens in settings.tokens:
         ids = random_ids(models[PLAIN], 1, tokens, settings.seed)
@@ -86,6 +110,7 @@ def generate(models: Models, settings: Settings) -> Iterator[Workload]:
 WORKLOADS: dict[str, Callable[[Models, Settings], Iterator[Workload]]] = {
     "prefill": prefill,
     "decode": decode,
+    "compiled-decode": compiled_decode,
     "train": train,
     "generate": generate,
 }
@@ -170,6 +195,16 @@ def _decode_of(model, token, steps: int):
                 model(input_ids=token, past_key_values=cache, use_cache=True)
 
     return run
+
+
+def _with(run, cache, _):
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS):
+        run(cache)
+
+
+def _rewind(cache, length: int):
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(length)
 
 
 def _train_step_of(model, ids):

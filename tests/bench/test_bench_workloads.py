@@ -55,6 +55,24 @@ def test_decode_is_one_token_a_step_after_the_context_however_often_it_runs(mode
             assert cache.get_seq_length() == 10 and passes == [(workload.parameters["batch"], 1)] * 4
 
 
+def test_compiled_decode_goes_on_after_the_same_context_in_every_run(models, monkeypatch):
+    calls = []
+
+    def compile_nothing(model, **options):  # compiling takes minutes; test_compile.py does
+        def call(**inputs):
+            calls.append((model, tuple(inputs["input_ids"].shape), int(inputs["past_key_values"].get_seq_length())))
+            return model(**inputs)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    for workload, batch in zip(WORKLOADS["compiled-decode"](models, SETTINGS), (1, 3), strict=True):
+        for name, sample in [*workload.samples.items()] * 2:
+            calls.clear()
+            sample.run(sample.prepare())
+            assert calls == [(models[name], (batch, 1), length) for length in (6, 7, 8, 9)]
+
+
 def test_training_makes_gradients_and_leaves_none_behind(models):
     for workload in WORKLOADS["train"](models, dataclasses.replace(SETTINGS, tokens=(7,))):
         for name, sample in workload.samples.items():
