@@ -148,6 +148,12 @@ class AttnResPreTrainedModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         return True  # of the class; whether a model has experts is a trait of its family
 
+    def __init_subclass__(cls, **kwargs):
+        """The class that FSDP makes of a model stands for the model's own, whose name and code are what is saved."""
+        super().__init_subclass__(**kwargs)
+        if cls.__bases__[0].__name__ == "FSDPModule":
+            cls.__module__, cls.__name__ = cls.__bases__[1].__module__, cls.__bases__[1].__name__
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         if isinstance(module, DepthScore):
