@@ -1,9 +1,7 @@
 """What a run is told: flags and a YAML file with the same names, every field of `TrainingArguments` among them."""
 
 import argparse
-import contextlib
 import difflib
-import io
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +19,12 @@ SCHEDULES = {"cosine": "cosine_with_min_lr", "wsd": "warmup_stable_decay"}
 
 # Where TrainingArguments has another default. A flag or a line of YAML goes before. Every parameter of these models has
 # a part in every loss, which DDP need not find out anew in each step.
-DEFAULTS = {"logging_steps": 10, "report_to": "none", "ddp_find_unused_parameters": False}
+DEFAULTS = {
+    "logging_steps": 10,
+    "report_to": "none",
+    "ddp_find_unused_parameters": False,
+    "label_names": ["labels"],  # a model with adapters does not say
+}
 
 # transformers 5.23 renames them; the old names warn there.
 NEW_NAMES = {
@@ -148,6 +151,10 @@ class Run:
     model: str
     arguments: RunArguments
     training: TrainingArguments
+
+    @property
+    def from_scratch(self) -> bool:
+        return Path(self.model).is_file()
 
 
 def parse(command_line: Sequence[str]) -> Run:
@@ -313,9 +320,7 @@ def _training_arguments(arguments: RunArguments, of_trainer: dict) -> TrainingAr
     if evaluates and "eval_strategy" not in of_trainer:
         values["eval_strategy"] = "steps"
         values.setdefault("eval_steps", values.get("save_steps", 500))
-    said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            return TrainingArguments(**values)
+        return TrainingArguments(**values)
     except (TypeError, KeyError, AttributeError, ImportError, NotImplementedError) as error:
         raise ValueError(" ".join(str(error).split())) from error

@@ -1,35 +1,51 @@
 """What `attnres train` does, in order: everything is read and checked before anything is written."""
 
+import json
+import os
+import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging
 
 from .. import AttnResConfig, AttnResForCausalLM, DepthDynamicsCallback
+from . import run_folder
 from .arguments import DEFAULT_SEQUENCE_LENGTH, Run, RunArguments, parse
-from .data import Source, Stream, collate, sequences
-from .trainer import RunTrainer, last_checkpoint
+from .data import Source, Stream, collate, digest, sequences, tokenizer_digest
+from .lora import save_with_adapter, with_adapters
+from .trainer import RunTrainer
 
 
 def run(command_line: Sequence[str]):
-    """Trains a model as a command line says."""
+    """Trains a model as a command line says.
+
+    Raises:
+        ValueError, OSError: a mistake in the command line, the model or the data; nothing has been written.
+        Diverged: the run has stopped.
+    """
     order = parse(command_line)
     arguments, training = order.arguments, order.training
+    _quiet_unless_first()
     out = Path(arguments.out)
-    checkpoint = _checkpoint_to_resume(out, arguments)
+    run_folder.check_place(out, arguments.resume)
     tokenizer = _tokenizer(order)
     set_seed(training.seed)
     model = load_model(order)
-    if arguments.train == "depth":
-        model.freeze_backbone()
-    length = arguments.sequence_length or min(
-        DEFAULT_SEQUENCE_LENGTH, getattr(model.config, "max_position_embeddings", DEFAULT_SEQUENCE_LENGTH)
-    )
+    _check_vocabulary(model, tokenizer)
+    length = _sequence_length(model, arguments)
+    train_source, eval_source = _sources(arguments)
     with training.main_process_first(desc="data"):
-        train_data, eval_data = _data(arguments, tokenizer, length)
+        train_data, eval_data = _data(train_source, eval_source, arguments, tokenizer, length)
+    record = _record(order, model, tokenizer, train_source, eval_source)
+    if arguments.resume:
+        run_folder.check_same_run(out, record)
     trainer = RunTrainer(
-        model=model,
+        model=_trained_part(model, arguments),
         args=training,
         train_dataset=train_data,
         eval_dataset=eval_data,
@@ -38,51 +54,100 @@ def run(command_line: Sequence[str]):
         callbacks=[DepthDynamicsCallback(arguments.depth_dynamics_steps)] if arguments.depth_dynamics else [],
         muon=arguments.optimizer == "muon",
     )
+    checkpoint = run_folder.last_checkpoint(out) if arguments.resume else None
+    first = trainer.is_world_process_zero()
+    if first and not arguments.resume:
+        run_folder.begin(out, record)
+    elif first:
+        run_folder.remove_unfinished(out)
+        where = "the beginning: there is no complete checkpoint yet" if checkpoint is None else checkpoint
+        print(f"attnres: resuming from {where}", file=sys.stderr)
+    trainer.accelerator.wait_for_everyone()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.save_model(str(out))
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        losses = {name: value for entry in trainer.state.log_history for name, value in entry.items() if "loss" in name}
-        print(f"{out}: step {trainer.state.global_step}, loss {losses.get('loss', float('nan')):.4f}")
+    _save(trainer, order)
+    if first:
+        _report(trainer, out)
 
 
 def load_model(order: Run) -> AttnResForCausalLM:
+    """The model before training: loaded, converted, or new from a configuration."""
     arguments = order.arguments
     depth = {
         name: value
         for name in ("residual_mode", "num_blocks", "layers_per_block")
         if (value := getattr(arguments, name)) is not None
     }
-    path = Path(order.model)
-    if path.is_file():
-        config = AttnResConfig.from_pretrained(str(path), **depth)
-        return AttnResForCausalLM(config)
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    if order.from_scratch:
+        config = AttnResConfig.from_pretrained(order.model, **depth)
+        return AttnResForCausalLM._from_config(config, dtype=None if dtype == "auto" else dtype)
     return AttnResForCausalLM.from_pretrained(order.model, dtype=dtype, **depth)
+
+
+def _quiet_unless_first():
+    """Of several processes one shows what it does."""
+    if os.environ.get("RANK", "0") != "0":
+        import datasets
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        datasets.disable_progress_bars()
 
 
 def _tokenizer(order: Run) -> PreTrainedTokenizerBase:
     path = Path(order.model)
     name = order.arguments.tokenizer or str(path.parent if path.is_file() else order.model)
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=order.arguments.trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=order.arguments.trust_remote_code)
+    except Exception as error:  # of many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{name}: has no tokenizer to be loaded ({reason}); name one by --tokenizer") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{name}: its tokenizer has no end-of-text token (eos_token) to put between documents")
+    return tokenizer
 
 
-def _data(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase, length: int):
-    source = Source(tuple(arguments.data), arguments.data_config, arguments.split, arguments.text_field)
-    held_out = None
-    if arguments.eval_data or arguments.eval_split:
-        held_out = Source(
-            tuple(arguments.eval_data or arguments.data),
-            arguments.data_config,
-            arguments.eval_split or arguments.split,
-            arguments.text_field,
+def _check_vocabulary(model: AttnResForCausalLM, tokenizer: PreTrainedTokenizerBase):
+    tokens, rows = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings
+    if tokens > rows:
+        raise ValueError(
+            f"the tokenizer has {tokens} tokens and the model embeds {rows}: --tokenizer must name the model's own"
         )
+
+
+def _sequence_length(model: AttnResForCausalLM, arguments: RunArguments) -> int:
+    longest = getattr(model.config, "max_position_embeddings", None)
+    length = arguments.sequence_length
+    if length is None:
+        return min(DEFAULT_SEQUENCE_LENGTH, longest or DEFAULT_SEQUENCE_LENGTH)
+    if longest is not None and length > longest:
+        raise ValueError(
+            f"--sequence-length {length}: the model takes {longest} tokens (max_position_embeddings in its config.json)"
+        )
+    return length
+
+
+def _sources(arguments: RunArguments) -> tuple[Source, Source | None]:
+    config, split, field = arguments.data_config, arguments.split, arguments.text_field
+    train = Source(tuple(arguments.data), config, split, field)
+    if not (arguments.eval_data or arguments.eval_split):
+        return train, None
+    return train, Source(tuple(arguments.eval_data or arguments.data), config, arguments.eval_split or split, field)
+
+
+def _data(
+    train_source: Source,
+    eval_source: Source | None,
+    arguments: RunArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+):
     if arguments.streaming:
-        stream = Stream(source, tokenizer, length, endless=True)
-        return stream, None if held_out is None else Stream(held_out, tokenizer, length, endless=False)
-    train = sequences(source, tokenizer, length)
-    if held_out is not None:
-        return train, sequences(held_out, tokenizer, length)
+        held_out = None if eval_source is None else Stream(eval_source, tokenizer, length, endless=False)
+        return Stream(train_source, tokenizer, length, endless=True), held_out
+    train = sequences(train_source, tokenizer, length)
+    if eval_source is not None:
+        return train, sequences(eval_source, tokenizer, length)
     if arguments.eval_fraction is None:
         return train, None
     count = max(1, round(arguments.eval_fraction * len(train)))
@@ -91,9 +156,69 @@ def _data(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase, length: i
     return train.select(range(len(train) - count)), train.select(range(len(train) - count, len(train)))
 
 
-def _checkpoint_to_resume(out: Path, arguments: RunArguments) -> Path | None:
-    if not arguments.resume:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"{out} is there already: --resume continues the run in it, another --out starts one")
-        return None
-    return last_checkpoint(out)
+def _record(
+    order: Run,
+    model: AttnResForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    train_source: Source,
+    eval_source: Source | None,
+) -> dict:
+    """What makes a run the one that it is; the same in all processes."""
+    training = order.training
+    found = [None]
+    if training.process_index == 0:
+        found = [
+            {
+                "training data": digest(train_source),
+                "held-out data": None if eval_source is None else digest(eval_source),
+                "tokenizer": tokenizer_digest(tokenizer),
+            }
+        ]
+    if training.world_size > 1:
+        broadcast_object_list(found)
+    return {
+        "arguments": {
+            "model": order.model,
+            "processes": training.world_size,
+            **asdict(order.arguments),
+            **training.to_dict(),
+        },
+        "content": {**found[0], "configuration": json.loads(model.config.to_json_string())},
+    }
+
+
+def _trained_part(model: AttnResForCausalLM, arguments: RunArguments) -> nn.Module:
+    if arguments.train == "all":
+        return model
+    if model.depth_mixer is None:
+        raise ValueError(
+            f"--train {arguments.train} trains the depth mixer, which residual_mode standard does not have: use "
+            "--train all"
+        )
+    return model.freeze_backbone() if arguments.train == "depth" else with_adapters(model, arguments)
+
+
+def _save(trainer: RunTrainer, order: Run):
+    """The model in the folder of the run, as `from_pretrained` takes it; with LoRA merged, the adapter beside it."""
+    out = Path(order.arguments.out)
+    folder = out / run_folder.UNFINISHED / "model"
+    trainer.check_weights()
+    trainer.save_whole_model(folder)
+    if trainer.is_world_process_zero():
+        if order.arguments.train == "lora":
+            save_with_adapter(folder, load_model(order), trainer.processing_class)
+        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+        run_folder.put_in_place(out, "model")
+    trainer.accelerator.wait_for_everyone()
+
+
+def _report(trainer: RunTrainer, out: Path):
+    losses: dict[str, float] = {}
+    for entry in trainer.state.log_history:
+        losses.update({name: entry[name] for name in ("loss", "eval_loss") if name in entry})
+    shown = [f"training loss {losses['loss']:.4f}"] if "loss" in losses else []
+    shown += [f"held-out loss {losses['eval_loss']:.4f}"] if "eval_loss" in losses else []
+    print(f"{out}: {', '.join([f'{trainer.state.global_step} steps', *shown])}")
+    print(f"next: attnres eval {out}")
+    if any(name.startswith("depth/") for entry in trainer.state.log_history for name in entry):
+        print(f"      attnres dynamics {out}")

@@ -100,8 +100,8 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids.clone()}
 
 
-def digest(source: Source, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """What tells these documents and tokens from others: files by content, hub data by revision."""
+def digest(source: Source) -> str:
+    """What tells these documents from others: files by content, hub data by revision."""
     from datasets import load_dataset_builder
 
     parts = []
@@ -113,7 +113,14 @@ def digest(source: Source, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]
             files = (builder.config.data_files or {}).get(source.split, [])
             parts += [_file_digest(Path(file)) if Path(file).is_file() else str(file) for file in files]
             parts.append(source.split)
-    return {"data": _digest(source.text_field, *parts), "tokenizer": _tokenizer_digest(tokenizer)}
+    return _digest(source.text_field, *parts)
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What tells a tokenizer from others."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = str(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+    return _digest(content, str(tokenizer.eos_token_id), str(tokenizer.bos_token_id))
 
 
 def _documents(source: Source, streaming: bool) -> list:
@@ -156,7 +163,7 @@ def _tokens(documents, tokenizer: PreTrainedTokenizerBase):
     features = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))})
     options = {"batched": True, "batch_size": 100, "remove_columns": ["text"], "features": features}
     if isinstance(documents, datasets.Dataset):
-        options["new_fingerprint"] = _digest(documents._fingerprint, _tokenizer_digest(tokenizer))
+        options["new_fingerprint"] = _digest(documents._fingerprint, tokenizer_digest(tokenizer))
         options["desc"] = "tokenize"
     return documents.map(partial(_tokenize, tokenizer=tokenizer), **options)
 
@@ -215,9 +222,3 @@ def _file_digest(path: Path) -> str:
         while block := file.read(1 << 20):
             found.update(block)
     return found.hexdigest()
-
-
-def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = str(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
-    return _digest(content, str(tokenizer.eos_token_id), str(tokenizer.bos_token_id))

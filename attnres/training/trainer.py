@@ -1,7 +1,6 @@
 """A Trainer whose checkpoints are there whole or not at all, and that stops where a run diverges."""
 
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -9,11 +8,10 @@ import torch
 from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints
 
 from .optimizer import muon_with_adamw
-
-UNFINISHED = "unfinished"  # where in the output folder things are written, to be renamed when they are complete
+from .run_folder import UNFINISHED, last_checkpoint
 
 # The last part of a run in which the learning rate decays, in the schedule that has to be told.
 DECAY_SHARE = 0.2
@@ -21,6 +19,10 @@ DECAY_SHARE = 0.2
 
 class Diverged(RuntimeError):
     """A loss, a gradient or weights are not finite."""
+
+
+class _Finished(Exception):
+    """The checkpoint that a run was to be resumed from is its last one; the model has its weights."""
 
 
 class RunTrainer(Trainer):
@@ -43,6 +45,15 @@ class RunTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.add_callback(_Progress(self.args.disable_tqdm))
         self.add_callback(_LogBeforeSaving())
+        self.add_callback(_StopIfFinished())
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        except _Finished:
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                self._load_best_model()
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if not self.muon or self.optimizer is not None:
@@ -109,7 +120,7 @@ class RunTrainer(Trainer):
         return os.path.join(folder, UNFINISHED) if self._saving else folder
 
     def _save_checkpoint(self, model: nn.Module, trial):
-        self._check_weights()
+        self.check_weights()
         folder = super()._get_output_dir(trial)
         name = f"checkpoint-{self.state.global_step}"
         written, final = os.path.join(folder, UNFINISHED, name), os.path.join(folder, name)
@@ -128,7 +139,13 @@ class RunTrainer(Trainer):
             rotate_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
         self.accelerator.wait_for_everyone()
 
-    def _check_weights(self):
+    def save_whole_model(self, folder: Path):
+        """In one piece, however it is divided; called by every process."""
+        if self.is_fsdp_enabled:
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        self.save_model(str(folder), _internal_call=not self.args.push_to_hub)
+
+    def check_weights(self):
         """After a step with finite gradients weights may still have left the range of their type."""
         bad = torch.zeros(1, device=self.args.device)
         for tensor in self.model.parameters():
@@ -136,17 +153,6 @@ class RunTrainer(Trainer):
             bad += ~torch.isfinite(local.detach()).all().to(bad.device)
         if self.accelerator.reduce(bad, "sum").item():
             self._diverged("weights are", self.state.global_step)
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint with the highest step."""
-    found = get_last_checkpoint(folder) if folder.is_dir() else None
-    return None if found is None else Path(found)
-
-
-def remove_unfinished(folder: Path):
-    """What an interrupted run was about to write."""
-    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
 
 
 class _LogBeforeSaving(TrainerCallback):
@@ -158,6 +164,14 @@ class _LogBeforeSaving(TrainerCallback):
         return control
 
     on_epoch_end = on_step_end
+
+
+class _StopIfFinished(TrainerCallback):
+    """Trainer looks whether it is at the end after a step only, and would do one more."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            raise _Finished
 
 
 class _Progress(ProgressCallback):

@@ -1,0 +1,101 @@
+"""The folder of a run: what began in it, its complete checkpoints, and how files appear in it whole or not at all."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from transformers.trainer_utils import get_last_checkpoint
+
+RECORD = "run.json"
+UNFINISHED = "unfinished"  # where things are written, to be renamed when they are complete
+
+# What may be another when a run is resumed: it leaves the weights, and the losses of each step, as they are. Data and
+# tokenizer are compared by content.
+_MAY_CHANGE = """
+    resume out data eval_data tokenizer trust_remote_code depth_dynamics depth_dynamics_steps
+    output_dir disable_tqdm report_to run_name project log_level log_level_replica log_on_each_node logging_dir
+    logging_strategy logging_first_step logging_steps logging_nan_inf_filter include_num_input_tokens_seen
+    eval_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps per_device_eval_batch_size do_eval
+    save_strategy save_steps save_total_limit save_on_each_node
+    load_best_model_at_end metric_for_best_model greater_is_better
+    push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision
+    trackio_space_id trackio_bucket_id trackio_static_space_id
+    dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
+    skip_memory_metrics torch_empty_cache_steps use_cpu local_rank do_train do_predict
+"""
+MAY_CHANGE = frozenset(_MAY_CHANGE.split())
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint with the highest step."""
+    found = get_last_checkpoint(folder) if folder.is_dir() else None
+    return None if found is None else Path(found)
+
+
+def check_place(folder: Path, resume: bool):
+    """Whether a run may begin, or go on, in a folder.
+
+    Raises:
+        ValueError: there is something in the way, or nothing to go on with.
+    """
+    if resume:
+        if not (folder / RECORD).is_file():
+            raise ValueError(f"{folder} holds no run to resume (no {RECORD}): leave out --resume to start one")
+    elif folder.exists() and (not folder.is_dir() or any(path.name != UNFINISHED for path in folder.iterdir())):
+        raise ValueError(f"{folder} is not empty: --resume continues the run in it; to start one, give another --out")
+
+
+def begin(folder: Path, record: dict):
+    """Writes down what the run is; clears away what an interrupted one was about to write."""
+    remove_unfinished(folder)
+    unfinished = folder / UNFINISHED
+    unfinished.mkdir(parents=True)
+    (unfinished / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(unfinished / RECORD, folder / RECORD)
+
+
+def remove_unfinished(folder: Path):
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+
+
+def put_in_place(folder: Path, name: str):
+    """Moves what is in a subfolder of the unfinished into the folder, over what was there."""
+    for path in sorted((folder / UNFINISHED / name).iterdir()):
+        target = folder / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(path, target)
+    remove_unfinished(folder)
+
+
+def check_same_run(folder: Path, record: dict):
+    """Refuses to continue a run as another one.
+
+    Raises:
+        ValueError: the first thing that is another, what it was and what to do.
+    """
+    try:
+        began = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        parts = {part: began[part] for part in record}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / RECORD} is not what `attnres train` writes ({error!r}): give another --out"
+        ) from None
+    now = json.loads(json.dumps(record))
+    for part, then in parts.items():
+        for name in sorted({*then, *now[part]} - MAY_CHANGE):
+            old, new = then.get(name), now[part].get(name)
+            if old != new:
+                _refuse(folder, part, name, old, new)
+
+
+def _refuse(folder: Path, part: str, name: str, old, new):
+    what = f"--{name.replace('_', '-')} was {old}" if part == "arguments" else f"{part}: {name} was {old}"
+    last = last_checkpoint(folder)
+    other = "" if last is None else f", or train {last} as a new run with another --out"
+    raise ValueError(
+        f"{folder}: {what} when the run began and is {new} now, which would make it another run: resume with what it "
+        f"was{other}"
+    )
