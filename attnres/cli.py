@@ -91,7 +91,10 @@ def convert(options: argparse.Namespace):
     )
     if outcome.left_out:
         print(f"left out: {len(outcome.left_out)} tensors of other parts, such as {outcome.left_out[0]}")
-    print("not verified" if outcome.report is None else report_table(outcome.report))
+    if outcome.from_layout == "shards":
+        print("the tensors of the shards, joined")
+    else:
+        print("not verified" if outcome.report is None else report_table(outcome.report))
 
 
 def inspect_checkpoint(options: argparse.Namespace):

@@ -10,7 +10,6 @@ import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -22,34 +21,14 @@ from transformers.dynamic_module_utils import custom_object_save
 from ..configuration_attnres import DEPTH_OPTIONS, AttnResConfig
 from ..modeling_attnres import AUTO_MAP, AttnResForCausalLM
 from .checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, Checkpoint, CheckpointError, inside, read_checkpoint
+from .companions import write_companions
 from .files import copy_file, copy_range, replaced_folder
 from .layouts import ATTNRES, KIMI_K3, PRENORM, Source, shape_in, to_k3, to_prenorm, understand
+from .sharded import find_shards, join_shards
 from .structure import check_structure
 
 DEPTH_SHARD = "model-depth.safetensors"
-
-# What comes along: tokenizer, chat template, generation configuration, licence, documentation; never weights or code,
-# but for a tokenizer's own code, which runs only where somebody trusts it.
-COMPANIONS = (
-    "tokenizer*.json",
-    "*vocab*.json",
-    "*vocab*.txt",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "chat_template*",
-    "*.jinja",
-    "*.tiktoken",
-    "*.model",
-    "tokenization_*.py",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "README*",
-    "*.md",
-)
+SHARDS = "shards"  # what a run that FSDP sharded has saved
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -60,7 +39,7 @@ class Conversion:
 
     Attributes:
         source, result: the folders.
-        from_layout, to_layout: `prenorm`, `attnres` or `kimi-k3`.
+        from_layout, to_layout: `prenorm`, `attnres` or `kimi-k3`; from `shards` of a model of the same layout.
         shards, bytes: weight files written and their size, depth shard included.
         depth: what the result mixes over depth, in words.
         left_out: tensors of other parts of a multimodal checkpoint, which did not come along.
@@ -94,7 +73,7 @@ def convert(
     """Converts a checkpoint folder; `result` appears when everything is done and checked, or not at all.
 
     Args:
-        source: folder with safetensors weights. It is not changed.
+        source: folder with safetensors weights, or with the shards that FSDP saved. It is not changed.
         result: folder to make.
         to: `"attnres"` (default), `"prenorm"` or `"kimi-k3"`.
         from_layout: what `source` is taken for; by default its configuration says.
@@ -111,6 +90,10 @@ def convert(
     """
     source, result = Path(source), Path(result)
     _check_places(source, result)
+    if find_shards(source):
+        others = {"to": to not in (None, ATTNRES), "from_layout": from_layout, "link": link}
+        others = {**others, "reinit_depth": reinit_depth, **depth_options}
+        return _join(source, result, overwrite, progress, others)
     origin = understand(read_checkpoint(source), from_layout)
     to = ATTNRES if to is None else to
     config = _result_config(origin, to, depth_options)
@@ -129,7 +112,7 @@ def convert(
         _write_index(folder, weight_map)
         if depth_tensors:
             shutil.copymode(folder / INDEX_NAME, folder / name)  # safetensors writes for the owner only
-        _write_companions(origin.checkpoint.folder, folder)
+        write_companions(origin.checkpoint.folder, folder)
         _write_config(folder, config, to)
         written = read_checkpoint(folder)
         outcome = Conversion(
@@ -148,6 +131,21 @@ def convert(
             outcome.report = verify_conversion(origin, understand(written), verify, progress, new_depth == "zero")
             (folder / "conversion_report.json").write_text(json.dumps(outcome.report, indent=2) + "\n")
     return outcome
+
+
+def _join(source: Path, result: Path, overwrite: bool, progress: bool, others: dict) -> Conversion:
+    """Shards of a run as one checkpoint: the same model, so there is nothing to verify and nothing to choose."""
+    given = [name for name, value in others.items() if value]
+    if given:
+        raise CheckpointError(
+            f"{source}: holds the shards of a run, and {given[0]} is for whole checkpoints. Join them first, without "
+            "options, then convert the result."
+        )
+    with replaced_folder(result, overwrite) as folder:
+        config = join_shards(source, folder, progress)
+        written = read_checkpoint(folder)
+        depth = _depth_text(config, ATTNRES)
+        return Conversion(source, result, SHARDS, ATTNRES, len(written.shards), written.bytes, depth, [])
 
 
 def _depth_text(config: AttnResConfig, to: str) -> str:
@@ -335,13 +333,6 @@ def _write_index(folder: Path, weight_map: dict[str, str]):
     size = sum((folder / shard).stat().st_size for shard in set(weight_map.values()))
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _write_companions(source: Path, folder: Path):
-    for path in sorted(source.iterdir()):
-        is_companion = any(fnmatch(path.name, pattern) for pattern in COMPANIONS) and path.name != CONFIG_NAME
-        if is_companion and inside(source, path.name).is_file():
-            shutil.copyfile(path, folder / path.name)
 
 
 def _write_config(folder: Path, config: AttnResConfig, to: str):
