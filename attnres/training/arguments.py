@@ -6,11 +6,13 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_origin
 
 import torch
 import yaml
+from accelerate import ParallelismConfig
 from transformers import HfArgumentParser, TrainingArguments
 
 DEFAULT_SEQUENCE_LENGTH = 1024
@@ -25,6 +27,9 @@ DEFAULTS = {
     "ddp_find_unused_parameters": False,
     "label_names": ["labels"],  # a model with adapters does not say
 }
+
+# Fields of TrainingArguments that may be lists and that its parser reads as one word.
+TAKE_LISTS = frozenset(["report_to", "optim_target_modules", "debug"])
 
 # transformers 5.23 renames them; the old names warn there.
 NEW_NAMES = {
@@ -164,7 +169,7 @@ def parse(command_line: Sequence[str]) -> Run:
         ValueError: an unknown name, a wrong type or values that contradict each other.
     """
     parser = _parser()
-    given = vars(parser.parse_args(command_line))
+    given = _read(parser, command_line)
     if "config" in given:
         given = {**_from_yaml(Path(given.pop("config")), parser), **given}
     given = _with_new_names(given)
@@ -188,24 +193,58 @@ def flag(name: str) -> str:
 
 
 def _parser() -> _Parser:
-    # Every default suppressed: what is there was given.
     parser = _Parser(
         [RunArguments, TrainingArguments],
         prog="attnres train",
         allow_abbrev=False,
         formatter_class=argparse.HelpFormatter,
+        usage="attnres train MODEL --data DATA [DATA ...] [--out DIR] [--config FILE] [options]",
         description=(
             "Trains a causal language model with transformers' Trainer: an AttnRes checkpoint, a PreNorm checkpoint "
             "(converted losslessly in memory), or a config.json with random weights. Documents are joined, with an "
-            "end-of-text token after each, and cut into sequences of equal length. Below the options of the run are "
-            "all of TrainingArguments."
+            "end-of-text token after each, and cut into sequences of equal length. After the options of the run come "
+            "all of TrainingArguments. Names may be written with _ or -, and in a YAML file without the dashes in "
+            "front."
         ),
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help="folder or hub id of a checkpoint, or a config.json")
-    parser.add_argument("--config", metavar="FILE", help="YAML with the names of these flags; flags win")
+    parser.add_argument("--config", metavar="FILE", help="YAML with the names of these options; flags win")
     for action in parser._actions:
-        action.default = argparse.SUPPRESS
+        _complete(action)
     return parser
+
+
+def _complete(action: argparse.Action):
+    """Says the default in the help and takes it away, so that what is there was given; reads mappings as JSON."""
+    default = DEFAULTS.get(action.dest, getattr(action.default, "value", action.default))
+    if default not in (None, argparse.SUPPRESS, [], "") and "default" not in action.help and action.nargs != 0:
+        action.help += f" (default: {default})"
+    action.default = argparse.SUPPRESS
+    kind = get_origin(action.type) or action.type
+    if kind in (dict, ParallelismConfig):
+        action.type = partial(_mapping, kind)
+
+
+def _mapping(kind: type, text: str):
+    try:
+        return kind(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"must be names and values as JSON, got {text} ({error})") from None
+
+
+def _read(parser: _Parser, words: Sequence[str]) -> dict:
+    given, unknown = parser.parse_known_args(words)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        close = difflib.get_close_matches(name.replace("_", "-"), parser._option_string_actions, 1)
+        parser.error(f"unknown argument {name}" + (f"; is {close[0]} meant?" if close else ""))
+    for name, value in vars(given).items():
+        if isinstance(value, str) and value.startswith("{"):
+            try:
+                json.loads(value)
+            except ValueError as error:
+                parser.error(f"{flag(name)} must be names and values as JSON, got {value} ({error})")
+    return vars(given)
 
 
 class _Loader(yaml.SafeLoader):
@@ -225,35 +264,42 @@ def _from_yaml(path: Path, parser: _Parser) -> dict:
     """Through the same parser as flags, so that both have the same names, types and mistakes."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    except (OSError, yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: must be names and values, such as learning_rate: 3e-4")
+        raise ValueError(f"--config {path}: must be names and values, such as learning_rate: 3e-4")
     known = {option.lstrip("-").replace("-", "_"): action for option, action in parser._option_string_actions.items()}
-    words, model = [], {}
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
-        if name == "model" and isinstance(value, str):
-            model = {"model": value}
-            continue
-        if name not in known or name in ("config", "help", "h"):
-            close = difflib.get_close_matches(name, known, 1)
-            raise ValueError(f"{path}: unknown name {key}" + (f"; is {close[0]} meant?" if close else ""))
-        if value is not None:
-            words += _as_words(path, name, value, takes_none=known[name].nargs == 0)
+    for name in ("config", "help", "h"):
+        known.pop(name)
+    words, direct = [], {}
     try:
-        return {**vars(parser.parse_args(words)), **model}
+        for key, value in content.items():
+            name = str(key).replace("-", "_")
+            if name != "model" and name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                raise ValueError(f"unknown name {key}" + (f"; is {close[0]} meant?" if close else ""))
+            if name == "model" or (isinstance(value, list) and name in TAKE_LISTS):
+                direct[name] = value
+            elif value is not None:
+                words += _as_words(name, value, known[name])
+        if not isinstance(direct.get("model", ""), str):
+            raise ValueError(f"model must be a folder, a hub id or a config.json, got {direct['model']!r}")
+        return {**_read(parser, words), **direct}
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"--config {path}: {error}") from None
 
 
-def _as_words(path: Path, name: str, value, takes_none: bool) -> list[str]:
-    if takes_none:  # --no-...
+def _as_words(name: str, value, action: argparse.Action) -> list[str]:
+    if action.nargs == 0:  # --no-...
         if not isinstance(value, bool):
-            raise ValueError(f"{path}: {name} must be true or false, got {value!r}")
+            raise ValueError(f"{name} must be true or false, got {value!r}")
         return [flag(name)] if value else []
     if isinstance(value, list):
+        if action.nargs != "+":
+            raise ValueError(f"{name} takes one value, got {value}")
         return [flag(name), *map(str, value)]
+    if value is False and "no" in (action.choices or ()):  # what YAML makes of `no`
+        value = "no"
     word = json.dumps(value) if isinstance(value, dict) else str(value)
     return [f"{flag(name)}={word}"]
 

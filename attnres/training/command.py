@@ -4,13 +4,14 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from .. import AttnResConfig, AttnResForCausalLM, DepthDynamicsCallback
@@ -33,6 +34,7 @@ def run(command_line: Sequence[str]):
     _quiet_unless_first()
     out = Path(arguments.out)
     run_folder.check_place(out, arguments.resume)
+    _configuration(order)  # a model that is not there is the first thing to say
     tokenizer = _tokenizer(order)
     set_seed(training.seed)
     model = load_model(order)
@@ -44,44 +46,67 @@ def run(command_line: Sequence[str]):
     record = _record(order, model, tokenizer, train_source, eval_source)
     if arguments.resume:
         run_folder.check_same_run(out, record)
-    trainer = RunTrainer(
-        model=_trained_part(model, arguments),
-        args=training,
-        train_dataset=train_data,
-        eval_dataset=eval_data,
-        data_collator=collate,
-        processing_class=tokenizer,
-        callbacks=[DepthDynamicsCallback(arguments.depth_dynamics_steps)] if arguments.depth_dynamics else [],
-        muon=arguments.optimizer == "muon",
-    )
     checkpoint = run_folder.last_checkpoint(out) if arguments.resume else None
-    first = trainer.is_world_process_zero()
-    if first and not arguments.resume:
+
+    def begin():
         run_folder.begin(out, record)
-    elif first:
-        run_folder.remove_unfinished(out)
-        where = "the beginning: there is no complete checkpoint yet" if checkpoint is None else checkpoint
-        print(f"attnres: resuming from {where}", file=sys.stderr)
-    trainer.accelerator.wait_for_everyone()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if arguments.resume:
+            where = "the beginning: there is no complete checkpoint yet" if checkpoint is None else checkpoint
+            print(f"attnres: resuming from {where}", file=sys.stderr)
+
+    with _no_folder_without_run(out):
+        trainer = RunTrainer(
+            model=_trained_part(model, arguments),
+            args=training,
+            train_dataset=train_data,
+            eval_dataset=eval_data,
+            data_collator=collate,
+            processing_class=tokenizer,
+            callbacks=[DepthDynamicsCallback(arguments.depth_dynamics_steps)] if arguments.depth_dynamics else [],
+            muon=arguments.optimizer == "muon",
+            begin=begin,
+        )
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     _save(trainer, order)
-    if first:
+    if trainer.is_world_process_zero():
         _report(trainer, out)
+
+
+@contextmanager
+def _no_folder_without_run(out: Path):
+    """Trainer makes the folder before all has been checked."""
+    there = out.exists()
+    try:
+        yield
+    except BaseException:
+        if not there:
+            with suppress(OSError):
+                out.rmdir()  # only if it is empty
+        raise
 
 
 def load_model(order: Run) -> AttnResForCausalLM:
     """The model before training: loaded, converted, or new from a configuration."""
-    arguments = order.arguments
-    depth = {
-        name: value
-        for name in ("residual_mode", "num_blocks", "layers_per_block")
-        if (value := getattr(arguments, name)) is not None
-    }
-    dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    dtype = order.arguments.dtype if order.arguments.dtype == "auto" else getattr(torch, order.arguments.dtype)
     if order.from_scratch:
-        config = AttnResConfig.from_pretrained(order.model, **depth)
-        return AttnResForCausalLM._from_config(config, dtype=None if dtype == "auto" else dtype)
-    return AttnResForCausalLM.from_pretrained(order.model, dtype=dtype, **depth)
+        return AutoModelForCausalLM.from_config(_configuration(order), dtype=None if dtype == "auto" else dtype)
+    return AttnResForCausalLM.from_pretrained(order.model, dtype=dtype, **_depth_options(order))
+
+
+def _depth_options(order: Run) -> dict:
+    names = ("residual_mode", "num_blocks", "layers_per_block")
+    return {name: value for name in names if (value := getattr(order.arguments, name)) is not None}
+
+
+def _configuration(order: Run) -> AttnResConfig:
+    path = Path(order.model)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"{path}: holds no config.json, so that it is no checkpoint to train")
+    try:
+        return AttnResConfig.from_pretrained(order.model, **_depth_options(order))
+    except OSError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: no folder of a checkpoint, hub id or config.json to be read ({reason})") from error
 
 
 def _quiet_unless_first():
@@ -183,7 +208,7 @@ def _record(
             **asdict(order.arguments),
             **training.to_dict(),
         },
-        "content": {**found[0], "configuration": json.loads(model.config.to_json_string())},
+        "content": {**found[0], "configuration": json.loads(model.config.to_json_string(use_diff=False))},
     }
 
 

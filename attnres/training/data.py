@@ -49,7 +49,7 @@ def sequences(source: Source, tokenizer: PreTrainedTokenizerBase, length: int) -
     import datasets
 
     tokens = datasets.concatenate_datasets(
-        [_tokens(documents, tokenizer) for documents in _documents(source, streaming=False)]
+        [_tokens(_load(name, source, streaming=False), name, tokenizer) for name in source.names]
     )
     packed = tokens.map(
         _Packer(length),
@@ -77,7 +77,7 @@ class Stream(torch.utils.data.IterableDataset):
 
     def __init__(self, source: Source, tokenizer: PreTrainedTokenizerBase, length: int, endless: bool):
         self.source, self.length, self.endless = source, length, endless
-        self.parts = [_tokens(documents, tokenizer) for documents in _documents(source, streaming=True)]
+        self.parts = [_tokens(_load(name, source, streaming=True), name, tokenizer) for name in source.names]
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
         packer = _Packer(self.length)
@@ -123,15 +123,13 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return _digest(content, str(tokenizer.eos_token_id), str(tokenizer.bos_token_id))
 
 
-def _documents(source: Source, streaming: bool) -> list:
-    """A data set for each name, with one column `text`."""
-    return [_load(name, source, streaming) for name in source.names]
-
-
 def _load(name: str, source: Source, streaming: bool):
+    """One data set, with one column `text`."""
     import datasets
 
     path = Path(name)
+    if path.is_file() and (source.config is not None or source.split != "train"):
+        raise ValueError(f"{name} is a file, without configurations and splits: leave out --data-config and splits")
     try:
         if path.is_file():
             stem = path.name
@@ -147,7 +145,8 @@ def _load(name: str, source: Source, streaming: bool):
         columns = found.column_names or list(next(iter(found), {}))
     except Exception as error:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
-        raise ValueError(f"{name}: cannot be read ({' '.join(str(cause or error).split())[:200]})") from error
+        reason = " ".join(str(cause or error).split())[:200] or "it is empty"
+        raise ValueError(f"{name}: cannot be read ({reason})") from error
     if source.text_field not in columns:
         raise ValueError(
             f"{name}: has no column {source.text_field!r} but {', '.join(columns)}; name the one with the text by "
@@ -157,7 +156,7 @@ def _load(name: str, source: Source, streaming: bool):
     return found if source.text_field == "text" else found.rename_column(source.text_field, "text")
 
 
-def _tokens(documents, tokenizer: PreTrainedTokenizerBase):
+def _tokens(documents, name: str, tokenizer: PreTrainedTokenizerBase):
     import datasets
 
     features = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))})
@@ -165,15 +164,15 @@ def _tokens(documents, tokenizer: PreTrainedTokenizerBase):
     if isinstance(documents, datasets.Dataset):
         options["new_fingerprint"] = _digest(documents._fingerprint, tokenizer_digest(tokenizer))
         options["desc"] = "tokenize"
-    return documents.map(partial(_tokenize, tokenizer=tokenizer), **options)
+    return documents.map(partial(_tokenize, name=name, tokenizer=tokenizer), **options)
 
 
-def _tokenize(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
+def _tokenize(batch: dict[str, list[str]], name: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
     """Each document with the tokens that its tokenizer puts around, and an end-of-text token if that puts none."""
     rows = []
     for text in batch["text"]:
         if not isinstance(text, str):
-            raise ValueError(f"a text is {text!r}: --text-field must name a column of strings")
+            raise ValueError(f"{name}: a text is {text!r}; --text-field must name a column of strings, without gaps")
         if not text:
             continue
         ids: list[int] = []

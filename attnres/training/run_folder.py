@@ -52,7 +52,7 @@ def begin(folder: Path, record: dict):
     remove_unfinished(folder)
     unfinished = folder / UNFINISHED
     unfinished.mkdir(parents=True)
-    (unfinished / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (unfinished / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
     os.replace(unfinished / RECORD, folder / RECORD)
 
 
@@ -83,7 +83,7 @@ def check_same_run(folder: Path, record: dict):
         raise ValueError(
             f"{folder / RECORD} is not what `attnres train` writes ({error!r}): give another --out"
         ) from None
-    now = json.loads(json.dumps(record))
+    now = json.loads(json.dumps(record, default=str))
     for part, then in parts.items():
         for name in sorted({*then, *now[part]} - MAY_CHANGE):
             old, new = then.get(name), now[part].get(name)

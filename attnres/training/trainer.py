@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,9 +35,10 @@ class RunTrainer(Trainer):
 
     Args:
         muon: whether to train the backbone's matrices with Muon.
+        begin: called by the first process when everything is made and training begins.
     """
 
-    def __init__(self, *args, muon: bool = False, **kwargs):
+    def __init__(self, *args, muon: bool, begin: Callable[[], None], **kwargs):
         super().__init__(*args, **kwargs)
         self.muon = muon
         self._saving = False
@@ -45,7 +47,7 @@ class RunTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.add_callback(_Progress(self.args.disable_tqdm))
         self.add_callback(_LogBeforeSaving())
-        self.add_callback(_StopIfFinished())
+        self.add_callback(_Begin(begin))
 
     def train(self, *args, **kwargs):
         try:
@@ -73,7 +75,10 @@ class RunTrainer(Trainer):
             },
         }
         self.args.lr_scheduler_kwargs = {**defaults.get(self.args.lr_scheduler_type.value, {}), **given}
-        return super().create_scheduler(num_training_steps, optimizer)
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        except TypeError as error:
+            raise ValueError(f"--lr-scheduler-kwargs {given}: {error}") from error
 
     def compute_loss(self, model: nn.Module, inputs: dict, *args, **kwargs):
         found = super().compute_loss(model, inputs, *args, **kwargs)
@@ -166,10 +171,16 @@ class _LogBeforeSaving(TrainerCallback):
     on_epoch_end = on_step_end
 
 
-class _StopIfFinished(TrainerCallback):
-    """Trainer looks whether it is at the end after a step only, and would do one more."""
+class _Begin(TrainerCallback):
+    """The first thing that is done when training begins. A run at its end does not: Trainer looks after a step only,
+    and would do one more."""
+
+    def __init__(self, begin: Callable[[], None]):
+        self.begin = begin
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.begin()
         if state.global_step >= state.max_steps:
             raise _Finished
 
