@@ -19,12 +19,14 @@ DEFAULT_SEQUENCE_LENGTH = 1024
 
 SCHEDULES = {"cosine": "cosine_with_min_lr", "wsd": "warmup_stable_decay"}
 
-# Where TrainingArguments has another default. A flag or a line of YAML goes before. Every parameter of these models has
-# a part in every loss, which DDP need not find out anew in each step.
+WARMUP = 0.05  # of the steps
+
+# Where TrainingArguments has another default. A flag or a line of YAML goes before.
 DEFAULTS = {
     "logging_steps": 10,
+    "logging_nan_inf_filter": False,  # it leaves out of a mean what the run has to stop for
     "report_to": "none",
-    "ddp_find_unused_parameters": False,
+    "ddp_find_unused_parameters": False,  # all have a part in every loss; DDP need not look for others in each step
     "label_names": ["labels"],  # a model with adapters does not say
 }
 
@@ -211,15 +213,26 @@ def _parser() -> _Parser:
     parser.add_argument("--config", metavar="FILE", help="YAML with the names of these options; flags win")
     for action in parser._actions:
         _complete(action)
+    run = next(group for group in parser._action_groups if group.title == RunArguments._argument_group_name)
+    parser._action_groups.remove(run)
+    parser._action_groups.insert(1, run)
     return parser
+
+
+_SHOWN_DEFAULTS = {**DEFAULTS, "lr_scheduler_type": "as --schedule says", "warmup_steps": WARMUP, "out": "train-out"}
+_METAVARS = {int: "N", float: "X"}
 
 
 def _complete(action: argparse.Action):
     """Says the default in the help and takes it away, so that what is there was given; reads mappings as JSON."""
-    default = DEFAULTS.get(action.dest, getattr(action.default, "value", action.default))
-    if default not in (None, argparse.SUPPRESS, [], "") and "default" not in action.help and action.nargs != 0:
+    default = _SHOWN_DEFAULTS.get(action.dest, getattr(action.default, "value", action.default))
+    if default not in (None, argparse.SUPPRESS, [], "", False) and "default" not in action.help and action.nargs != 0:
         action.help += f" (default: {default})"
     action.default = argparse.SUPPRESS
+    if action.option_strings:
+        action.option_strings = [name for name in action.option_strings if "_" not in name]  # shown; both are taken
+    if action.metavar is None and action.choices is None:
+        action.metavar = _METAVARS.get(action.type, "VALUE")
     kind = get_origin(action.type) or action.type
     if kind in (dict, ParallelismConfig):
         action.type = partial(_mapping, kind)
@@ -358,7 +371,7 @@ def _training_arguments(arguments: RunArguments, of_trainer: dict) -> TrainingAr
     values = {**DEFAULTS, **of_trainer, "output_dir": arguments.out, "remove_unused_columns": False}
     if "lr_scheduler_type" not in of_trainer:
         values["lr_scheduler_type"] = SCHEDULES[arguments.schedule or "cosine"]
-        values.setdefault("warmup_steps", 0.05)
+        values.setdefault("warmup_steps", WARMUP)
     if not torch.accelerator.is_available():
         values.setdefault("use_cpu", True)  # several processes on a CPU are told apart by it
     if values.get("use_cpu"):
