@@ -98,12 +98,12 @@ def muon_with_adamw(model: nn.Module, decayed: set[str], arguments: TrainingArgu
 
 
 def backbone_matrices(model: nn.Module) -> set[str]:
-    """Names of the matrices, and stacks of matrices, that map hidden states within the backbone.
+    """Names of the matrices, and of the stacks of matrices, that map hidden states within the backbone.
 
     Not the embedding and the head, which map tokens; not the depth mixer, whose pseudo-queries are vectors; not kernels
-    of convolutions, whose channels are apart.
+    of convolutions, whose channels are apart; not a single row, which is a vector, too.
     """
-    tokens = {
+    of_tokens = {
         id(module.weight)
         for module in (model.get_input_embeddings(), model.get_output_embeddings())
         if module is not None
@@ -113,6 +113,7 @@ def backbone_matrices(model: nn.Module) -> set[str]:
         if isinstance(module, (nn.Embedding, nn.Conv1d)):
             continue
         for name, parameter in module.named_parameters(prefix=path, recurse=False):
-            if parameter.ndim in (2, 3) and "depth_mixer." not in name and id(parameter) not in tokens:
+            matrices = parameter.ndim in (2, 3) and min(parameter.shape[-2:]) > 1
+            if matrices and "depth_mixer." not in name and id(parameter) not in of_tokens:
                 names.add(name)
     return names
