@@ -144,6 +144,15 @@ class RunTrainer(Trainer):
             rotate_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
         self.accelerator.wait_for_everyone()
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        super().save_model(output_dir, _internal_call)
+        folder = Path(output_dir or self.args.output_dir)
+        # Trainer leaves shards without what says which model they are of: `attnres convert` has to join them.
+        if self.is_fsdp_enabled and self.args.should_save and not (folder / "config.json").is_file():
+            self.model.config.save_pretrained(folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+
     def save_whole_model(self, folder: Path):
         """In one piece, however it is divided; called by every process."""
         if self.is_fsdp_enabled:
