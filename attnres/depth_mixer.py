@@ -185,26 +185,27 @@ def mix_bank(bank: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         logits: of K sublayers, `[K, n, B, T]`, float32: a softmax over few numbers is fast only if they are apart.
 
     Returns:
-        `[K, B, T, D]` in the dtype of the bank. One pass over the sources per sublayer, summed in float32.
+        `[B, T, K, D]` in the dtype of the bank. One pass over the sources for all sublayers, summed in float32: what
+        the sublayers take from a token is read from memory once, as their mixtures are neighbours.
     """
-    if len(bank) == 1:
-        return bank.expand(len(logits), -1, -1, -1)
     sublayers, count, batch, tokens = logits.shape
-    weights = torch.softmax(logits, dim=1).to(bank.dtype).movedim(1, -1).reshape(-1)
+    if count == 1:
+        return bank[0].unsqueeze(2).expand(-1, -1, sublayers, -1)
+    weights = torch.softmax(logits, dim=1).to(bank.dtype).permute(2, 3, 0, 1).reshape(-1)
     rows, offsets = _bags(sublayers, batch * tokens, count)
     mixtures = torch.embedding_bag(bank.flatten(0, 2), rows, offsets, mode=0, per_sample_weights=weights)[0]
-    return mixtures.view(sublayers, batch, tokens, -1)
+    return mixtures.view(batch, tokens, sublayers, -1)
 
 
 def _bags(sublayers: int, tokens: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of a flat bank that belong to each sublayer and token, and where each one's rows begin."""
+    """Rows of a flat bank that belong to each token and sublayer, and where each one's rows begin."""
     make = _few_bags if sublayers * tokens <= FEW_BAGS else _new_bags
     return make(sublayers, tokens, count)
 
 
 def _new_bags(sublayers: int, tokens: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = torch.arange(count) * tokens + torch.arange(tokens).unsqueeze(1)
-    return rows.repeat(sublayers, 1).view(-1), torch.arange(0, sublayers * tokens * count, count)
+    rows = torch.arange(count) * tokens + torch.arange(tokens).view(-1, 1, 1)
+    return rows.expand(tokens, sublayers, count).reshape(-1), torch.arange(0, sublayers * tokens * count, count)
 
 
 FEW_BAGS = 1024  # while decoding, making them would take as long as summing them

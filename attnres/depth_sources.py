@@ -44,7 +44,9 @@ class SourceBank:
     """The same in one preallocated tensor, mixed for several sublayers at once; without autograd.
 
     What a sublayer reads is then one source: the mixture of the complete ones, whose logit is the logarithm of the sum
-    of their exponentials. A softmax over it and the partial sum gives the mixture over all.
+    of their exponentials. A softmax over it and the partial sum gives the mixture over all. The sources that are
+    complete when the first of K sublayers reads are mixed for all K in one pass; those that are completed before the
+    last of them has read are mixed for two at a time, and the two mixtures merged (paper, algorithm 1).
 
     Args:
         queries, eps: as above.
@@ -62,26 +64,37 @@ class SourceBank:
         self._values = embedding.new_empty(capacity, *embedding.shape)
         self._logits = embedding.new_empty(len(queries), capacity, *embedding.shape[:2], dtype=precision)
         self._count = 0
-        self._ready: dict[int, tuple[torch.Tensor, tuple[torch.Tensor]]] = {}
+        self._early_count = 0  # of the sources, how many the early mixtures hold
+        self._early: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # logit and mixture by sublayer
+        self._late: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def commit(self, source: torch.Tensor, first_reader: int):
         self._values[self._count] = source
         scores = score(source, self.queries[first_reader:], self.eps)
         self._logits[first_reader:, self._count] = scores.movedim(-1, 0)
         self._count += 1
-        self._ready.clear()
+        self._late.clear()
 
     def read(self, reader: int) -> tuple[torch.Tensor, tuple[torch.Tensor]]:
         """A logit `[B, T, 1]` and a source `[B, T, D]`, the mixture of all that are complete."""
-        if reader not in self._ready:
-            logits = self._logits[reader : reader + self.readers_at_once, : self._count]
-            mixtures = mix_bank(self._values[: self._count], logits).unbind(0)
-            together = torch.logsumexp(logits, dim=1).unsqueeze(-1).unbind(0)
-            self._ready = {
-                reader + number: (logit, (mixture,))
-                for number, (logit, mixture) in enumerate(zip(together, mixtures, strict=True))
-            }
-        return self._ready.pop(reader)
+        if reader not in self._early:
+            self._early = self._mixtures(reader, self.readers_at_once, 0)
+            self._early_count = self._count
+        early_logit, early = self._early.pop(reader)
+        if self._early_count == self._count:
+            return early_logit, (early,)
+        if reader not in self._late:
+            self._late = self._mixtures(reader, 2, self._early_count)
+        late_logit, late = self._late.pop(reader)
+        share = torch.sigmoid(early_logit - late_logit).to(early.dtype)
+        return torch.logaddexp(early_logit, late_logit), (torch.lerp(late, early, share),)
+
+    def _mixtures(self, reader: int, readers: int, first: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Of the sources from `first` on, for that many sublayers from `reader` on."""
+        logits = self._logits[reader : reader + readers, first : self._count]
+        mixtures = mix_bank(self._values[first : self._count], logits).unbind(2)
+        together = torch.logsumexp(logits, dim=1).unsqueeze(-1).unbind(0)
+        return {reader + number: pair for number, pair in enumerate(zip(together, mixtures, strict=True))}
 
 
 class TokenBank:

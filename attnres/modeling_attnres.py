@@ -9,6 +9,7 @@ import copy
 import os
 import threading
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import nn
@@ -60,9 +61,11 @@ _FAMILY_TRAITS = (
     "_can_set_experts_implementation",
 )
 
-# While decoding, the complete sources are mixed for all sublayers of a block at once: fewer operations. For more tokens
-# the mixtures would leave the cache before they are read.
+# Complete sources are mixed for all sublayers of a block at once, in full mode for this many if there are more than a
+# few tokens, as far as the mixtures do not take up more than this.
+SUBLAYERS_TOGETHER = 8
 FEW_TOKENS = 64
+MIXTURE_BYTES = 1 << 24
 
 # Where remote code finds the classes in a saved folder.
 AUTO_MAP = {
@@ -228,6 +231,11 @@ class AttnResPreTrainedModel(PreTrainedModel):
             return cls.from_pretrained(model_or_path, **kwargs)
 
         source = model_or_path
+        if any(hasattr(parameter, "full_tensor") for parameter in source.parameters()):
+            raise ValueError(
+                "from_backbone needs a model that is whole on its device, got one that is sharded: "
+                "load its checkpoint by AttnResForCausalLM.from_pretrained with the same distributed_config."
+            )
         config = AttnResConfig.from_backbone(source.config, **kwargs)
         with init.no_init_weights():
             model = cls(config)
@@ -249,6 +257,13 @@ class AttnResPreTrainedModel(PreTrainedModel):
             model.generation_config = copy.deepcopy(source.generation_config)
         model.name_or_path = source.name_or_path
         return model.train(source.training)
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, *mesh):
+        """transformers' way from a `DistributedConfig` to a model on several devices, where it leads to a right one."""
+        if distributed_config is not None:
+            _check_distribution(model, distributed_config)
+        return super().maybe_distribute_model(model, distributed_config, *mesh)
 
     @staticmethod
     def _stored_config(model_or_path, kwargs: dict) -> dict:
@@ -298,6 +313,32 @@ def _is_depth_name(name: str) -> bool:
 def _some(names, limit: int = 3) -> str:
     names = sorted(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "") or "none"
+
+
+# What a projection whose output is sharded has to be whole heads of.
+_HEADS = {
+    **dict.fromkeys(("q_proj", "q_b_proj", "kv_b_proj"), "num_attention_heads"),
+    **dict.fromkeys(("k_proj", "v_proj"), "num_key_value_heads"),
+}
+
+
+def _check_distribution(model: AttnResPreTrainedModel, distributed_config):
+    """transformers would only fail in the first forward pass, and say something else."""
+    if (distributed_config.pp_size or 1) > 1:
+        raise ValueError(
+            f"pp_size={distributed_config.pp_size}: transformers' pipeline hands on one state, an AttnRes model needs "
+            "all sources. Use attnres.parallel.Pipeline."
+        )
+    tp_size = distributed_config.tp_size or 1
+    override = distributed_config.tp_plan if isinstance(distributed_config.tp_plan, dict) else {}
+    for name, style in {**model.tp_plan, **override}.items():
+        key = _HEADS.get(name.rpartition(".")[2])
+        heads = getattr(model.config.backbone_config, key, None) if key else None
+        if style == "colwise" and heads is not None and heads % tp_size:
+            raise ValueError(
+                f"tp_size={tp_size} would cut an attention head in two: it must divide {key}={heads}, "
+                f"as {name} is sharded by heads. Choose a tp_size that divides it."
+            )
 
 
 def _check_loading(model: AttnResPreTrainedModel, source: str | os.PathLike, info: dict, ignore_mismatched_sizes: bool):
@@ -457,11 +498,11 @@ class AttnResModel(AttnResPreTrainedModel):
         if recorded or output_depth_weights or not eager or devices != {"cpu"}:
             return SourceList(queries, eps)
         tokens = embedding.shape[0] * embedding.shape[1]
-        capacity, readers_at_once = len(queries), 2
+        capacity, together = len(queries), SUBLAYERS_TOGETHER if tokens > FEW_TOKENS else 2
         if self.config.residual_mode == "block":
-            capacity = 1 + self.config.num_blocks
-            if tokens <= FEW_TOKENS:
-                readers_at_once = 2 * self.config.layers_per_block
+            capacity, together = 1 + self.config.num_blocks, 2 * self.config.layers_per_block
+        room = max(2, MIXTURE_BYTES // embedding.nbytes)
+        readers_at_once = ceil(together / ceil(together / room))
         bank = TokenBank if tokens == 1 else SourceBank
         return bank(queries, eps, embedding, capacity, readers_at_once)
 

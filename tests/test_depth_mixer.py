@@ -38,8 +38,8 @@ def score_and_mix(sources, query, form, return_weights=True):
         return mix(tuple(sources), logits[..., :-1], "eager", query.unsqueeze(0), EPS, return_weights)
     with torch.no_grad():
         if form == "bank":
-            return mix_bank(torch.stack(sources), logits.movedim(-1, 0).unsqueeze(0))[0], None
-        complete = mix_bank(torch.stack(sources[:-1]), logits[..., :-1].movedim(-1, 0).unsqueeze(0))[0]
+            return mix_bank(torch.stack(sources), logits.movedim(-1, 0).unsqueeze(0)).squeeze(2), None
+        complete = mix_bank(torch.stack(sources[:-1]), logits[..., :-1].movedim(-1, 0).unsqueeze(0)).squeeze(2)
         together = torch.logsumexp(logits[..., :-1], dim=-1, keepdim=True)
         return mix((complete, sources[-1]), together, "eager", query.unsqueeze(0), EPS)
 
