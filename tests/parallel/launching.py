@@ -1,0 +1,71 @@
+"""Starts commands in several processes, each with a time limit, and none left behind."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CASES = HERE / "training_cases.py"
+CPUS_AS_ACCELERATORS = HERE / "cpus_as_accelerators.py"
+DDP = ("--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+
+
+def start(*command, **environment) -> subprocess.Popen:
+    """A command of its own process group; its output is one pipe."""
+    paths = [str(ROOT), str(ROOT / "tests"), str(HERE)]
+    return subprocess.Popen(
+        [str(part) for part in command],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 240) -> str:
+    """All output of a command, which is killed with its children when it takes too long."""
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return output
+
+
+def launcher(*options) -> list[str]:
+    """`accelerate launch` of two processes at a free port."""
+    head = [sys.executable, "-m", "accelerate.commands.launch"]
+    return [*head, *map(str, options), "--num_processes", "2", "--main_process_port", "0"]
+
+
+def run(*command, **environment) -> str:
+    """The output of a command that has to succeed."""
+    process = start(*command, **environment)
+    output = finish(process)
+    assert process.returncode == 0, output[-6000:]
+    return output
+
+
+def outcomes_of(cases: list[dict], out: Path, launch: list[str] = (sys.executable,), **environment) -> list[dict]:
+    """What each process noted of the cases, by the case's name."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "cases.json").write_text(json.dumps(cases))
+    run(*launch, CASES, out / "cases.json", out, **environment)
+    return [torch.load(path, weights_only=True) for path in sorted(out.glob("rank-*.pt"))]
+
+
+def largest_error(found: dict, expected: dict) -> float:
+    """The largest relative error of a tensor, by its norm; tensors that should be zero count absolutely."""
+    assert found.keys() == expected.keys()
+    return max(
+        ((found[name] - tensor).norm() / (tensor.norm() if tensor.norm() > 1e-12 else 1)).item()
+        for name, tensor in expected.items()
+    )

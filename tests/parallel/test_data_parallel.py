@@ -1,0 +1,174 @@
+"""Data parallel by `accelerate launch`: two processes train as one with the same global batch does.
+
+Models are float64, so that what is compared is the computation and not its rounding: Trainer sums losses in float32,
+which is the tolerance for them.
+"""
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from helpers import random_attnres
+from launching import DDP, finish, largest_error, launcher, outcomes_of, run, start
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from attnres import AttnResForCausalLM
+
+LOSSES = {"rel": 1e-6}
+WEIGHTS = 1e-9
+MODES = ("block", "full", "standard")
+FAMILIES = ("qwen3", "qwen3_moe")
+BASE = "qwen3-block"
+CASES = [
+    {"name": f"{family}-{mode}", "family": family, "mode": mode, "float64": True}
+    for family in FAMILIES
+    for mode in MODES
+] + [
+    {"name": "frozen-backbone", "family": "qwen3", "mode": "block", "float64": True, "freeze_backbone": True},
+    {"name": "float32", "family": "qwen3", "mode": "block"},
+]
+# What must not change anything: compared with BASE in one process.
+SAME = [
+    {
+        "name": "accumulation",
+        "family": "qwen3",
+        "mode": "block",
+        "float64": True,
+        "options": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+    },
+    *(
+        {
+            "name": f"checkpointing-{use_reentrant}",
+            "family": "qwen3",
+            "mode": "block",
+            "float64": True,
+            "options": {
+                "activation_checkpointing": True,
+                "activation_checkpointing_kwargs": {"use_reentrant": use_reentrant},
+            },
+        }
+        for use_reentrant in (False, True)
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    (outcomes,) = outcomes_of(CASES, tmp_path_factory.mktemp("alone"))
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return outcomes_of(CASES + SAME, tmp_path_factory.mktemp("ranks"), launcher(*DDP))
+
+
+@pytest.mark.parametrize("name", [case["name"] for case in CASES + SAME])
+def test_two_processes_train_as_one_with_the_same_global_batch(alone, ranks, name):
+    expected = alone.get(name, alone[BASE])
+    assert len(ranks) == 2
+    rounding = 1e-4 if name == "float32" else WEIGHTS
+    for outcome in (rank[name] for rank in ranks):
+        assert outcome["wrapper"] == "DistributedDataParallel"
+        assert len(outcome["losses"]) == 4
+        assert outcome["losses"] == pytest.approx(expected["losses"], **LOSSES)
+        assert largest_error(outcome["weights"], expected["weights"]) < rounding
+    assert largest_error(ranks[0][name]["weights"], ranks[1][name]["weights"]) == 0
+
+
+@pytest.mark.parametrize("name", [case["name"] for case in CASES if "standard" not in case["name"]])
+def test_the_depth_mixers_gradients_are_those_of_the_global_batch(alone, ranks, name):
+    for outcome in (rank[name] for rank in ranks):
+        found = {key: value for key, value in outcome["gradients"].items() if "depth_mixer" in key}
+        assert len(found) == 6 and all(gradient.any() for gradient in found.values())
+        expected = {key: alone[name]["gradients"][key] for key in found}
+        assert largest_error(found, expected) < (1e-5 if name == "float32" else WEIGHTS)
+
+
+def test_a_frozen_backbone_stays_while_its_depth_mixer_trains(ranks):
+    start_weights = {name: tensor.double() for name, tensor in random_attnres("qwen3").named_parameters()}
+    for rank in ranks:
+        for name, tensor in rank["frozen-backbone"]["weights"].items():
+            assert torch.equal(tensor, start_weights[name]) == ("depth_mixer" not in name), name
+        assert all("depth_mixer" in name for name in rank["frozen-backbone"]["gradients"])
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A folder with a model, its tokenizer and a text."""
+    folder = tmp_path_factory.mktemp("material")
+    words = {"[PAD]": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 97)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[PAD]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="</s>")
+    fast.save_pretrained(folder / "model")
+    random_attnres("qwen3_moe").save_pretrained(folder / "model")
+    (folder / "book.txt").write_text("\n".join(" ".join(f"w{3 + i * j % 93}" for j in range(30)) for i in range(90)))
+    return folder
+
+
+def train_command(material, out, per_device, *options):
+    command = ["train", material / "model", "--data", material / "book.txt", "--out", out, "--use-cpu"]
+    command += ["--sequence-length", 12, "--per-device-train-batch-size", per_device, "--logging-steps", 1]
+    return [*command, "--learning-rate", "1e-3", "--disable-tqdm", "true", *options]
+
+
+def test_attnres_train_gives_the_model_of_one_process(material, tmp_path):
+    steps = ("--max-steps", 3)
+    run(sys.executable, "-m", "attnres", *train_command(material, tmp_path / "one", 4, *steps))
+    output = run(*launcher(*DDP), "-m", "attnres", *train_command(material, tmp_path / "two", 2, *steps))
+    assert output.count("step 3: loss") == 1  # the first process speaks
+    one, two = (AttnResForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    assert largest_error(dict(two.named_parameters()), dict(one.named_parameters())) < 1e-4
+
+
+def test_a_lost_process_ends_the_job_within_a_minute_and_leaves_whole_checkpoints(material, tmp_path):
+    steps = ("--max-steps", 100000, "--save-steps", 2)
+    process = start(*launcher(*DDP), "-m", "attnres", *train_command(material, tmp_path / "run", 2, *steps))
+    try:
+        wait_for(lambda: (tmp_path / "run" / "checkpoint-4").is_dir(), process)
+        lost = max(workers_of(process.pid))  # the one started last
+        os.kill(lost, signal.SIGKILL)
+        killed = time.monotonic()
+        output, _ = process.communicate(timeout=60)
+    finally:
+        finish(process, timeout=1)
+    assert time.monotonic() - killed < 60
+    assert process.returncode != 0
+    assert f"Signal 9 (SIGKILL) received by PID {lost}" in output
+    assert not workers_of(process.pid)
+    checkpoints = sorted((tmp_path / "run").glob("checkpoint-*"))
+    assert len(checkpoints) >= 2
+    for checkpoint in checkpoints:
+        AttnResForCausalLM.from_pretrained(checkpoint)
+        assert (checkpoint / "optimizer.pt").is_file() and (checkpoint / "trainer_state.json").is_file()
+
+
+def wait_for(condition, process, timeout: float = 120):
+    limit = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, process.stdout.read()[-6000:]
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+def workers_of(launcher_pid: int) -> list[int]:
+    """Its direct children that train; torchrun starts helpers besides."""
+    found = []
+    for stat in os.listdir("/proc"):
+        if not stat.isdigit():
+            continue
+        try:
+            with open(f"/proc/{stat}/stat") as file:
+                parent = int(file.read().rsplit(")", 1)[1].split()[1])
+            with open(f"/proc/{stat}/cmdline") as file:
+                command = file.read()
+        except OSError:
+            continue
+        if parent == launcher_pid and "attnres" in command:
+            found.append(int(stat))
+    return found
