@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import TrainingArguments
 
 
@@ -23,7 +24,17 @@ class _MatrixMuon(torch.optim.Muon):
 
 
 def _matrices(tensor: torch.Tensor) -> list[torch.Tensor]:
-    return [tensor] if tensor.ndim == 2 else [tensor[index] for index in range(len(tensor))]
+    """Views: a part of a divided stack would be a copy, so that each process takes the matrices that it has itself."""
+    if tensor.ndim == 2:
+        return [tensor]
+    if isinstance(tensor, DTensor):
+        if any(placement not in (Shard(0), Replicate()) for placement in tensor.placements):
+            raise ValueError(
+                f"Muon needs the matrices of a stack {list(tensor.shape)} whole, got {tensor.placements}: divide it by "
+                "its first dimension, or use --optimizer adamw"
+            )
+        tensor = tensor.to_local()
+    return [tensor[index] for index in range(len(tensor))]
 
 
 class MuonWithAdamW(torch.optim.Optimizer):

@@ -60,6 +60,12 @@ class RunTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if not self.muon or self.optimizer is not None:
             return super().create_optimizer(model)
+        flattened = self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1
+        if flattened or self.is_deepspeed_enabled:
+            raise ValueError(
+                "--optimizer muon needs matrices, and FSDP 1 and DeepSpeed divide them as long vectors: use FSDP 2 "
+                "(fsdp_version: 2), DDP or --optimizer adamw"
+            )
         model = self.model if model is None else model
         decayed = set(self.get_decay_parameter_names(model))
         self.optimizer = muon_with_adamw(model, decayed, self.args)

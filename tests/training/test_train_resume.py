@@ -66,15 +66,15 @@ def killed(model_of, documents, data_cache, tmp_path_factory):
 
 # PEFT reads the old name.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-@pytest.mark.parametrize("name", RUNS)
-def test_a_killed_run_is_resumed_to_the_bit(name, killed, model_of, documents, tmp_path):
-    run(arguments_of(name, model_of, documents, tmp_path))
-    whole = log(tmp_path)
-    assert len(whole) >= 4
-    assert not (killed[name] / "config.json").exists()
-
-    run([*arguments_of(name, model_of, documents, killed[name]), "--resume"])
-    assert log(killed[name]) == whole
-    assert log(killed[name], "eval_loss") == log(tmp_path, "eval_loss")
-    assert same_weights(tmp_path, killed[name])
-    assert not (killed[name] / "unfinished").exists()
+def test_a_killed_run_is_resumed_to_the_bit(killed, model_of, documents, tmp_path, subtests):
+    for number, name in enumerate(RUNS):
+        with subtests.test(name):
+            whole, resumed = tmp_path / str(number), killed[name]
+            assert not (resumed / "config.json").exists()
+            run(arguments_of(name, model_of, documents, whole))
+            run([*arguments_of(name, model_of, documents, resumed), "--resume"])
+            assert len(log(whole)) >= 4
+            assert log(resumed) == log(whole)
+            assert log(resumed, "eval_loss") == log(whole, "eval_loss")
+            assert same_weights(resumed, whole)
+            assert not (resumed / "unfinished").exists()
