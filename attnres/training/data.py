@@ -88,10 +88,10 @@ class Stream(torch.utils.data.IterableDataset):
                     found += len(row["input_ids"])
                     for sequence in packer({"input_ids": [row["input_ids"]]})["input_ids"]:
                         yield {"input_ids": sequence}
-            if not self.endless:
-                return
-            if found == 0:
+            if found == 0 and self.endless and torch.utils.data.get_worker_info() is None:
                 raise ValueError(f"{', '.join(self.source.names)}: no text")
+            if found == 0 or not self.endless:  # of several workers of a data loader one may have no file to read
+                return
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -124,8 +124,9 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _load(name: str, source: Source, streaming: bool):
-    """One data set, with one column `text`."""
+    """One data set, with one column `text`. A text file is one document."""
     import datasets
+    from datasets.packaged_modules.text.text import Text
 
     path = Path(name)
     if path.is_file() and (source.config is not None or source.split != "train"):
@@ -140,7 +141,7 @@ def _load(name: str, source: Source, streaming: bool):
             found = datasets.load_dataset(kind, data_files=[name], split="train", streaming=streaming, **options)
         else:
             builder = datasets.load_dataset_builder(name, source.config)
-            options = {"sample_by": "document"} if builder.builder_id.startswith("text") else {}
+            options = {"sample_by": "document"} if isinstance(builder, Text) else {}
             found = datasets.load_dataset(name, source.config, split=source.split, streaming=streaming, **options)
         columns = found.column_names or list(next(iter(found), {}))
     except Exception as error:
