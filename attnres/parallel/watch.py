@@ -1,0 +1,174 @@
+"""Who of the ranks is still there: a lost rank must end the job with its name, never leave the others waiting.
+
+Every rank counts up a beat in the job's key-value store, from a thread of its own. A rank whose connection breaks looks
+up who has failed or fallen silent, and says so. A rank that would wait for ever, because another was stopped or its
+machine is gone without closing a connection, is ended by its thread.
+"""
+
+import atexit
+import contextlib
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+BEAT_SECONDS = 1.0
+LOST_SECONDS = 30.0  # of silence; longer than any operation that holds Python's lock
+ASK_SECONDS = 4 * BEAT_SECONDS  # for which a rank with a broken connection listens who is silent
+GRACE_SECONDS = 3.0  # for a rank's own error to be said before its thread ends it
+LOST_EXIT_STATUS = 1
+
+_BROKEN = re.compile(r"\bgloo\b|\bnccl|connection (closed|reset|refused)|broken pipe|by peer", re.IGNORECASE)
+
+
+class PipelineError(RuntimeError):
+    """A rank of the pipeline is lost or has failed; one line that names it."""
+
+
+class Watch:
+    """One per process group that is the default one; see `current`."""
+
+    def __init__(self, store: dist.Store):
+        self.store = store
+        self._beats = dist.PrefixStore("attnres/watch", store)
+        self.rank = dist.get_rank()
+        self._guarded: tuple[int, ...] = ()
+        self._reported = False
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="attnres-watch", daemon=True)
+        self._thread.start()
+        atexit.register(self.stop)
+
+    def stop(self):
+        """Says that this rank has ended as it should."""
+        if not self._stop.is_set():
+            self._stop.set()
+            with contextlib.suppress(Exception):  # the store may be gone already
+                self._beats.set(f"state/{self.rank}", "has ended")
+            self._thread.join(timeout=2 * BEAT_SECONDS)
+
+    @contextlib.contextmanager
+    def guard(self, ranks: tuple[int, ...], what: str) -> Iterator[None]:
+        """While this rank works with others: whatever goes wrong on any of them becomes one `PipelineError`."""
+        if self._reported:  # and caught: this rank goes on
+            self._beats.delete_key(f"state/{self.rank}")
+            self._reported = False
+        with self._lock:
+            self._guarded = tuple(rank for rank in ranks if rank != self.rank)
+        try:
+            yield
+        except PipelineError:
+            raise
+        except Exception as error:
+            raise PipelineError(self._explain(error, ranks, what)) from error
+        finally:
+            with self._lock:
+                self._guarded = ()
+
+    def _explain(self, error: Exception, ranks: tuple[int, ...], what: str) -> str:
+        message = _innermost(error)
+        if not _BROKEN.search(message):
+            self._report(f"failed: {message}")
+            return f"rank {self.rank} failed in {what}: {message}"
+        try:
+            found = self._who([rank for rank in ranks if rank != self.rank])
+        except Exception:
+            return f"rank {self.rank}, in {what}: the process that holds the job's store (launcher or rank 0) is gone"
+        if found:
+            self._report(f"stopped: {found}")  # who hears of it from this rank only says the same
+        return f"rank {self.rank}, in {what}: {found or 'lost its connection'} ({message})"
+
+    def _report(self, state: str):
+        with contextlib.suppress(Exception):  # the store may be gone too
+            self._beats.set(f"state/{self.rank}", state)
+            self._reported = True
+
+    def _who(self, ranks: list[int]) -> str:
+        """Which rank has failed, ended or fallen silent, after listening for a while."""
+        before = {rank: self._beat(rank) for rank in ranks}
+        ends = time.monotonic() + ASK_SECONDS
+        while time.monotonic() < ends:
+            for rank in ranks:
+                state = self._state(rank)
+                if state is not None:
+                    return _said(rank, state)
+            time.sleep(BEAT_SECONDS / 4)
+        silent = [rank for rank in ranks if self._beat(rank) == before[rank]]
+        return _lost(silent) if silent else ""
+
+    def _beat(self, rank: int, add: int = 0) -> int:
+        return self._beats.add(f"beat/{rank}", add)
+
+    def _state(self, rank: int) -> str | None:
+        key = f"state/{rank}"
+        return self._beats.get(key).decode() if self._beats.check([key]) else None
+
+    def _run(self):
+        heard: dict[int, tuple[int, float]] = {}  # rank: its beat, and when that was new
+        while not self._stop.wait(BEAT_SECONDS):
+            with self._lock:
+                guarded = self._guarded
+            try:
+                self._beat(self.rank, 1)
+                problem = self._problem(guarded, heard)
+            except Exception:
+                if self._stop.is_set():
+                    return
+                problem = "the process that holds the job's store (launcher or rank 0) is gone"
+            if not guarded:
+                heard.clear()
+            elif problem and not self._stop.wait(GRACE_SECONDS + ASK_SECONDS):
+                with self._lock:
+                    waiting = bool(self._guarded)
+                if waiting:
+                    print(f"attnres: rank {self.rank}: {problem}; ending this process", file=sys.stderr, flush=True)
+                    os._exit(LOST_EXIT_STATUS)
+
+    def _problem(self, guarded: tuple[int, ...], heard: dict[int, tuple[int, float]]) -> str | None:
+        now = time.monotonic()
+        for rank in guarded:
+            state = self._state(rank)
+            if state is not None:
+                return _said(rank, state)
+            beat = self._beat(rank)
+            if heard.get(rank, (None, now))[0] != beat:
+                heard[rank] = (beat, now)
+        silent = [rank for rank in guarded if now - heard[rank][1] > LOST_SECONDS]
+        return _lost(silent) if silent else None
+
+
+_watch: Watch | None = None
+
+
+def current() -> Watch:
+    """The watch of the default process group."""
+    global _watch
+    store = _get_default_store()
+    if _watch is None or _watch.store is not store:
+        if _watch is not None:
+            _watch.stop()
+        _watch = Watch(store)
+    return _watch
+
+
+def _said(rank: int, state: str) -> str:
+    return state.removeprefix("stopped: ") if state.startswith("stopped: ") else f"rank {rank} {state}"
+
+
+def _lost(ranks: list[int]) -> str:
+    names = ", ".join(map(str, ranks))
+    return f"rank {names} is lost" if len(ranks) == 1 else f"ranks {names} are lost"
+
+
+def _innermost(error: BaseException) -> str:
+    """The cause that torch's schedules wrap, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {' '.join(lines[0].split())}"
