@@ -177,7 +177,7 @@ def parse(command_line: Sequence[str]) -> Run:
     given = _with_new_names(given)
     model = given.pop("model", None)
     if model is None:
-        parser.error("name a MODEL: a folder, a hub id or a config.json")
+        parser.error("name a MODEL, first of all: a folder, a hub id or a config.json")
     for name, rule in RULES.items():
         value = given.get(name)
         if value is not None and not rule.holds(value):

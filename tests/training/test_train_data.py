@@ -146,9 +146,8 @@ def test_a_beginning_of_text_comes_once_per_document(tmp_path, monkeypatch):
     tokenizer = byte_tokenizer()
     usual = tokenizer.__class__.__call__
 
-    def call(self, text, add_special_tokens=True, **options):
-        found = usual(self, text, **options)
-        return {"input_ids": [1] * add_special_tokens + found["input_ids"]}
+    def call(self, texts, add_special_tokens=True, **options):
+        return {"input_ids": [[1] * add_special_tokens + row for row in usual(self, texts, **options)["input_ids"]]}
 
     monkeypatch.setattr(tokenizer.__class__, "__call__", call)
     rows = data._tokenize({"text": ["ab\ncd\nef", "gh"]}, "some", tokenizer)["input_ids"]
