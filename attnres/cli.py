@@ -219,6 +219,22 @@ def train(options: argparse.Namespace) -> int:
     return 0
 
 
+def plan(options: argparse.Namespace):
+    """Prints parameters, memory per device and traffic per rank of a model on a cluster."""
+    from dataclasses import fields
+
+    from .parallel.plan import Options, run
+    from .parallel.plan_report import as_text
+
+    if options.shard == "fsdp":
+        options.shard = "zero3"
+    result = run(
+        Options(**{each.name: getattr(options, each.name) for each in fields(Options)}),
+        lambda line: print(f"attnres: {line}", file=sys.stderr),
+    )
+    print(json.dumps(result, indent=1) if options.json else as_text(result), end="\n" if options.json else "")
+
+
 def card(options: argparse.Namespace):
     """Makes a Hub folder with its model card and uploads it if asked to."""
     _require("matplotlib", extra="hub")
@@ -308,6 +324,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_dynamics(commands)
     _add_train(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -714,6 +731,102 @@ def _add_train(commands):
     )
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     parser.set_defaults(command=train)
+
+
+def _add_plan(commands):
+    parser = commands.add_parser(
+        "plan",
+        help="parameters, memory per device and traffic per rank, before anything is rented",
+        description=(
+            "Works out what a model needs on a cluster: parameters in all and active, memory of a device at the peak "
+            "of a training step or a prefill, and what every rank sends. The real model classes run on tensors without "
+            "memory, with transformers' own parallel plans; nothing is downloaded but a configuration. Of --data, "
+            "--tensor and --pipeline, what is left out is chosen: the simplest that fits."
+        ),
+    )
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        nargs="?",
+        help="folder, config.json or hub id, of an AttnRes or a plain model (default: the paper's 48B-A3B)",
+    )
+    parser.add_argument("--world", metavar="N", type=_at_least_1, help="devices (default: the product of the below)")
+    parser.add_argument("--data", metavar="N", type=_at_least_1, help="replicas, each with batches of its own")
+    parser.add_argument("--tensor", metavar="N", type=_at_least_1, help="tensor-parallel ranks")
+    parser.add_argument("--pipeline", metavar="N", type=_at_least_1, help="pipeline ranks")
+    parser.add_argument(
+        "--virtual-stages", metavar="N", type=_at_least_1, default=1, help="per pipeline rank (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--expert",
+        metavar="N",
+        type=_at_least_1,
+        default=1,
+        help="expert-parallel ranks, among those of data and tensor (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shard",
+        choices=("zero3", "fsdp", "none"),
+        help="zero3 or fsdp, which are the same here: replicas divide parameters, gradients and optimizer state; none: "
+        "each has all (default: what fits; none with pipeline ranks)",
+    )
+    parser.add_argument(
+        "--tokens", metavar="T", type=_at_least_1, default=4096, help="of a sequence (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch", metavar="N", type=_at_least_1, default=1, help="sequences per micro-batch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--micro-batches",
+        metavar="N",
+        type=_at_least_1,
+        help="per step and replica (default: twice the pipeline ranks, else 1)",
+    )
+    parser.add_argument(
+        "--dtype",
+        type=lambda value: {"bf16": "bfloat16", "fp32": "float32"}.get(value, value),
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="bfloat16, in training mixed precision with float32 weights, or float32 (default: %(default)s)",
+    )
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="(default: %(default)s)")
+    parser.add_argument("--checkpointing", action="store_true", help="decoder layers run again in the backward pass")
+    parser.add_argument(
+        "--device-memory",
+        metavar="SIZE",
+        type=_memory_size,
+        default="80GB",
+        help="of a device, such as 80GB or 16GiB; a tenth is left free (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--inference", action="store_true", help="a prefill of --tokens tokens with tensor parallelism, no training"
+    )
+    parser.add_argument("--chunk", metavar="T", type=_at_least_1, help="with --inference: tokens at a time")
+    parser.add_argument(
+        "--sequence-shards",
+        action="store_true",
+        help="with --inference: each tensor-parallel rank keeps block representations of its part of the sequence",
+    )
+    parser.add_argument(
+        "--residual-mode", choices=("block", "full", "standard"), help="depth mixing (default: as in CONFIG)"
+    )
+    blocks = parser.add_mutually_exclusive_group()
+    blocks.add_argument("--num-blocks", metavar="N", type=_at_least_1, help="at most this many blocks")
+    blocks.add_argument("--layers-per-block", metavar="K", type=_at_least_1, help="decoder layers per block")
+    parser.add_argument("--json", action="store_true", help="all numbers, in bytes, for machines")
+    parser.set_defaults(command=plan)
+
+
+def _memory_size(value: str) -> int:
+    units = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20, "TB": 10**12, "TiB": 2**40}
+    number, unit = next(((value[: -len(unit)], unit) for unit in units if value.endswith(unit)), (value, None))
+    try:
+        size = float(number)
+    except ValueError:
+        size = math.nan
+    if unit is None or not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number with one of {', '.join(units)}, such as 80GB, got {value}")
+    return int(size * units[unit])
 
 
 _BENCH = """\
