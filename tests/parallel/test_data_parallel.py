@@ -13,8 +13,6 @@ import pytest
 import torch
 from helpers import random_attnres
 from launching import DDP, finish, largest_error, launcher, outcomes_of, run, start
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from attnres import AttnResForCausalLM
 
@@ -95,20 +93,6 @@ def test_a_frozen_backbone_stays_while_its_depth_mixer_trains(ranks):
         for name, tensor in rank["frozen-backbone"]["weights"].items():
             assert torch.equal(tensor, start_weights[name]) == ("depth_mixer" not in name), name
         assert all("depth_mixer" in name for name in rank["frozen-backbone"]["gradients"])
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory):
-    """A folder with a model, its tokenizer and a text."""
-    folder = tmp_path_factory.mktemp("material")
-    words = {"[PAD]": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 97)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[PAD]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="</s>")
-    fast.save_pretrained(folder / "model")
-    random_attnres("qwen3_moe").save_pretrained(folder / "model")
-    (folder / "book.txt").write_text("\n".join(" ".join(f"w{3 + i * j % 93}" for j in range(30)) for i in range(90)))
-    return folder
 
 
 def train_command(material, out, per_device, *options):

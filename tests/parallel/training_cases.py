@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, patch_environment
 from helpers import random_attnres, random_tokens
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -109,7 +109,6 @@ def train(case: dict, out: Path) -> dict:
     """What became of one case."""
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    os.environ.update(case.get("environment", {}))
     per_device = GLOBAL_BATCH // int(os.environ.get("WORLD_SIZE", "1"))
     options = {**OPTIONS, "per_device_train_batch_size": per_device, **case.get("options", {})}
     args = TrainingArguments(output_dir=str(out / case["name"]), **options)
@@ -161,5 +160,6 @@ if __name__ == "__main__":
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     outcomes = {}
     for case in cases:
-        outcomes[case["name"]] = train(case, out)
+        with patch_environment(**case.get("environment", {})):
+            outcomes[case["name"]] = train(case, out)
     torch.save(outcomes, out / f"rank-{os.environ.get('RANK', '0')}.pt")

@@ -1,0 +1,20 @@
+"""What several tests of parallel training start from."""
+
+import pytest
+from helpers import random_attnres
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory):
+    """A folder with a model, its tokenizer and a text."""
+    folder = tmp_path_factory.mktemp("material")
+    words = {"[PAD]": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 97)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[PAD]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="</s>")
+    fast.save_pretrained(folder / "model")
+    random_attnres("qwen3_moe").save_pretrained(folder / "model")
+    (folder / "book.txt").write_text("\n".join(" ".join(f"w{3 + i * j % 93}" for j in range(30)) for i in range(90)))
+    return folder

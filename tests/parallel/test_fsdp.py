@@ -1,0 +1,177 @@
+"""FSDP2 as examples/accelerate/fsdp2.yaml configures it, and with each of its settings changed.
+
+The depth mixer lives at the root and is used before the decoder layers, which get what it computed: it has to be whole
+then, and its gradients have to come from all processes. Models are float64 where equality is claimed.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers import random_attnres
+from launching import CPUS_AS_ACCELERATORS, ROOT, largest_error, launcher, outcomes_of, run
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from attnres import AttnResForCausalLM
+from attnres.conversion import convert
+
+CONFIG = ROOT / "examples" / "accelerate" / "fsdp2.yaml"
+WEIGHTS = 1e-9
+BASE = "qwen3-block"
+EXACT = {"family": "qwen3", "mode": "block", "float64": True}
+NO_CHECKPOINTING = {"FSDP_ACTIVATION_CHECKPOINTING": "false"}
+SAVING = {"save_strategy": "steps", "save_steps": 2}
+FULL = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+
+CASES = [
+    {**EXACT, "name": f"{family}-{mode}", "family": family, "mode": mode}
+    for family in ("qwen3", "qwen3_moe")
+    for mode in ("block", "full", "standard")
+] + [
+    {**EXACT, "name": "tied-embeddings", "model": {"tie_word_embeddings": True}},
+    {**EXACT, "name": "frozen-backbone", "freeze_backbone": True},
+    {**EXACT, "name": "clipped", "options": {"max_grad_norm": 0.5}},
+]
+# Must not change anything: compared with BASE in one process.
+SAME = [
+    {**EXACT, "name": "layers-stay-whole", "environment": {"FSDP_RESHARD_AFTER_FORWARD": "false"}},
+    {**EXACT, "name": "all-load", "environment": {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}},
+    {**EXACT, "name": "no-checkpointing", "environment": NO_CHECKPOINTING},
+    *(
+        {
+            **EXACT,
+            "name": f"trainers-checkpointing-{use_reentrant}",
+            "environment": NO_CHECKPOINTING,
+            "options": {
+                "activation_checkpointing": True,
+                "activation_checkpointing_kwargs": {"use_reentrant": use_reentrant},
+            },
+        }
+        for use_reentrant in (False, True)
+    ),
+    {
+        **EXACT,
+        "name": "accumulation",
+        "options": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+    },
+]
+MIXED = [
+    {"name": f"mixed-{family}-{mode}", "family": family, "mode": mode, "options": {"bf16": True}, "model": model}
+    for family, mode, model in (("qwen3", "block", {}), ("qwen3_moe", "full", {"moe_intermediate_size": 16}))
+]
+
+
+def saving_cases(out: Path) -> list[dict]:
+    """Each saved half-way and at the end; each resumed from half-way with other weights to start from."""
+    cases = []
+    for name, family, environment in (
+        ("shards", "qwen3", {}),
+        ("shards-moe", "qwen3_moe", {}),
+        ("full-moe", "qwen3_moe", FULL),
+    ):
+        case = {"name": name, "family": family, "mode": "block", "environment": environment, "options": SAVING}
+        cases.append({**case, "save": True})
+        resume = str(out / name / "checkpoint-2")
+        cases.append({**case, "name": f"{name}-resumed", "model": {"seed": 7}, "resume": resume})
+    return cases
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    plain = [{key: value for key, value in case.items() if key != "environment"} for case in CASES]
+    plain += [{**case, "options": {}} for case in MIXED]
+    (outcomes,) = outcomes_of(plain, tmp_path_factory.mktemp("alone"))
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ranks(saved):
+    options = ("--config_file", CONFIG, "--mixed_precision", "no", "--dynamo_backend", "no")
+    return outcomes_of(CASES + SAME + MIXED + saving_cases(saved), saved, launcher(*options))
+
+
+def test_the_example_configuration_wraps_decoder_layers_of_any_model():
+    config = yaml.safe_load(CONFIG.read_text())["fsdp_config"]
+    assert config["fsdp_transformer_layer_cls_to_wrap"] in AttnResForCausalLM._no_split_modules
+
+
+@pytest.mark.parametrize("name", [case["name"] for case in CASES + SAME])
+def test_two_processes_train_as_one_with_the_same_global_batch(alone, ranks, name):
+    expected = alone.get(name, alone[BASE])
+    assert len(ranks) == 2
+    for outcome in (rank[name] for rank in ranks):
+        assert outcome["wrapper"] == "FSDPModule"
+        assert len(outcome["losses"]) == 4
+        assert outcome["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+        assert outcome["norms"] == pytest.approx(expected["norms"], rel=1e-6)
+        assert largest_error(outcome["weights"], expected["weights"]) < WEIGHTS
+
+
+@pytest.mark.parametrize("name", [case["name"] for case in CASES + SAME if "standard" not in case["name"]])
+def test_the_depth_mixer_is_sharded_whole_where_it_is_used_and_its_gradients_are_reduced(alone, ranks, name):
+    expected = alone.get(name, alone[BASE])["gradients"]
+    for outcome in (rank[name] for rank in ranks):
+        assert outcome["mixers"] == [("Parameter", [11, 40])]
+        assert outcome["local_shapes"]["model.depth_mixer.mlp_norm.query"] in ([3, 1, 40], [2, 1, 40])
+        found = {key: value for key, value in outcome["gradients"].items() if "depth_mixer" in key}
+        assert len(found) == 6 and all(gradient.any() for gradient in found.values())
+        assert largest_error(found, {key: expected[key] for key in found}) < WEIGHTS
+
+
+@pytest.mark.parametrize("name", [case["name"] for case in MIXED])
+def test_in_mixed_precision_scores_stay_float32_and_losses_close(alone, ranks, name):
+    """Accelerate has FSDP return the loss itself in bfloat16: 0.4 % of it are rounding alone."""
+    for outcome in (rank[name] for rank in ranks):
+        assert outcome["score_dtypes"] == ["torch.float32"]
+        assert {str(tensor.dtype) for tensor in outcome["weights"].values()} == {"torch.float32"}
+        assert outcome["losses"][0] == pytest.approx(alone[name]["losses"][0], rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["shards", "shards-moe", "full-moe"])
+def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_bit(ranks, name):
+    for rank in ranks:
+        assert rank[f"{name}-resumed"]["losses"] == rank[name]["losses"][2:]
+        assert largest_error(rank[f"{name}-resumed"]["weights"], rank[name]["weights"]) == 0
+
+
+@pytest.mark.parametrize("name", ["shards", "shards-moe"])
+def test_saved_shards_become_a_folder_that_loads(saved, ranks, name, tmp_path):
+    checkpoint = saved / name / "checkpoint-4"
+    assert len(list((checkpoint / "pytorch_model_fsdp_0").glob("*.distcp"))) == 2
+    random_attnres("qwen3_moe" if name == "shards-moe" else "qwen3").config.save_pretrained(checkpoint)
+    convert(checkpoint, tmp_path / "whole")
+    loaded = AttnResForCausalLM.from_pretrained(tmp_path / "whole")
+    assert largest_error(dict(loaded.named_parameters()), ranks[0][name]["weights"]) == 0
+
+
+def test_a_full_save_is_a_folder_with_its_own_code(saved, ranks):
+    for folder in (saved / "full-moe" / "final", saved / "full-moe" / "checkpoint-4"):
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        assert largest_error(dict(loaded.named_parameters()), ranks[0]["full-moe"]["weights"]) == 0
+        assert loaded.config.auto_map["AutoModelForCausalLM"] == "modeling_attnres.AttnResForCausalLM"
+        assert (folder / "modeling_attnres.py").is_file() and not list(folder.glob("_fsdp*"))
+
+
+def test_attnres_train_by_the_example_configuration(material, tmp_path):
+    command = ["train", material / "model", "--data", material / "book.txt", "--use-cpu", "--sequence-length", 12]
+    command += ["--max-steps", 3, "--save-steps", 2, "--learning-rate", "1e-3", "--disable-tqdm", "true"]
+    run(sys.executable, "-m", "attnres", *command, "--per-device-train-batch-size", 4, "--out", tmp_path / "one")
+    launch = launcher("--config_file", CONFIG, "--mixed_precision", "no")
+    command += ["--per-device-train-batch-size", 2, "--out", tmp_path / "two"]
+    run(*launch, CPUS_AS_ACCELERATORS, "attnres", *command)
+    one, two = (AttnResForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    assert largest_error(dict(two.named_parameters()), dict(one.named_parameters())) < 1e-4
+
+    convert(tmp_path / "two" / "checkpoint-3", tmp_path / "whole")
+    assert (tmp_path / "whole" / "tokenizer.json").is_file()
+    joined, saved_whole = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "two"))
+    assert joined.keys() == saved_whole.keys()
+    assert all(torch.equal(joined[key], saved_whole[key]) for key in joined)
