@@ -124,6 +124,8 @@ def _tokenizer(order: Run) -> PreTrainedTokenizerBase:
     name = order.arguments.tokenizer or str(path.parent if path.is_file() else order.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=order.arguments.trust_remote_code)
+        if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # what some are without their files
+            raise ValueError("it has special tokens only")
     except Exception as error:  # of many kinds
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{name}: has no tokenizer to be loaded ({reason}); name one by --tokenizer") from error

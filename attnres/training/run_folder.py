@@ -85,7 +85,8 @@ def check_same_run(folder: Path, record: dict):
         ) from None
     now = json.loads(json.dumps(record, default=str))
     for part, then in parts.items():
-        for name in sorted((then.keys() & now[part].keys()) - MAY_CHANGE):  # another transformers has other fields
+        may_change = MAY_CHANGE if part == "arguments" else set()
+        for name in sorted((then.keys() & now[part].keys()) - may_change):  # another transformers has other fields
             old, new = then[name], now[part][name]
             if old != new:
                 _refuse(folder, part, name, old, new)

@@ -1,0 +1,314 @@
+"""Whole runs of `attnres train`: what is trained, what is written, what is said, and what is refused."""
+
+import json
+import math
+
+import pytest
+import torch
+from helpers import random_attnres
+from tiny_train import (
+    LENGTH,
+    byte_tokenizer,
+    command_line,
+    loaded,
+    log,
+    same_weights,
+    train,
+    weights,
+    words,
+    write_lines,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from attnres import AttnResForCausalLM
+from attnres.cli import main
+from attnres.training.command import run
+
+# PEFT reads the old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+def moved(out, start):
+    """Names of the tensors on disk that training has changed."""
+    before, after = weights(start), weights(out)
+    return {name for name, tensor in after.items() if name not in before or not torch.equal(tensor, before[name])}
+
+
+@pytest.fixture(scope="module")
+def converted(plain, tmp_path_factory):
+    """The lossless conversion of the plain checkpoint, as a folder."""
+    folder = tmp_path_factory.mktemp("converted")
+    AttnResForCausalLM.from_backbone(plain, num_blocks=2).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def learnt(plain, tmp_path_factory):
+    """A run that is long enough to learn something, with all that it says."""
+    top = tmp_path_factory.mktemp("learnt")
+    data = write_lines(top / "data.jsonl", [words(60, number) for number in range(30)])
+    options = {"max_steps": 40, "save_steps": 20, "eval_fraction": 0.1, "per_device_train_batch_size": 8}
+    return train(plain, data, top / "run", num_blocks=2, depth_dynamics_steps=10, logging_steps=20, **options)
+
+
+def test_training_lowers_both_losses(learnt):
+    assert log(learnt)[40] < log(learnt)[20] < 5.2
+    assert sorted(log(learnt, "eval_loss")) == [20, 40]
+    assert log(learnt, "eval_loss")[40] < log(learnt, "eval_loss")[20]
+
+
+def test_the_folder_of_a_run_is_a_checkpoint_with_its_tokenizer(learnt):
+    model = AutoModelForCausalLM.from_pretrained(learnt)
+    assert isinstance(model, AttnResForCausalLM) and model.config.num_blocks == 2
+    tokenizer = AutoTokenizer.from_pretrained(learnt)
+    ids = tokenizer(words(5), return_tensors="pt")["input_ids"]
+    assert model(ids, labels=ids).loss < 4.5
+    assert {path.name for path in learnt.glob("checkpoint-*")} == {"checkpoint-20", "checkpoint-40"}
+    assert same_weights(learnt, learnt / "checkpoint-40")
+
+
+def test_dynamics_reads_the_folder_of_a_run(learnt, tmp_path, capsys):
+    assert main(["dynamics", str(learnt), "--out", str(tmp_path)]) == 0
+    assert "| 40" in capsys.readouterr().out
+    assert json.loads((learnt / "trainer_state.json").read_text())["global_step"] == 40
+
+
+def test_eval_reads_the_folder_of_a_run(learnt, tmp_path, capsys):
+    line = ["eval", str(learnt), "--suite", "sample", "--out", str(tmp_path), "--limit", "1", "--max-length", "200"]
+    assert main(line) == 0
+
+
+def test_what_is_said_goes_to_stdout_and_progress_to_stderr(plain, documents, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", *command_line(plain, documents, out, eval_fraction=0.1, disable_tqdm="false")]) == 0
+    said = capsys.readouterr()
+    first, *others = said.out.splitlines()
+    assert first.startswith(f"{out}: 6 steps, training loss ") and ", held-out loss " in first
+    assert others == [f"next: attnres eval {out}", f"      attnres dynamics {out}"]
+    assert "step 3: loss " in said.err and "6/6" in said.err and "depth/" not in said.err
+
+
+def test_without_dynamics_none_are_logged(plain, documents, tmp_path, capsys):
+    out = train(plain, documents, tmp_path / "run", no_depth_dynamics=True)
+    assert "attnres dynamics" not in capsys.readouterr().out
+    assert "depth/" not in (out / "trainer_state.json").read_text()
+
+
+def test_a_plain_and_a_converted_checkpoint_train_the_same(plain, converted, documents, tmp_path):
+    one = train(plain, documents, tmp_path / "one", num_blocks=2)
+    other = train(converted, documents, tmp_path / "other")
+    assert log(one) == log(other) and same_weights(one, other)
+
+
+def test_a_configuration_starts_from_random_weights_of_its_seed(plain, documents, tmp_path):
+    config = plain / "config.json"
+    options = {"residual_mode": "full", "save_strategy": "no"}
+    one, same, other = (
+        train(config, documents, tmp_path / str(number), **options, seed=seed) for number, seed in enumerate((1, 1, 2))
+    )
+    assert log(one) == log(same) != log(other)
+    assert loaded(one).config.residual_mode == "full"
+    assert math.isclose(log(one)[1], math.log(257), rel_tol=0.1)
+    assert not list(one.glob("checkpoint-*"))
+
+
+def test_a_configuration_takes_the_tokenizer_that_is_named(plain, documents, tmp_path):
+    (tmp_path / "config.json").write_text((plain / "config.json").read_text())
+    with pytest.raises(ValueError, match="has no tokenizer to be loaded .*; name one by --tokenizer"):
+        train(tmp_path / "config.json", documents, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    train(tmp_path / "config.json", documents, tmp_path / "run", tokenizer=plain)
+
+
+def test_the_depth_mixer_alone_is_trained(plain, converted, documents, tmp_path):
+    out = train(plain, documents, tmp_path / "run", train="depth", num_blocks=2, weight_decay=0.1)
+    assert moved(out, converted) and all("_res_" in name for name in moved(out, converted))
+
+
+def test_lora_trains_adapters_with_the_depth_mixer_and_leaves_a_merged_model(plain, converted, documents, tmp_path):
+    from peft import PeftModel
+
+    out = train(plain, documents, tmp_path / "run", train="lora", lora_rank=4, num_blocks=2)
+    changed = moved(out, converted)
+    assert {name for name in changed if "_res_" not in name} == {
+        name for name in weights(out) if name.endswith("_proj.weight") and "_res_" not in name
+    }
+    assert any("_res_proj" in name for name in changed)
+    base = AttnResForCausalLM.from_backbone(plain, num_blocks=2, dtype=torch.float32)
+    again = PeftModel.from_pretrained(base, out / "adapter").eval()
+    ids = torch.arange(1, 30).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, loaded(out).eval()(ids).logits, rtol=1e-4, atol=1e-5)
+    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_lora_without_peft_names_the_command_that_installs_it(plain, documents, tmp_path, monkeypatch):
+    monkeypatch.setattr("attnres.training.lora.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'attnres\[train\]'"):
+        train(plain, documents, tmp_path / "run", train="lora")
+
+
+@pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"}])
+def test_a_run_in_less_memory_learns_nearly_the_same(plain, documents, tmp_path, options):
+    usual = log(train(plain, documents, tmp_path / "usual"))
+    spared = log(train(plain, documents, tmp_path / "spared", **options))
+    tolerance = 1e-6 if "gradient_checkpointing" in options else 0.02
+    assert usual.keys() == spared.keys()
+    for step, loss in usual.items():
+        assert math.isclose(spared[step], loss, rel_tol=tolerance)
+    assert loaded(tmp_path / "spared").dtype == (torch.bfloat16 if "dtype" in options else torch.float32)
+
+
+def test_evaluation_changes_nothing_in_training(plain, documents, tmp_path):
+    """The model has dropout: a draw of the evaluation's would be seen."""
+    held_out = write_lines(tmp_path / "held_out.jsonl", [words(40, 99)])
+    alone = train(plain, documents, tmp_path / "alone")
+    evaluated = train(plain, documents, tmp_path / "evaluated", eval_data=held_out, eval_steps=1, eval_on_start=True)
+    assert log(alone) == log(evaluated) and same_weights(alone, evaluated)
+    assert len(log(evaluated, "eval_loss")) == 7
+
+
+def test_the_last_sequences_are_held_out(plain, tmp_path):
+    data = write_lines(tmp_path / "data.jsonl", [words(50, 1), words(50, 2)])
+    tokens = sum(len(byte_tokenizer()(words(50, seed))["input_ids"]) + 1 for seed in (1, 2)) // LENGTH
+    options = {"train_sampling_strategy": "sequential", "max_steps": 1, "per_device_train_batch_size": 1}
+    train(plain, data, tmp_path / "run", eval_fraction=0.25, num_train_epochs=1, **options)
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert state["epoch"] == pytest.approx(1 / (tokens - round(0.25 * tokens)))
+
+
+def test_a_stream_is_evaluated_alike_each_time(plain, documents, tmp_path):
+    options = {"eval_data": documents, "eval_steps": 3, "streaming": True, "learning_rate": 1e-12}
+    losses = log(train(plain, documents, tmp_path / "run", **options), "eval_loss")
+    assert len(losses) == 2 and math.isclose(*losses.values(), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("cosine", {1: 0.0, 2: 1.0, 11: 0.587, 20: 0.106}),
+        ("wsd", {1: 0.0, 2: 1.0, 11: 1.0, 17: 1.0, 18: 0.75, 20: 0.25}),
+    ],
+)
+def test_a_schedule_has_its_shape(plain, documents, tmp_path, schedule, rates):
+    out = train(plain, documents, tmp_path / "run", schedule=schedule, max_steps=20, learning_rate=1e-3)
+    found = log(out, "learning_rate")
+    for step, rate in rates.items():
+        assert found[step] == pytest.approx(rate * 1e-3, abs=1e-6), step
+
+
+def test_the_best_checkpoint_becomes_the_model(plain, documents, tmp_path):
+    options = {"load_best_model_at_end": True, "save_total_limit": 1, "learning_rate": 0.3}  # gets worse
+    out = train(plain, documents, tmp_path / "run", eval_fraction=0.2, eval_steps=2, **options)
+    losses = log(out, "eval_loss")
+    best = out / f"checkpoint-{min(losses, key=losses.get)}"
+    assert json.loads((out / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
+    assert same_weights(out, best)
+
+
+def test_a_finished_run_is_resumed_to_what_it_was(plain, documents, tmp_path, capsys):
+    out = train(plain, documents, tmp_path / "run")
+    before = weights(out)
+    assert main(["train", *command_line(plain, documents, out), "--resume"]) == 0
+    assert capsys.readouterr().out.count(f"{out}: 6 steps") == 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(out).items())
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+@pytest.fixture(scope="module")
+def finished(plain, documents, tmp_path_factory):
+    return train(plain, documents, tmp_path_factory.mktemp("finished") / "run")
+
+
+CHANGES = {
+    "learning_rate": (1e-4, "--learning-rate was 0.003 when the run began and is 0.0001 now"),
+    "seed": (6, "--seed was 5"),
+    "max_steps": (8, "--max-steps was 6"),
+    "per_device_train_batch_size": (3, "--per-device-train-batch-size was 2"),
+    "optimizer": ("muon", "--optimizer was adamw"),
+    "train": ("depth", "--train was all"),
+    "sequence_length": (8, "--sequence-length was 16"),
+    "eval_fraction": (0.1, "--eval-fraction was None"),
+    "num_blocks": (2, "--num-blocks was None"),
+    "bf16": (True, "--bf16 was False"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_run_is_not_resumed_as_another_one(finished, plain, documents, name):
+    value, said = CHANGES[name]
+    with pytest.raises(ValueError) as raised:
+        run([*command_line(plain, documents, finished, **{name: value}), "--resume"])
+    assert str(raised.value).startswith(f"{finished}: {said}")
+    assert f"or train {finished}/checkpoint-6 as a new run with another --out" in str(raised.value)
+
+
+def test_a_run_is_not_resumed_on_other_data_or_with_another_tokenizer(finished, plain, documents, tmp_path):
+    text = documents.read_text()
+    same, other = tmp_path / "same.jsonl", tmp_path / "other.jsonl"
+    same.write_text(text)
+    other.write_text(text.replace("tree", "wood"))
+    run([*command_line(plain, same, finished), "--resume"])  # the content counts, not the name
+    with pytest.raises(ValueError, match="content: training data was"):
+        run([*command_line(plain, other, finished), "--resume"])
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = "A"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match="content: tokenizer was"):
+        run([*command_line(plain, documents, finished, tokenizer=tmp_path / "tokenizer"), "--resume"])
+
+
+def test_what_leaves_the_weights_as_they_are_may_change(finished, plain, documents):
+    options = {"logging_steps": 3, "save_steps": 5, "save_total_limit": 2, "no_depth_dynamics": True}
+    run([*command_line(plain, documents, finished, **options), "--resume"])
+
+
+def test_a_folder_with_something_in_it_is_left_alone(plain, documents, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    assert main(["train", *command_line(plain, documents, tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path} is not empty: --resume continues the run in it; to start one, give another --out" in said
+    assert main(["train", *command_line(plain, documents, tmp_path), "--resume"]) == 2
+    assert "holds no run to resume" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+MISTAKES = {
+    "model": ("/nowhere", "/nowhere: no folder of a checkpoint, hub id or config.json"),
+    "data": ("/nowhere.txt", "/nowhere.txt: cannot be read"),
+    "sequence_length": (300, "--sequence-length 300: the model takes 256 tokens"),
+    "num_blocks": (9, "num_blocks must be between 1 and num_hidden_layers=3, got 9"),
+    "lr_scheduler_kwargs": ('{"foo": 1}', "--lr-scheduler-kwargs {'foo': 1}: "),
+    "adam_beta1": (2, "Invalid beta parameter"),
+    "eval_fraction": (0.999, "leaves none to train on"),
+    "data_config": ("x", "is a file, without configurations and splits"),
+    "eval_split": ("x", "is a file, without configurations and splits"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_nothing_is_written_where_a_mistake_is_found(plain, documents, tmp_path, capsys, name):
+    value, said = MISTAKES[name]
+    places = {"model": plain, "data": documents, name: value}
+    options = {name: value} if name not in ("model", "data") else {}
+    line = command_line(places["model"], places["data"], tmp_path / "run", **options)
+    assert main(["train", *line]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("attnres: ")]
+    assert said in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_depth_mixer_has_none_to_train(tmp_path, documents):
+    random_attnres("qwen3", "standard", vocab_size=257, layers=2).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="residual_mode standard does not have: use --train all"):
+        train(tmp_path / "model", documents, tmp_path / "run", train="depth")
+    train(tmp_path / "model", documents, tmp_path / "run", max_steps=2)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, documents):
+    random_attnres("qwen3", layers=2).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="the tokenizer has 257 tokens and the model embeds 97"):
+        train(tmp_path / "model", documents, tmp_path / "run")
