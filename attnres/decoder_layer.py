@@ -67,6 +67,10 @@ def _checkpoint_scores(checkpoint, function, *state):
     return checkpoint(packed, *scores.values, *others)
 
 
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
 class AttnResDecoderLayer(GradientCheckpointingLayer):
     """A family's decoder layer whose two residual additions are mixtures over depth.
 
@@ -115,6 +119,7 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         shared_sources: bool = True,
         depth_implementation: str = "eager",
         output_depth_weights: bool = False,
+        sequence_shards=None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """One decoder layer.
@@ -128,6 +133,8 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
                 `Scores`; then the sources, n tensors `[B, T, D]`, once if both read the same, else first the
                 attention's; and, within a block, the partial sum `[B, T, D]`.
             shared_sources: whether both read the same.
+            sequence_shards: where T are this device's tokens only, what makes them whole before a sublayer (`gather`)
+                and takes this device's from its output (`own`).
 
         Returns:
             `"standard"`: the hidden states. `"block"`: the partial sum including this layer. `"full"`: the attention
@@ -141,10 +148,13 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
             **({} if position_embeddings is None else {"position_embeddings": position_embeddings}),
             **kwargs,
         }
+        gather, own = (_as_it_is,) * 2 if sequence_shards is None else (sequence_shards.gather, sequence_shards.own)
         if self.residual_mode == "standard":
             (hidden_states,) = state
-            hidden_states = hidden_states + self._attention(self.mixed_input(hidden_states), attention_inputs)
-            return hidden_states + self._mlp(hidden_states)
+            hidden_states = hidden_states + own(
+                self._attention(self.mixed_input(gather(hidden_states)), attention_inputs)
+            )
+            return hidden_states + own(self._mlp(gather(hidden_states)))
 
         if isinstance(state[0], Scores):
             state = (*state[0].values, *state[1:])
@@ -158,18 +168,18 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         def mixture(sources, logits, query):
             mixed, weights = mix(sources, logits, depth_implementation, query, self.rms_norm_eps, output_depth_weights)
             if output_depth_weights:
-                self.depth_weights(weights)
+                self.depth_weights(gather(weights))
             return mixed
 
         if partial is None:
             mixed = mixture(attention_sources, attention_logits, None)
         else:
             mixed = mixture((*attention_sources, partial), attention_logits, attention_query)
-        newest = self._attention(self.mixed_input(mixed), attention_inputs)
+        newest = own(self._attention(self.mixed_input(gather(mixed)), attention_inputs))
         newest = newest if newest.dtype == dtype else newest.to(dtype)
         newest = newest if partial is None else partial + newest
 
-        mlp_output = self._mlp(mixture((*mlp_sources, newest), mlp_logits, mlp_query))
+        mlp_output = own(self._mlp(gather(mixture((*mlp_sources, newest), mlp_logits, mlp_query))))
         mlp_output = mlp_output if mlp_output.dtype == dtype else mlp_output.to(dtype)
         return newest + mlp_output if self.residual_mode == "block" else (newest, mlp_output)
 

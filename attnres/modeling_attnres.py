@@ -390,6 +390,8 @@ class AttnResModel(AttnResPreTrainedModel):
         self.depth_mixer = None
         if config.residual_mode != "standard":
             self.depth_mixer = DepthMixer(config.num_hidden_layers, config.hidden_size)
+        # What divides the tokens of a forward pass among devices, if they are divided: set by attnres.parallel.
+        self.sequence_shards = None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -449,6 +451,9 @@ class AttnResModel(AttnResPreTrainedModel):
         if embedding_multiplier is not None:
             inputs_embeds = inputs_embeds * getattr(backbone, embedding_multiplier)
         position_embeddings = rotary_embeddings(backbone, layer_types, self.rotary_emb, inputs_embeds, position_ids)
+        shards = None if self.sequence_shards is None else self.sequence_shards(inputs_embeds.shape[1])
+        if shards is not None:
+            inputs_embeds = shards.own(inputs_embeds)
 
         def call_layer(layer_idx: int, *state: torch.Tensor, **options):
             layer = self.layers[layer_idx]
@@ -460,6 +465,7 @@ class AttnResModel(AttnResPreTrainedModel):
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings[kind],
+                sequence_shards=shards,
                 **options,
                 **kwargs,
             )
@@ -469,23 +475,30 @@ class AttnResModel(AttnResPreTrainedModel):
             for layer_idx in range(len(self.layers)):
                 hidden_states = call_layer(layer_idx, hidden_states)
         else:
-            hidden_states = self._mix_layers(inputs_embeds, call_layer, bool(output_depth_weights))
+            queries = self.depth_mixer()
+            sources = self._new_sources(queries, inputs_embeds, bool(output_depth_weights))
+            sources.commit(inputs_embeds, first_reader=0)
+            del inputs_embeds  # a bank has a copy
+            hidden_states, weights = self._mix_layers(queries, sources, call_layer, bool(output_depth_weights))
+            if output_depth_weights:
+                self.depth_weights(weights if shards is None else shards.gather(weights))
+        if shards is not None:
+            hidden_states = shards.gather(hidden_states)
         hidden_states = self.norm(self.mixed_output(hidden_states))
         return AttnResModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
-    def _mix_layers(self, embedding: torch.Tensor, call_layer, output_depth_weights: bool) -> torch.Tensor:
-        """Walks the decoder layers, commits each source when it is complete, and mixes the output `[B, T, D]`."""
-        queries = self.depth_mixer()
-        depth_implementation = self.config.depth_implementation
-        sources = self._new_sources(queries, embedding, output_depth_weights)
-        sources.commit(embedding, first_reader=0)
+    def _mix_layers(
+        self,
+        queries: torch.Tensor,
+        sources: SourceList | SourceBank | TokenBank,
+        call_layer,
+        output_depth_weights: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Walks the decoder layers, and mixes the output `[B, T, D]`; its depth weights come along if wanted."""
         layers = range(len(self.layers))
         mix_layers(self.config, layers, queries, sources, (), call_layer, output_depth_weights)
         logits, values = sources.read(2 * len(layers))
-        mixture, weights = mix(values, logits, depth_implementation, return_weights=output_depth_weights)
-        if output_depth_weights:
-            self.depth_weights(weights)
-        return mixture
+        return mix(values, logits, self.config.depth_implementation, return_weights=output_depth_weights)
 
     def _new_sources(
         self, queries: torch.Tensor, embedding: torch.Tensor, output_depth_weights: bool

@@ -1,5 +1,6 @@
-"""Several processes for one model: pipeline parallelism with the paper's cross-stage caching."""
+"""Several processes for one model: pipelines with the paper's cross-stage caching, and sequence-sharded prefill."""
 
 from .pipeline import Pipeline, PipelineError
+from .sequence import SequenceShards, shard_sequence, unshard_sequence
 
-__all__ = ["Pipeline", "PipelineError"]
+__all__ = ["Pipeline", "PipelineError", "SequenceShards", "shard_sequence", "unshard_sequence"]
