@@ -22,6 +22,12 @@ from attnres.training.trainer import RunTrainer
 model, data, top = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 
 
+# transformers 5.17 has the optimizer of several processes without a GPU loaded onto "cpu:0", which torch does not know.
+torch.serialization.register_package(
+    0, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
+)
+
+
 class Interrupted(Exception):
     pass
 
