@@ -170,6 +170,23 @@ def bench(options: argparse.Namespace):
     print(f"attnres: wrote {', '.join(path.name for path in written)} to {options.out}", file=sys.stderr)
 
 
+def bench_pipeline(options: argparse.Namespace) -> int:
+    """Measures traffic, stored blocks and time of pipeline stages in processes of its own, and prints them."""
+    from dataclasses import fields
+
+    from .parallel.pipeline_bench import Settings, as_text, run
+    from .parallel.watch import PipelineError
+
+    settings = Settings(**{each.name: getattr(options, each.name) for each in fields(Settings)})
+    try:
+        result = run(settings)
+    except PipelineError as error:
+        _say(f"error: {error}")
+        return SOME_FAILED
+    print(json.dumps(result, indent=1) if options.json else as_text(result))
+    return 0
+
+
 def dynamics(options: argparse.Namespace):
     """Draws how several runs trained over depth, side by side, and prints and writes the numbers."""
     _require("matplotlib", extra="hub")
@@ -699,6 +716,62 @@ def _add_bench(commands):
     parser.add_argument("--quick", action="store_true", help="a small model and fewer rounds: says whether all works")
     parser.add_argument("--out", metavar="DIR", default="bench-out", help="folder of results (default: %(default)s)")
     parser.set_defaults(command=bench)
+    _add_bench_pipeline(parser.add_subparsers(metavar="", title="what else can be measured"))
+
+
+def _add_bench_pipeline(commands):
+    from .bench.settings import DTYPES
+
+    parser = commands.add_parser(
+        "pipeline",
+        help="traffic between pipeline stages beside the paper's formulas, and time beside standard residuals",
+        description=(
+            "Trains a small Qwen3-like model with random weights over pipeline stages, each rank a process on this "
+            "machine (gloo, CPU). Counts the bytes that really cross per token, with every block sent every time "
+            "(naive) and with cross-stage caching (cached), beside the paper's two formulas; the most blocks that each "
+            "rank holds; and the time of a step beside standard residuals in the same schedule, interleaved in rounds."
+        ),
+    )
+    numbers = {
+        "ranks": (4, "processes, the paper's P; at least 2"),
+        "virtual-stages": (2, "stages on each rank, the paper's V"),
+        "layers": (None, "decoder layers (default: 2 per stage)"),
+        "layers-per-block": (2, "decoder layers in each block"),
+        "hidden-size": (256, "D, a multiple of 64"),
+        "tokens": (128, "of a micro-batch, which is one sequence"),
+        "micro-batches": (None, "of a step (default: 2 per rank)"),
+    }
+    for name, (value, text) in numbers.items():
+        shown = text if value is None else f"{text} (default: %(default)s)"
+        parser.add_argument(f"--{name}", metavar="N", type=_at_least_1, default=value, help=shown)
+    parser.add_argument(
+        "--schedule",
+        metavar="NAME",
+        default="interleaved-1f1b",
+        help="gpipe, 1f1b or interleaved-1f1b (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--modes",
+        metavar="NAMES",
+        type=_names,
+        default=("block", "full"),
+        help="residual modes to measure beside standard (default: block,full)",
+    )
+    parser.add_argument(
+        "--dtype", metavar="NAME", default="float32", help=f"{DTYPES[0]} or {DTYPES[1]} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds",
+        metavar="N",
+        type=_at_least_0,
+        default=5,
+        help="timed steps of each arm, 0: none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=_seed, default=0, help="of weights and tokens (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.set_defaults(command=bench_pipeline)
 
 
 def _add_dynamics(commands):

@@ -15,9 +15,9 @@ from multiprocessing.connection import Connection, wait
 import torch
 import torch.distributed as dist
 
-from .watch import PipelineError
+from .watch import LOST_EXIT_STATUS, LOST_SECONDS, PipelineError, current
 
-SETTLE_SECONDS = 2.0  # after a failure: time for the other ranks to fail too, so that the first cause is known
+SETTLE_SECONDS = 3.0  # after a failure: time for the other ranks to fail too, so that the first cause is known
 PR_SET_PDEATHSIG = 1
 HOST = "127.0.0.1"
 
@@ -81,10 +81,16 @@ def _collect(processes: list, connections: list[Connection]) -> list:
             settled = time.monotonic() + SETTLE_SECONDS
     if not problems:
         return [results[rank] for rank in range(len(processes))]
-    lost = {rank: text for rank, text in problems.items() if processes[rank].exitcode not in (None, 0)}
+    statuses = {rank: processes[rank].exitcode for rank in problems}
     own = {rank: text for rank, text in problems.items() if text.startswith(f"rank {rank} failed")}
-    rank, text = min((lost or own or problems).items())
-    raise PipelineError(f"rank {rank} is lost: {text}" if rank in lost else text)
+    lost = {rank for rank, status in statuses.items() if status not in (None, 0, LOST_EXIT_STATUS)}
+    if not own and not lost and LOST_EXIT_STATUS in statuses.values():
+        lost = set(open_ranks)  # stopped or stuck: what they are waiting for is said by the others, on stderr
+        problems.update(dict.fromkeys(lost, f"nobody has heard of it for {LOST_SECONDS:.0f} s, or it does not go on"))
+    if lost:
+        rank = min(lost)
+        raise PipelineError(f"rank {rank} is lost: {problems[rank]}")
+    raise PipelineError(min((own or problems).items())[1])
 
 
 def _death(exit_status: int | None) -> str:
@@ -104,8 +110,7 @@ def _rank_main(connection, port: int, rank: int, ranks: int, parent: int, thread
     except PipelineError as error:
         outcome = (False, str(error))
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        outcome = (False, f"rank {rank} failed: {type(error).__name__}: {lines[0]}")
+        outcome = (False, current().explain(error, range(ranks), "its work"))
     connection.send_bytes(pickle.dumps(outcome))  # tensors by value: this process ends
     connection.close()
     if outcome[0]:

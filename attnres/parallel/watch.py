@@ -9,10 +9,12 @@ import atexit
 import contextlib
 import os
 import re
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
@@ -21,7 +23,7 @@ BEAT_SECONDS = 1.0
 LOST_SECONDS = 30.0  # of silence; longer than any operation that holds Python's lock
 ASK_SECONDS = 4 * BEAT_SECONDS  # for which a rank with a broken connection listens who is silent
 GRACE_SECONDS = 3.0  # for a rank's own error to be said before its thread ends it
-LOST_EXIT_STATUS = 1
+LOST_EXIT_STATUS = 75  # of a rank that ended because another was lost
 
 _BROKEN = re.compile(r"\bgloo\b|\bnccl|connection (closed|reset|refused)|broken pipe|by peer", re.IGNORECASE)
 
@@ -37,6 +39,7 @@ class Watch:
         self.store = store
         self._beats = dist.PrefixStore("attnres/watch", store)
         self.rank = dist.get_rank()
+        self._beats.set(f"process/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
         self._guarded: tuple[int, ...] = ()
         self._reported = False
         self._lock = threading.Lock()
@@ -66,12 +69,13 @@ class Watch:
         except PipelineError:
             raise
         except Exception as error:
-            raise PipelineError(self._explain(error, ranks, what)) from error
+            raise PipelineError(self.explain(error, ranks, what)) from error
         finally:
             with self._lock:
                 self._guarded = ()
 
-    def _explain(self, error: Exception, ranks: tuple[int, ...], what: str) -> str:
+    def explain(self, error: Exception, ranks: Sequence[int], what: str) -> str:
+        """One line: who of the ranks has failed or is lost, and tells the others of it if it is this one."""
         message = _innermost(error)
         if not _BROKEN.search(message):
             self._report(f"failed: {message}")
@@ -98,9 +102,18 @@ class Watch:
                 state = self._state(rank)
                 if state is not None:
                     return _said(rank, state)
-            time.sleep(BEAT_SECONDS / 4)
+            gone = [rank for rank in ranks if self._is_gone(rank)]
+            if gone:
+                return _lost(gone)
+            time.sleep(BEAT_SECONDS / 20)
         silent = [rank for rank in ranks if self._beat(rank) == before[rank]]
         return _lost(silent) if silent else ""
+
+    def _is_gone(self, rank: int) -> bool:
+        """Whether a rank on this machine has ended without a word: known at once, before anybody ends this one too."""
+        key = f"process/{rank}"
+        host, _, process = (self._beats.get(key).decode() if self._beats.check([key]) else "").partition(" ")
+        return host == socket.gethostname() and _has_ended(int(process))
 
     def _beat(self, rank: int, add: int = 0) -> int:
         return self._beats.add(f"beat/{rank}", add)
@@ -155,6 +168,17 @@ def current() -> Watch:
             _watch.stop()
         _watch = Watch(store)
     return _watch
+
+
+def _has_ended(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+        status = Path(f"/proc/{process}/stat").read_text()
+    except ProcessLookupError:
+        return True
+    except OSError:  # another user's, or no such files on this system
+        return False
+    return status.rpartition(")")[2].split()[0] in "ZX"  # its parent has not asked for its exit status yet
 
 
 def _said(rank: int, state: str) -> str:
