@@ -60,8 +60,10 @@ class DepthMixer(nn.Module):
 
     def forward(self) -> torch.Tensor:
         """Scaled pseudo-queries sqrt(D) w * g, `[2 L + 1, D]`, float32, in the order attention, MLP, ..., output."""
-        sublayers = torch.stack([self.attention_norm(), self.mlp_norm()], dim=1).flatten(0, 1)
-        queries = torch.cat([sublayers, self.output_norm().unsqueeze(0)])
+        attention, mlp, output = self.attention_norm(), self.mlp_norm(), self.output_norm()
+        device = attention.device  # a device map may part the three
+        sublayers = torch.stack([attention, mlp.to(device)], dim=1).flatten(0, 1)
+        queries = torch.cat([sublayers, output.to(device).unsqueeze(0)])
         return queries * queries.shape[-1] ** 0.5
 
 

@@ -3,9 +3,12 @@
 import pytest
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
+from accelerate.utils import send_to_device
 from helpers import random_attnres, random_tokens, relative_error
 
-from attnres import AttnResForCausalLM
+from attnres import AttnResConfig, AttnResForCausalLM
+from attnres.decoder_layer import Scores
+from attnres.depth_mixer import DepthMixer
 
 MODES = ("block", "full", "standard")
 
@@ -68,12 +71,101 @@ def test_a_model_whose_every_weight_is_offloaded_computes_the_same(tmp_path, mod
     assert relative_error(model(tokens).logits, expected) < 1e-4
 
 
-def test_an_inferred_device_map_never_splits_a_decoder_layer():
-    model = random_attnres("qwen3")
+def device_of(device_map, name):
+    """Where a parameter goes: the one entry whose module holds it."""
+    (entry,) = (module for module in device_map if module == "" or name.startswith(f"{module}."))
+    return device_map[entry]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "kimi_linear", "gemma3_text"])
+@pytest.mark.parametrize("share", [0.35, 0.6, 0.9])
+def test_an_inferred_device_map_never_splits_a_decoder_layer(family, mode, share):
+    model = random_attnres(family, mode)
     total = sum(parameter.numel() * 4 for parameter in model.parameters())
     device_map = infer_auto_device_map(
-        model, max_memory={"cpu": total // 2, "disk": total}, no_split_module_classes=model._no_split_modules
+        model,
+        max_memory={0: int(share * total), 1: int(share * total), "cpu": total},
+        no_split_module_classes=model._no_split_modules,
     )
-    assert set(device_map.values()) == {"cpu", "disk"}
-    layers = [name for name in device_map if name.startswith("model.layers.")]
-    assert all(name.count(".") == 2 for name in layers)
+    for index in range(5):
+        names = [name for name, _ in model.named_parameters() if name.startswith(f"model.layers.{index}.")]
+        assert len({device_of(device_map, name) for name in names}) == 1, index
+    tied = model.config.tie_word_embeddings
+    assert tied == (family == "gemma3_text")
+    if tied:
+        assert device_of(device_map, "lm_head.weight") == device_of(device_map, "model.embed_tokens.weight")
+
+
+def test_the_papers_48b_model_is_laid_out_over_two_devices_and_memory():
+    with torch.device("meta"):
+        model = AttnResForCausalLM(AttnResConfig(dtype="bfloat16")).to(torch.bfloat16)
+    size = {name: parameter.numel() * parameter.element_size() for name, parameter in model.named_parameters()}
+    assert sum(size.values()) > 90 * 2**30
+    limits = {0: 40 * 2**30, 1: 40 * 2**30, "cpu": 60 * 2**30}
+    device_map = infer_auto_device_map(model, max_memory=limits, no_split_module_classes=model._no_split_modules)
+    assert all(device_map[name] in limits for name in device_map)  # nothing is left for the disk
+    used = {}
+    for name, count in size.items():
+        used[device_of(device_map, name)] = used.get(device_of(device_map, name), 0) + count
+    assert used.keys() == limits.keys() and all(used[device] <= limits[device] for device in limits)
+    # In order, so that a hidden state crosses once from each device to the next.
+    order = [device_of(device_map, f"model.layers.{index}.input_layernorm.weight") for index in range(27)]
+    assert order == sorted(order, key=list(limits).index)
+    mixers = {device_of(device_map, name) for name in size if "depth_mixer" in name}
+    assert len(mixers) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "gemma3_text"])
+def test_max_memory_puts_what_does_not_fit_on_disk_and_logits_stay(tmp_path, family, mode):
+    model = random_attnres(family, mode)
+    tokens = random_tokens(2, 7)
+    model.save_pretrained(tmp_path / "model")
+    total = sum(parameter.numel() * 4 for parameter in model.parameters())
+    loaded = AttnResForCausalLM.from_pretrained(
+        tmp_path / "model",
+        device_map="auto",
+        max_memory={"cpu": int(0.6 * total)},
+        offload_folder=tmp_path / "offload",
+        attn_implementation="eager",
+    )
+    assert {str(place) for place in loaded.hf_device_map.values()} == {"cpu", "disk"}
+    assert relative_error(loaded(tokens).logits, model(tokens).logits) < 1e-4
+    generated = loaded.generate(tokens, max_new_tokens=4, do_sample=False)
+    assert torch.equal(generated, model.generate(tokens, max_new_tokens=4, do_sample=False))
+
+
+@pytest.mark.parametrize("part", ["mlp_norm", "output_norm"])
+def test_a_depth_mixer_whose_parts_are_on_two_devices_gives_queries_on_one(part):
+    mixer = DepthMixer(3, 8).to("meta")
+    setattr(mixer, part, getattr(DepthMixer(3, 8), part))
+    assert mixer().device.type == "meta"
+
+
+def test_scores_follow_a_decoder_layer_to_its_device():
+    query, logits = torch.ones(1, 4), torch.ones(2, 3, 2)
+    moved = send_to_device((Scores(query, logits, query, 0.5), logits), "meta")
+    assert [value.device.type for value in moved[0].values[:3]] == ["meta"] * 3
+    assert moved[0].values[3] == 0.5  # while decoding one token on the CPU logits are numbers
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_split_between_all_gpus_and_memory_computes_and_generates_the_same(tmp_path, mode):
+    model = random_attnres("qwen3", mode, layers=12)
+    tokens = random_tokens(2, 7)
+    model.save_pretrained(tmp_path)
+    count = torch.cuda.device_count()
+    total = sum(parameter.numel() * 4 for parameter in model.parameters())
+    limits = {**dict.fromkeys(range(count), int(0.8 * total / count)), "cpu": 2 * total}
+    loaded = AttnResForCausalLM.from_pretrained(
+        tmp_path, device_map="auto", max_memory=limits, attn_implementation="eager"
+    )
+    assert set(loaded.hf_device_map.values()) == {*range(count), "cpu"}
+    tokens_there = tokens.to("cuda:0")
+    assert relative_error(loaded(tokens_there).logits.cpu(), model(tokens).logits) < 1e-3
+    generated = loaded.generate(tokens_there, max_new_tokens=4, do_sample=False).cpu()
+    assert torch.equal(generated, model.generate(tokens, max_new_tokens=4, do_sample=False))
