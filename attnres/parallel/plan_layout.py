@@ -135,6 +135,10 @@ def _check_experts(model: PlannedModel, layout: Layout):
             f"expert={expert} must be a multiple of tensor={layout.tensor} and divide data x tensor = {shared}: "
             "experts are divided among ranks that hold the same decoder layers"
         )
+    if expert > layout.tensor and layout.shard == "none":
+        raise ValueError(
+            f"expert={expert} divides experts among replicas, which --shard none would average; take --shard zero3"
+        )
 
 
 def _check_heads(model: PlannedModel, styles: dict[str, str], tensor: int):

@@ -127,11 +127,11 @@ def _traffic(plan: dict) -> str:
 
 def _pipeline(plan: dict) -> str:
     pipeline = plan["pipeline"]
-    rows = [["crossing stages, per token and pass, times D", "sources", "partial sums", "paper's formula"]]
+    rows = [["crossing all stages forward", "sources", "partial sums", "per step", "paper's formula", "per step"]]
     for name in ("naive", "cached"):
         one = pipeline[name]
-        paper = f"{one['paper']:.1f}" if "paper" in one else "-"
-        rows.append([name, str(one["sources"]), str(one["partial_sums"]), paper])
+        paper = [f"{one['paper']:.1f}", size(one["paper_bytes_per_step"])] if "paper" in one else ["-", "-"]
+        rows.append([name, str(one["sources"]), str(one["partial_sums"]), size(one["bytes_per_step"]), *paper])
     split = ", ".join(map(str, pipeline["decoder_layers_per_stage"]))
     text = f"{_table(rows)}\ndecoder layers per stage: {split}"
     if "blocks_per_stage" in pipeline:

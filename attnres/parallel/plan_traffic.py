@@ -12,6 +12,7 @@ from .plan_model import DEPTH_MIXER, EMBEDDING, HEAD
 from .plan_trace import Collective
 from .traffic import cached_blocks, naive_blocks, plan_routes
 
+FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # bytes of gradients that DDP reduces at once
 RING = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
 
 
@@ -44,7 +45,7 @@ def training_traffic(plan: Plan, rank: int) -> list[dict]:
     if plan.work.checkpointing:  # what decoder layers did forward, they do again in the backward pass
         mine += [each for each in mine if isinstance(each.owner, int) and not each.backward]
     rows += _by_plan(mine, plan.layout, times)
-    return rows + _pipeline_rows(plan, rank)
+    return [each for each in rows + _pipeline_rows(plan, rank) if each["calls"]]
 
 
 def _data(plan: Plan, held: list[Held]) -> list[dict]:
@@ -57,7 +58,8 @@ def _data(plan: Plan, held: list[Held]) -> list[dict]:
         name = "experts" if experts else "parameters" if plan.layout.expert > 1 else "all parameters"
         if not plan.zero3:
             size = sum(each.elements for each in own) * FLOAT32
-            rows.append(row(f"data parallel: gradients of {name}", "all_reduce", ranks, 1, size))
+            calls = len(own) if plan.layout.pipeline > 1 else 1 + -(-max(0, size - FIRST_BUCKET) // BUCKET)
+            rows.append(row(f"data parallel: gradients of {name}", "all_reduce", ranks, calls, size))
             continue
         units = plan.units(own)
         sizes = {
@@ -103,20 +105,25 @@ def _pipeline_rows(plan: Plan, rank: int) -> list[dict]:
     size = stream_bytes(plan) * plan.work.micro_batches
     forward = sum(len(routes[stage].sent) + routes[stage].partial_sent for stage in stages)
     backward = sum(len(routes[stage].received) + routes[stage].partial_received for stage in stages)
-    return [
-        {
-            "what": f"pipeline, {direction}: {what}",
-            "operation": "send",
-            "ranks": plan.layout.pipeline,
-            "calls": count * plan.work.micro_batches,
-            "payload_bytes": count * size,
-            "sent_bytes": count * size,
-        }
-        for direction, what, count in (
-            ("forward", "sources and partial sums", forward),
-            ("backward", "their gradients", backward),
-        )
+    rows = [
+        _send("pipeline, forward: sources and partial sums", forward * plan.work.micro_batches, forward * size),
+        _send("pipeline, backward: their gradients", backward * plan.work.micro_batches, backward * size),
     ]
+    if plan.model.tied and rank in (0, plan.layout.pipeline - 1):
+        embedding = next(each for each in plan.parameters(rank) if each.plan.owner == EMBEDDING)
+        rows.append(_send("pipeline: gradient of the tied embedding", 1, embedding.elements * FLOAT32))
+    return rows
+
+
+def _send(what: str, calls: int, size: int) -> dict:
+    return {
+        "what": what,
+        "operation": "send",
+        "ranks": 2,
+        "calls": calls,
+        "payload_bytes": size,
+        "sent_bytes": size,
+    }
 
 
 def stream_bytes(plan: Plan) -> int:
@@ -127,7 +134,8 @@ def stream_bytes(plan: Plan) -> int:
 
 
 def pipeline_summary(plan: Plan) -> dict | None:
-    """Tensors `[T, D]` that cross between stages per token and forward pass: exactly, and by the paper's formulas."""
+    """What crosses between all stages in forward passes: numbers per token, each times D, exactly and by the paper's
+    formulas; and bytes per step, which gradients take once more on the way back."""
     layout, config = plan.layout, plan.model.config
     if layout.pipeline == 1:
         return None
@@ -140,11 +148,15 @@ def pipeline_summary(plan: Plan) -> dict | None:
             "sources": sum(len(each.sent) for each in routes),
             "partial_sums": sum(each.partial_sent for each in routes),
         }
+        crossings = sum(result[name].values())
+        result[name]["bytes_per_step"] = crossings * stream_bytes(plan) * plan.work.micro_batches
     blocks = {"standard": None, "full": config.num_sublayers, "block": config.num_blocks}[config.residual_mode]
     if blocks is not None:
         per_stage = blocks / layout.stages
         for name, formula in (("naive", naive_blocks), ("cached", cached_blocks)):
-            result[name]["paper"] = formula(layout.pipeline, layout.virtual_stages, per_stage)
+            paper = formula(layout.pipeline, layout.virtual_stages, per_stage)
+            size = round(paper * stream_bytes(plan) * plan.work.micro_batches)
+            result[name] |= {"paper": paper, "paper_bytes_per_step": size}
         result["blocks_per_stage"] = per_stage
     return result
 

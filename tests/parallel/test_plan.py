@@ -169,12 +169,10 @@ def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer():
 
 
 def test_a_traced_model_leaves_nothing_fake_behind():
-    config = config_of("qwen3")
-    ids = random_tokens(1, 8)
-    model = AttnResForCausalLM(config)
-    before = model(input_ids=ids).logits
+    config = config_of("qwen3", rms_norm_eps=3e-9)  # a number that no model has used before
     trace_training(planned_model(config).module, 1, 8)
-    assert torch.equal(model(input_ids=ids).logits, before)
+    logits = AttnResForCausalLM(config)(input_ids=random_tokens(1, 8)).logits
+    assert type(logits) is torch.Tensor and logits.isfinite().all()
 
 
 # Tensor and expert parallelism
@@ -339,10 +337,12 @@ def test_what_crosses_stages_is_told_beside_the_formulas():
     assert summary["decoder_layers_per_stage"] == [3] * 8 and summary["blocks_per_stage"] == 1
     # One block per stage. Not cached: the formula and, at each of 7 crossings, the embedding, which it leaves out.
     # Cached: the embedding and all blocks to three ranks, and then the three that the receiving rank has not.
-    assert summary["naive"] == {"sources": 28 + 7, "partial_sums": 0, "paper": 28}
+    naive = summary["naive"]
+    assert (naive["sources"], naive["partial_sums"], naive["paper"]) == (28 + 7, 0, 28)
     assert summary["cached"]["paper"] == 6 + 16 and summary["cached"]["partial_sums"] == 0
     assert summary["cached"]["sources"] == (2 + 3 + 4) + 4 * 3
     stream = 8 * config.hidden_size * 4 * plan.work.micro_batches
+    assert naive["bytes_per_step"] == 35 * stream and naive["paper_bytes_per_step"] == 28 * stream
     rows = [row for rank in range(4) for row in training_traffic(plan, rank) if row["operation"] == "send"]
     assert sum(row["sent_bytes"] for row in rows) == 2 * summary["cached"]["sources"] * stream
 
@@ -370,17 +370,21 @@ def test_muon_keeps_one_moment_of_matrices(family, tmp_path):
     assert plan.training(0)["optimizer state"] == kept
 
 
-def test_the_suggested_change_makes_a_plan_fit(stored, capsys):
+@pytest.mark.parametrize("share", [0.9, 0.6, 0.3])
+def test_the_suggested_change_makes_a_plan_fit(share, stored, capsys):
     path, _ = stored
-    asked = [path, "--world", 2, "--data", 2, "--tensor", 1, "--pipeline", 1, "--shard", "none", "--tokens", 64]
-    whole = plan_command(capsys, *asked)["memory"]["most"]
-    small = f"{whole * 0.9 / 10**6:.6f}MB"
-    result = plan_command(capsys, *asked, "--device-memory", small)
-    assert not result["memory"]["fits"]
-    change = result["memory"]["would_fit"].rpartition(" (")[0].split()
-    asked = [each for each in asked if each not in ("--shard", "none") or "--shard" not in change]
-    assert plan_command(capsys, *asked, *change, "--device-memory", small)["memory"]["fits"]
-    assert main(["plan", *map(str, asked), "--device-memory", "1MB"]) == 0
+    asked = {"--world": 2, "--data": 2, "--tensor": 1, "--pipeline": 1, "--shard": "none", "--tokens": 64}
+    flat = [path, *(part for pair in asked.items() for part in pair)]
+    whole = plan_command(capsys, *flat)["memory"]["most"]
+    small = ["--device-memory", f"{whole * share / 10**6:.6f}MB"]
+    result = plan_command(capsys, *flat, *small)["memory"]
+    change, _, size = result["would_fit"].rpartition(" (")
+    assert not result["fits"] and float(size.split()[0]) * 1e9 <= result["usable"]
+    assert plan_command(capsys, *flat, *change.split(), *small)["memory"]["fits"]
+
+
+def test_what_no_change_makes_fit_is_said(stored, capsys):
+    assert main(["plan", stored[0], "--world", "2", "--data", "2", "--device-memory", "1MB"]) == 0
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
@@ -490,6 +494,7 @@ def test_what_cannot_be_is_refused_in_one_line(arguments, words, stored, capsys)
         ("gpt_oss", {"tensor": 2}, "no tensor-parallel plan"),
         ("mixtral", {"tensor": 2, "expert": 3}, "expert=3"),
         ("mixtral", {"data": 2, "expert": 2}, "5 routed experts"),
+        ("mixtral", {"data": 5, "expert": 5, "shard": "none"}, "--shard zero3"),
         ("qwen3_moe", {"tensor": 5}, "tensor=5"),
         ("kimi_linear", {"tensor": 3, "data": 1}, "tensor=3 does not divide"),
     ],
