@@ -223,14 +223,14 @@ def inspect(options: argparse.Namespace):
 
 
 def train(options: argparse.Namespace) -> int:
-    """Trains a model; what diverged is no mistake of the user and ends with 1."""
+    """Trains a model; a run that diverges is no mistake of the user and ends with 1."""
     _require("datasets", extra="train")
     from .training.command import run
-    from .training.trainer import Diverged
+    from .training.trainer import Stopped
 
     try:
         run(options.arguments)
-    except Diverged as error:
+    except Stopped as error:
         _say(f"stopped: {error}")
         return SOME_FAILED
     return 0

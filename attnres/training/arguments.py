@@ -337,6 +337,12 @@ def _check_together(arguments: RunArguments, of_trainer: dict):
         "--resume-from-checkpoint: use --resume, which takes the last complete checkpoint of --out": (
             "resume_from_checkpoint" in of_trainer
         ),
+        "--resume needs what --save-only-model leaves out of the checkpoints": (
+            arguments.resume and bool(of_trainer.get("save_only_model"))
+        ),
+        "--push-to-hub would push the adapter over the merged model: push that with `attnres card --push`": (
+            arguments.train == "lora" and bool(of_trainer.get("push_to_hub"))
+        ),
         "--schedule and --lr-scheduler-type both say what the schedule is: leave one out": (
             arguments.schedule is not None and "lr_scheduler_type" in of_trainer
         ),

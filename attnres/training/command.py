@@ -27,7 +27,7 @@ def run(command_line: Sequence[str]):
 
     Raises:
         ValueError, OSError: a mistake in the command line, the model or the data; nothing has been written.
-        Diverged: the run has stopped.
+        Stopped: the run has ended before its last step.
     """
     order = parse(command_line)
     arguments, training = order.arguments, order.training
@@ -90,7 +90,13 @@ def load_model(order: Run) -> AttnResForCausalLM:
     dtype = order.arguments.dtype if order.arguments.dtype == "auto" else getattr(torch, order.arguments.dtype)
     if order.from_scratch:
         return AutoModelForCausalLM.from_config(_configuration(order), dtype=None if dtype == "auto" else dtype)
-    return AttnResForCausalLM.from_pretrained(order.model, dtype=dtype, **_depth_options(order))
+    try:
+        return AttnResForCausalLM.from_pretrained(order.model, dtype=dtype, **_depth_options(order))
+    except OSError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{order.model}: its weights cannot be read ({reason}); for random ones name its config.json"
+        ) from error
 
 
 def _depth_options(order: Run) -> dict:
@@ -237,6 +243,8 @@ def _save(trainer: RunTrainer, order: Run):
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
         run_folder.put_in_place(out, "model")
     trainer.accelerator.wait_for_everyone()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
 
 
 def _report(trainer: RunTrainer, out: Path):

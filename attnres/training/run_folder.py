@@ -5,8 +5,6 @@ import os
 import shutil
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
-
 RECORD = "run.json"
 UNFINISHED = "unfinished"  # where things are written, to be renamed when they are complete
 
@@ -29,9 +27,11 @@ MAY_CHANGE = frozenset(_MAY_CHANGE.split())
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint with the highest step."""
-    found = get_last_checkpoint(folder) if folder.is_dir() else None
-    return None if found is None else Path(found)
+    """The complete checkpoint with the highest step. Their folders have their names when all is in them; a folder of
+    such a name that something else has made has no state of a Trainer."""
+    found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    numbered = {int(path.name.removeprefix("checkpoint-")): path for path in found if path.name[11:].isdecimal()}
+    return numbered[max(numbered)] if numbered else None
 
 
 def check_place(folder: Path, resume: bool):

@@ -1,6 +1,7 @@
 """A Trainer whose checkpoints are there whole or not at all, and that stops where a run diverges."""
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,11 @@ from .run_folder import UNFINISHED, last_checkpoint
 DECAY_SHARE = 0.2
 
 
-class Diverged(RuntimeError):
+class Stopped(RuntimeError):
+    """A run has ended before its last step; says where it can go on."""
+
+
+class Diverged(Stopped):
     """A loss, a gradient or weights are not finite."""
 
 
@@ -51,11 +56,15 @@ class RunTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         try:
-            return super().train(*args, **kwargs)
+            found = super().train(*args, **kwargs)
         except _Finished:
+            found = None
             if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
                 self._load_best_model()
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        if self.state.global_step < self.state.max_steps:
+            raise Stopped(f"step {self.state.global_step} of {self.state.max_steps} was the last; {self._last_good()}")
+        return found
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if not self.muon or self.optimizer is not None:
@@ -114,9 +123,11 @@ class RunTrainer(Trainer):
             self._diverged("the loss is" if bad_loss else "a gradient is", self.state.global_step + 1)
 
     def _diverged(self, what: str, step: int):
+        raise Diverged(f"step {step}: {what} NaN or infinite; {self._last_good()}")
+
+    def _last_good(self) -> str:
         last = last_checkpoint(Path(self.args.output_dir))
-        where = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
-        raise Diverged(f"step {step}: {what} NaN or infinite; {where}")
+        return "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
 
     def evaluate(self, *args, **kwargs):
         with torch.random.fork_rng():  # a data loader draws a seed: whether one evaluates must not change the training
@@ -146,6 +157,7 @@ class RunTrainer(Trainer):
                 self.state.save_to_json(os.path.join(written, "trainer_state.json"))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            shutil.rmtree(final, ignore_errors=True)  # --enable-jit-checkpoint makes the folder before
             os.rename(written, final)
             rotate_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
         self.accelerator.wait_for_everyone()
@@ -163,7 +175,7 @@ class RunTrainer(Trainer):
         """In one piece, however it is divided; called by every process."""
         if self.is_fsdp_enabled:
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        self.save_model(str(folder), _internal_call=not self.args.push_to_hub)
+        self.save_model(str(folder), _internal_call=True)  # is not to push, which comes when all is in its place
 
     def check_weights(self):
         """After a step with finite gradients weights may still have left the range of their type."""

@@ -114,6 +114,8 @@ MISTAKES = {
     "--residual-mode standard --train depth": "--residual-mode standard has no depth mixer to train",
     "--out a --output-dir b": "--out and --output-dir name two folders",
     "--resume-from-checkpoint a": "use --resume",
+    "--resume --save-only-model": "--resume needs what --save-only-model leaves out of the checkpoints",
+    "--train lora --push-to-hub": "push that with `attnres card --push`",
     "extra": "unknown argument extra",
 }
 

@@ -23,6 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from attnres import AttnResForCausalLM
 from attnres.cli import main
 from attnres.training.command import run
+from attnres.training.run_folder import last_checkpoint
+from attnres.training.trainer import RunTrainer
 
 # PEFT reads the old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -259,6 +261,35 @@ def test_a_run_is_not_resumed_on_other_data_or_with_another_tokenizer(finished, 
         run([*command_line(plain, documents, finished, tokenizer=tmp_path / "tokenizer"), "--resume"])
 
 
+def test_a_folder_that_only_has_the_name_of_a_checkpoint_is_not_taken(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-old", "unfinished/checkpoint-10"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("checkpoint-old", "unfinished/checkpoint-10"):
+        (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path) is None
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-7" / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-7"
+
+
+def test_a_run_that_is_asked_to_stop_is_not_finished_and_goes_on(plain, documents, tmp_path, monkeypatch, capsys):
+    usual = RunTrainer.training_step
+
+    def step(self, *args, **kwargs):
+        self.control.should_training_stop |= self.state.global_step == 3
+        return usual(self, *args, **kwargs)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as stopping:
+        stopping.setattr(RunTrainer, "training_step", step)
+        assert main(["train", *command_line(plain, documents, out)]) == 1
+    said = f"attnres: stopped: step 4 of 6 was the last; the last good checkpoint is {out}/checkpoint-4"
+    assert said in capsys.readouterr().err
+    assert not (out / "config.json").exists()
+    run([*command_line(plain, documents, out), "--resume"])
+    assert log(out) == log(train(plain, documents, tmp_path / "whole"))
+
+
 def test_what_leaves_the_weights_as_they_are_may_change(finished, plain, documents):
     options = {"logging_steps": 3, "save_steps": 5, "save_total_limit": 2, "no_depth_dynamics": True}
     run([*command_line(plain, documents, finished, **options), "--resume"])
@@ -275,7 +306,7 @@ def test_a_folder_with_something_in_it_is_left_alone(plain, documents, tmp_path,
 
 
 MISTAKES = {
-    "model": ("/nowhere", "/nowhere: no folder of a checkpoint, hub id or config.json"),
+    "model": ("nowhere", "nowhere: no folder of a checkpoint, hub id or config.json"),
     "data": ("/nowhere.txt", "/nowhere.txt: cannot be read"),
     "sequence_length": (300, "--sequence-length 300: the model takes 256 tokens"),
     "num_blocks": (9, "num_blocks must be between 1 and num_hidden_layers=3, got 9"),
