@@ -121,5 +121,5 @@ def test_read_depth_weights_without_paths_says_how_it_is_run(monkeypatch, capsys
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_opens_with_its_command_and_is_listed(script):
     text = (EXAMPLES / script).read_text()
-    assert re.match(rf'"""[^\n]+\n\n    python examples/{script} ', text)
+    assert re.match(rf'"""[^\n]+\n\n    (python|torchrun [^\n]+) examples/{script} ', text)
     assert f"]({script})" in (EXAMPLES / "README.md").read_text()
