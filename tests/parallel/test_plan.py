@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from collectives import counted_step
+from collectives import Collectives, counted_step
 from families import FAMILIES, LINEAR_FAMILIES, MOE_FAMILIES, tiny_config
 from helpers import random_tokens, short_config
 from launching import HERE
@@ -26,10 +26,11 @@ from attnres.bench.memory import saved_bytes
 from attnres.cli import main
 from attnres.parallel.plan import Options, run
 from attnres.parallel.plan_layout import Layout, layouts
-from attnres.parallel.plan_memory import Plan, Work, in_flight
+from attnres.parallel.plan_memory import Plan, Prefill, Work, in_flight, prefill_memory
 from attnres.parallel.plan_model import local_shape, parallel_styles, planned_model
 from attnres.parallel.plan_trace import trace_cache, trace_training
-from attnres.parallel.plan_traffic import pipeline_summary, sent, training_traffic
+from attnres.parallel.plan_traffic import pipeline_summary, prefill_traffic, sent, training_traffic
+from attnres.parallel.sequence import shard_sequence
 from attnres.parallel.stage import AttnResStage
 from attnres.parallel.traffic import plan_routes
 from attnres.training.optimizer import muon_with_adamw
@@ -450,6 +451,25 @@ def test_the_papers_block_representations_of_a_long_prefill(tmp_path, capsys):
     assert kept == blocks["here"]["sequence_sharded_in_chunks"]
     whole = plan_command(capsys, *asked)["memory"]["devices"][0]["items"]["block representations"]
     assert whole == blocks["here"]["whole"]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mixtral", "kimi_linear"])
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_what_a_prefill_sends_is_what_ranks_issue(family, sharded, two_ranks, any_size_of_experts):
+    config = config_of(family, vocab_size=96)
+    model = as_transformers_divides(config, 2).eval()
+    if sharded:
+        shard_sequence(model, dist.group.WORLD)
+    with torch.no_grad(), Collectives() as issued:
+        model(input_ids=random_tokens(BATCH, 8, vocab_size=96), use_cache=True, logits_to_keep=1)
+    plan = Plan(planned_model(config), Layout(2, tensor=2), Work(8, BATCH, dtype="float32"))
+    prefill = Prefill(sequence_shards=sharded)
+    rows = prefill_traffic(plan, prefill, prefill_memory(plan, prefill)[1])
+    counted = {}
+    for row in rows:
+        calls, payload = counted.get(row["operation"], (0, 0))
+        counted[row["operation"]] = [calls + row["calls"], payload + row["payload_bytes"]]
+    assert counted == issued.counted()
 
 
 # The command
