@@ -14,6 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..modeling_attnres import AttnResPreTrainedModel
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
+
 
 class SequenceShards:
     """How T tokens are divided among the ranks of a group: in order, and as evenly as can be.
@@ -42,7 +44,7 @@ class SequenceShards:
         if len(rows) < longest:  # collectives take equal parts
             rows = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
         whole = rows.new_empty(ranks * longest, *rows.shape[1:])
-        dist.all_gather_into_tensor(whole, rows, group=self.group)
+        _all_gather(whole, rows, group=self.group)
         if self.sizes[-1] < longest:
             parts = zip(whole.split(longest), self.sizes, strict=True)
             whole = torch.cat([part[:size] for part, size in parts])
