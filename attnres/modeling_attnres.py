@@ -17,6 +17,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -288,6 +289,13 @@ class AttnResPreTrainedModel(PreTrainedModel):
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         overrides = any(kwargs.get(option) is not None for option in DEPTH_OPTIONS)
         stored = cls._stored_config(pretrained_model_name_or_path, kwargs) if overrides and strict else None
+        if is_deepspeed_zero3_enabled():
+            # DeepSpeed takes the decorators off classes that are defined while it partitions: define them before.
+            config = kwargs.get("config")
+            if not isinstance(config, AttnResConfig):
+                hub_arguments = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+                config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **hub_arguments)
+            causal_lm_class(config.backbone_config)
         with _CONVERSIONS:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path,

@@ -1,0 +1,77 @@
+"""DeepSpeed ZeRO-3 as examples/accelerate/zero3.json configures it, on CPUs.
+
+DeepSpeed is no dependency: `pip install deepspeed`, then `pytest -m deepspeed`. Models are float32, so tolerances are
+those of its rounding.
+"""
+
+import os
+
+import pytest
+from helpers import random_attnres
+from launching import ROOT, largest_error, launcher, outcomes_of
+
+from attnres import AttnResForCausalLM
+
+pytestmark = pytest.mark.deepspeed
+
+CONFIG = ROOT / "examples" / "accelerate" / "zero3.yaml"
+ZERO = {"deepspeed": str(CONFIG.with_suffix(".json"))}
+SAVING = {**ZERO, "save_strategy": "steps", "save_steps": 2}
+MODELS = [(family, mode) for family in ("qwen3", "qwen3_moe") for mode in ("block", "full", "standard")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zero")
+    for family, mode in MODELS:
+        random_attnres(family, mode).save_pretrained(folder / f"{family}-{mode}")
+    random_attnres("qwen3_moe", seed=7).save_pretrained(folder / "other")
+    return folder
+
+
+def cases(folder, options) -> list[dict]:
+    # Loaded, not built: with zero3_init_flag a checkpoint's tensors are converted while they are partitioned.
+    return [
+        {"name": f"{family}-{mode}", "load": str(folder / f"{family}-{mode}"), "options": options}
+        for family, mode in MODELS
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    (outcomes,) = outcomes_of(cases(folder, {}), folder / "alone")
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    resume = str(folder / "ranks" / "qwen3_moe-block" / "checkpoint-2")
+    trained = [{**case, "save": True} for case in cases(folder, SAVING)]
+    trained.append({"name": "resumed", "load": str(folder / "other"), "resume": resume, "options": SAVING})
+    # The engine comes from the JSON file: accelerate gives DeepSpeed to accelerators only.
+    options = ("--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    return outcomes_of(trained, folder / "ranks", launcher(*options), DS_ACCELERATOR="cpu", PATH=os.environ["PATH"])
+
+
+@pytest.mark.parametrize(("family", "mode"), MODELS)
+def test_two_processes_train_as_one_with_the_same_global_batch(alone, ranks, family, mode):
+    name = f"{family}-{mode}"
+    for outcome in (rank[name] for rank in ranks):
+        assert outcome["wrapper"] == "DeepSpeedEngine"
+        # The tiny full-mode model multiplies rounding errors from step to step; its first two steps are close.
+        assert outcome["losses"][:2] == pytest.approx(alone[name]["losses"][:2], rel=1e-5)
+        assert outcome["losses"] == pytest.approx(alone[name]["losses"], rel=1e-2)
+        assert largest_error(outcome["weights"], alone[name]["weights"]) < 1e-2
+
+
+@pytest.mark.parametrize(("family", "mode"), MODELS)
+def test_the_saved_model_loads_as_what_was_trained(folder, ranks, family, mode):
+    name = f"{family}-{mode}"
+    loaded = AttnResForCausalLM.from_pretrained(folder / "ranks" / name / "final")
+    assert largest_error(dict(loaded.named_parameters()), ranks[0][name]["weights"]) == 0
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_bit(ranks):
+    for rank in ranks:
+        assert rank["resumed"]["losses"] == rank["qwen3_moe-block"]["losses"][2:]
+        assert largest_error(rank["resumed"]["weights"], rank["qwen3_moe-block"]["weights"]) == 0
