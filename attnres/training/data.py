@@ -129,14 +129,13 @@ def _load(name: str, source: Source, streaming: bool):
     from datasets.packaged_modules.text.text import Text
 
     path = Path(name)
+    if not path.exists() and _names_a_file(name):
+        raise ValueError(f"{name}: no such file or folder")
     if path.is_file() and (source.config is not None or source.split != "train"):
         raise ValueError(f"{name} is a file, without configurations and splits: leave out --data-config and splits")
     try:
         if path.is_file():
-            stem = path.name
-            for ending in COMPRESSED:
-                stem = stem.removesuffix(ending)
-            kind = FORMATS.get(Path(stem).suffix.lower(), "text")
+            kind = FORMATS.get(_suffix(name), "text")
             options = {"sample_by": "document"} if kind == "text" else {}
             found = datasets.load_dataset(kind, data_files=[name], split="train", streaming=streaming, **options)
         else:
@@ -155,6 +154,17 @@ def _load(name: str, source: Source, streaming: bool):
         )
     found = found.select_columns([source.text_field])
     return found if source.text_field == "text" else found.rename_column(source.text_field, "text")
+
+
+def _names_a_file(name: str) -> bool:
+    """Rather than a data set on the hub, which would be asked for over the network, for minutes where there is none."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or _suffix(name) in (".txt", ".md", *FORMATS)
+
+
+def _suffix(name: str) -> str:
+    for ending in COMPRESSED:
+        name = name.removesuffix(ending)
+    return Path(name).suffix.lower()
 
 
 def _tokens(documents, name: str, tokenizer: PreTrainedTokenizerBase):

@@ -190,6 +190,13 @@ def test_data_that_cannot_be_used_are_named(tmp_path, tokenizer, name, content, 
     assert str(path) in str(raised.value) and said in str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["nowhere.txt", "nowhere.jsonl.gz", "./nowhere", "a/b/nowhere", "/nowhere"])
+def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(name, tokenizer, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset_builder", None)
+    with pytest.raises(ValueError, match=f"{name}: no such file or folder"):
+        sequences(Source((name,), None, "train", "text"), tokenizer, 8)
+
+
 def test_an_endless_stream_without_text_ends(tmp_path, tokenizer):
     path = write_lines(tmp_path / "a.jsonl", ["", ""])
     with pytest.raises(ValueError, match="no text"):

@@ -307,7 +307,7 @@ def test_a_folder_with_something_in_it_is_left_alone(plain, documents, tmp_path,
 
 MISTAKES = {
     "model": ("nowhere", "nowhere: no folder of a checkpoint, hub id or config.json"),
-    "data": ("/nowhere.txt", "/nowhere.txt: cannot be read"),
+    "data": ("/nowhere.txt", "/nowhere.txt: no such file or folder"),
     "sequence_length": (300, "--sequence-length 300: the model takes 256 tokens"),
     "num_blocks": (9, "num_blocks must be between 1 and num_hidden_layers=3, got 9"),
     "lr_scheduler_kwargs": ('{"foo": 1}', "--lr-scheduler-kwargs {'foo': 1}: "),
