@@ -54,10 +54,19 @@ def begin(folder: Path, record: dict):
     unfinished.mkdir(parents=True)
     (unfinished / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
     os.replace(unfinished / RECORD, folder / RECORD)
+    unfinished.rmdir()
 
 
 def remove_unfinished(folder: Path):
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+
+
+def name_checkpoint(written: Path, folder: Path):
+    """A checkpoint is complete."""
+    final = folder / written.name
+    shutil.rmtree(final, ignore_errors=True)  # --enable-jit-checkpoint makes the folder before
+    os.rename(written, final)
+    written.parent.rmdir()
 
 
 def put_in_place(folder: Path, name: str):

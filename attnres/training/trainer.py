@@ -1,7 +1,6 @@
 """A Trainer whose checkpoints are there whole or not at all, and that stops where a run diverges."""
 
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from .optimizer import muon_with_adamw
-from .run_folder import UNFINISHED, last_checkpoint
+from .run_folder import UNFINISHED, last_checkpoint, name_checkpoint
 
 # The last part of a run in which the learning rate decays, in the schedule that has to be told.
 DECAY_SHARE = 0.2
@@ -157,8 +156,7 @@ class RunTrainer(Trainer):
                 self.state.save_to_json(os.path.join(written, "trainer_state.json"))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            shutil.rmtree(final, ignore_errors=True)  # --enable-jit-checkpoint makes the folder before
-            os.rename(written, final)
+            name_checkpoint(Path(written), Path(folder))
             rotate_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
         self.accelerator.wait_for_everyone()
 

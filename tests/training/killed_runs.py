@@ -56,11 +56,11 @@ def before_rename(number: int):
     usual = os.rename
 
     def rename(source, target):
-        if target.endswith(f"checkpoint-{number}"):
+        if target.name == f"checkpoint-{number}":
             die()
         usual(source, target)
 
-    trainer.os.rename = rename
+    run_folder.os.rename = rename
 
 
 def at_the_end(number: int):
