@@ -17,11 +17,12 @@ CPUS_AS_ACCELERATORS = HERE / "cpus_as_accelerators.py"
 DDP = ("--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
 
 
-def start(*command, **environment) -> subprocess.Popen:
+def start(*command, cwd: Path | None = None, **environment) -> subprocess.Popen:
     """A command of its own process group; its output is one pipe."""
     paths = [str(ROOT), str(ROOT / "tests"), str(HERE)]
     return subprocess.Popen(
         [str(part) for part in command],
+        cwd=cwd,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -46,19 +47,19 @@ def launcher(*options) -> list[str]:
     return [*head, *map(str, options), "--num_processes", "2", "--main_process_port", "0"]
 
 
-def run(*command, **environment) -> str:
+def run(*command, cwd: Path | None = None, **environment) -> str:
     """The output of a command that has to succeed."""
-    process = start(*command, **environment)
+    process = start(*command, cwd=cwd, **environment)
     output = finish(process)
     assert process.returncode == 0, output[-6000:]
     return output
 
 
-def outcomes_of(cases: list[dict], out: Path, launch: list[str] = (sys.executable,), **environment) -> list[dict]:
+def outcomes_of(cases: list[dict], out: Path, launch=(sys.executable,), cwd=None, **environment) -> list[dict]:
     """What each process noted of the cases, by the case's name."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "cases.json").write_text(json.dumps(cases))
-    run(*launch, CASES, out / "cases.json", out, **environment)
+    run(*launch, CASES, out / "cases.json", out, cwd=cwd, **environment)
     return [torch.load(path, weights_only=True) for path in sorted(out.glob("rank-*.pt"))]
 
 

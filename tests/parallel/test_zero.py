@@ -4,19 +4,20 @@ DeepSpeed is no dependency: `pip install deepspeed`, then `pytest -m deepspeed`.
 those of its rounding.
 """
 
-import os
+import sys
 
 import pytest
 from helpers import random_attnres
-from launching import ROOT, largest_error, launcher, outcomes_of
+from launching import ROOT, largest_error, launcher, outcomes_of, run
 
 from attnres import AttnResForCausalLM
 
 pytestmark = pytest.mark.deepspeed
 
 CONFIG = ROOT / "examples" / "accelerate" / "zero3.yaml"
-ZERO = {"deepspeed": str(CONFIG.with_suffix(".json"))}
-SAVING = {**ZERO, "save_strategy": "steps", "save_steps": 2}
+LAUNCH = launcher("--config_file", CONFIG)
+ON_CPUS = {"DS_ACCELERATOR": "cpu", "cwd": CONFIG.parent}  # where zero3.yaml finds zero3.json
+SAVING = {"save_strategy": "steps", "save_steps": 2}
 MODELS = [(family, mode) for family in ("qwen3", "qwen3_moe") for mode in ("block", "full", "standard")]
 
 
@@ -48,9 +49,7 @@ def ranks(folder):
     resume = str(folder / "ranks" / "qwen3_moe-block" / "checkpoint-2")
     trained = [{**case, "save": True} for case in cases(folder, SAVING)]
     trained.append({"name": "resumed", "load": str(folder / "other"), "resume": resume, "options": SAVING})
-    # The engine comes from the JSON file: accelerate gives DeepSpeed to accelerators only.
-    options = ("--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
-    return outcomes_of(trained, folder / "ranks", launcher(*options), DS_ACCELERATOR="cpu", PATH=os.environ["PATH"])
+    return outcomes_of(trained, folder / "ranks", LAUNCH, **ON_CPUS)
 
 
 @pytest.mark.parametrize(("family", "mode"), MODELS)
@@ -75,3 +74,12 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_bit(ranks):
     for rank in ranks:
         assert rank["resumed"]["losses"] == rank["qwen3_moe-block"]["losses"][2:]
         assert largest_error(rank["resumed"]["weights"], rank["qwen3_moe-block"]["weights"]) == 0
+
+
+def test_attnres_train_by_the_example_configuration(material, tmp_path):
+    command = ["-m", "attnres", "train", material / "model", "--data", material / "book.txt", "--use-cpu"]
+    command += ["--sequence-length", 12, "--max-steps", 3, "--learning-rate", "1e-3", "--disable-tqdm", "true"]
+    run(sys.executable, *command, "--per-device-train-batch-size", 4, "--out", tmp_path / "one")
+    run(*LAUNCH, *command, "--per-device-train-batch-size", 2, "--out", tmp_path / "two", **ON_CPUS)
+    one, two = (AttnResForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    assert largest_error(dict(two.named_parameters()), dict(one.named_parameters())) < 1e-4
