@@ -41,6 +41,7 @@ class Watch:
         self.rank = dist.get_rank()
         self._beats.set(f"process/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
         self._guarded: tuple[int, ...] = ()
+        self._guards = 0  # so far: tells one from the next
         self._reported = False
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -64,6 +65,7 @@ class Watch:
             self._reported = False
         with self._lock:
             self._guarded = tuple(rank for rank in ranks if rank != self.rank)
+            self._guards += 1
         try:
             yield
         except PipelineError:
@@ -86,7 +88,8 @@ class Watch:
             return f"rank {self.rank}, in {what}: the process that holds the job's store (launcher or rank 0) is gone"
         if found:
             self._report(f"stopped: {found}")  # who hears of it from this rank only says the same
-        return f"rank {self.rank}, in {what}: {found or 'lost its connection'} ({message})"
+            return f"rank {self.rank}, in {what}: {found}"
+        return f"rank {self.rank}, in {what}: lost its connection ({message})"
 
     def _report(self, state: str):
         with contextlib.suppress(Exception):  # the store may be gone too
@@ -106,53 +109,55 @@ class Watch:
             if gone:
                 return _lost(gone)
             time.sleep(BEAT_SECONDS / 20)
-        silent = [rank for rank in ranks if self._beat(rank) == before[rank]]
+        silent = [rank for rank in ranks if before[rank] is not None and self._beat(rank) == before[rank]]
         return _lost(silent) if silent else ""
 
     def _is_gone(self, rank: int) -> bool:
         """Whether a rank on this machine has ended without a word: known at once, before anybody ends this one too."""
-        key = f"process/{rank}"
-        host, _, process = (self._beats.get(key).decode() if self._beats.check([key]) else "").partition(" ")
+        host, _, process = (self._get(f"process/{rank}") or "").partition(" ")
         return host == socket.gethostname() and _has_ended(int(process))
 
-    def _beat(self, rank: int, add: int = 0) -> int:
-        return self._beats.add(f"beat/{rank}", add)
+    def _beat(self, rank: int) -> str | None:
+        """`None` for a rank that has not started to watch yet: it may load data for as long as it likes."""
+        return self._get(f"beat/{rank}")
 
     def _state(self, rank: int) -> str | None:
-        key = f"state/{rank}"
+        return self._get(f"state/{rank}")
+
+    def _get(self, key: str) -> str | None:
         return self._beats.get(key).decode() if self._beats.check([key]) else None
 
     def _run(self):
-        heard: dict[int, tuple[int, float]] = {}  # rank: its beat, and when that was new
+        heard: dict[int, tuple[str, float]] = {}  # rank: its beat, and when that was new
         while not self._stop.wait(BEAT_SECONDS):
             with self._lock:
-                guarded = self._guarded
+                guarded, number = self._guarded, self._guards
             try:
-                self._beat(self.rank, 1)
+                self._beats.add(f"beat/{self.rank}", 1)
                 problem = self._problem(guarded, heard)
             except Exception:
-                if self._stop.is_set():
-                    return
+                if self._stop.is_set() or not guarded:
+                    return  # others have ended, this rank is about to
                 problem = "the process that holds the job's store (launcher or rank 0) is gone"
             if not guarded:
                 heard.clear()
             elif problem and not self._stop.wait(GRACE_SECONDS + ASK_SECONDS):
                 with self._lock:
-                    waiting = bool(self._guarded)
+                    waiting = self._guarded and self._guards == number
                 if waiting:
                     print(f"attnres: rank {self.rank}: {problem}; ending this process", file=sys.stderr, flush=True)
                     os._exit(LOST_EXIT_STATUS)
 
-    def _problem(self, guarded: tuple[int, ...], heard: dict[int, tuple[int, float]]) -> str | None:
+    def _problem(self, guarded: tuple[int, ...], heard: dict[int, tuple[str, float]]) -> str | None:
         now = time.monotonic()
         for rank in guarded:
             state = self._state(rank)
             if state is not None:
                 return _said(rank, state)
             beat = self._beat(rank)
-            if heard.get(rank, (None, now))[0] != beat:
+            if beat is not None and heard.get(rank, ("", now))[0] != beat:
                 heard[rank] = (beat, now)
-        silent = [rank for rank in guarded if now - heard[rank][1] > LOST_SECONDS]
+        silent = [rank for rank in guarded if rank in heard and now - heard[rank][1] > LOST_SECONDS]
         return _lost(silent) if silent else None
 
 
