@@ -122,6 +122,10 @@ def train(case: dict, out: Path) -> dict:
         model.double()
         if "moe" in case["family"]:
             model.set_experts_implementation("eager")  # torch groups matrices of up to 32 bits
+    if case.get("as_converted"):
+        torch.nn.init.zeros_(model.depth_mixer.attention_norm.query)
+        torch.nn.init.zeros_(model.depth_mixer.mlp_norm.query)
+        torch.nn.init.zeros_(model.depth_mixer.output_norm.query)
     if case.get("freeze_backbone"):
         model.freeze_backbone()
     score_dtypes, mixers = set(), []
