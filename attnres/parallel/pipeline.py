@@ -71,6 +71,9 @@ class Pipeline:
         self.group, self.replicas = _groups(mesh)
         self.ranks = tuple(dist.get_process_group_ranks(self.group))
         self.rank, size = dist.get_rank(self.group), len(self.ranks)
+        self._watched = set(self.ranks)
+        if self.replicas is not None:
+            self._watched |= set(dist.get_process_group_ranks(self.replicas))
         if size < 2:
             raise ValueError("a pipeline needs at least 2 ranks, got 1; train with one process instead.")
         for name, value in (("virtual_stages", virtual_stages), ("micro_batches", micro_batches)):
@@ -94,7 +97,7 @@ class Pipeline:
         self.store, self.traffic = BlockStore(), Traffic()
         self._watch = watch.current()
         self._generation_config = getattr(model, "generation_config", None)
-        with self._watch.guard(self.ranks, "the set-up of the pipeline"):
+        with self._watch.guard(self._watched, "the set-up of the pipeline"):
             self.stages, problem = [], None
             try:
                 if folder is not None:
@@ -200,7 +203,7 @@ class Pipeline:
         earlier = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None  # what is summed over ranks below is of this step alone
-        with self._watch.guard(self.ranks, "a training step"):
+        with self._watch.guard(self._watched, "a training step"):
             loss = self._run(input_ids, labels, attention_mask, position_ids, training=True)
             self._sum_gradients(parameters)
         for parameter, before in zip(parameters, earlier, strict=True):
@@ -217,7 +220,7 @@ class Pipeline:
     ) -> torch.Tensor:
         """The loss as `step` returns it, without gradients; dropout as `train` says."""
         self._check_batch(input_ids, labels, attention_mask, position_ids)
-        with torch.no_grad(), self._watch.guard(self.ranks, "an evaluation"):
+        with torch.no_grad(), self._watch.guard(self._watched, "an evaluation"):
             return self._run(input_ids, labels, attention_mask, position_ids, training=False)
 
     def _run(self, input_ids, labels, attention_mask, position_ids, training: bool) -> torch.Tensor:
@@ -240,9 +243,11 @@ class Pipeline:
                 return_outputs=False,
                 **options,
             )
+        except BaseException:
+            self.store.clear()  # of what a step that failed has left; a whole one leaves nothing
+            raise
         finally:
             _TORCH_LOGGER.disabled = was_disabled
-            self.store.clear()
         for counted in self._counted:
             counted.finish()
         loss = torch.zeros((), dtype=torch.float32, device=self.device)
@@ -330,7 +335,7 @@ class Pipeline:
         square = torch.zeros((), dtype=torch.float64, device=self.device)
         if gradients:
             square += nn.utils.get_total_norm(gradients).double() ** 2
-        with self._watch.guard(self.ranks, "clipping gradients"):
+        with self._watch.guard(self._watched, "clipping gradients"):
             dist.all_reduce(square, group=self.group)
         norm = square.sqrt().to(torch.promote_types(self.dtype, torch.float32))
         nn.utils.clip_grads_with_norm_(self.parameters(), max_norm, norm)
@@ -342,33 +347,33 @@ class Pipeline:
         The ranks must see the same file system. Nothing is under the folder's name until all of it is written.
         """
         folder = Path(folder)
-        if self.replicas is not None and dist.get_rank(self.replicas) != 0:
-            dist.barrier(self.replicas)
-            return
-        with self._watch.guard(self.ranks, "saving"):
+        with self._watch.guard(self._watched, "saving"):
+            if self.replicas is None or dist.get_rank(self.replicas) == 0:
+                self._save(folder)
+            if self.replicas is not None:
+                dist.barrier(self.replicas)
 
-            def start():
-                return stage_files.start_folder(folder, self.config, self._generation_config) if self.is_first else None
+    def _save(self, folder: Path):
+        def start():
+            return stage_files.start_folder(folder, self.config, self._generation_config) if self.is_first else None
 
-            temporary: Path = self._together(start)[0]
+        temporary: Path = self._together(start)[0]
 
-            def write():
-                stages = zip(self.stage_numbers, self.stages, strict=True)
-                return [stage_files.write_shard(stage, temporary, number, self.num_stages) for number, stage in stages]
+        def write():
+            stages = zip(self.stage_numbers, self.stages, strict=True)
+            return [stage_files.write_shard(stage, temporary, number, self.num_stages) for number, stage in stages]
 
-            try:
-                shards = [shard for written in self._together(write) for shard in written]
+        try:
+            shards = [shard for written in self._together(write) for shard in written]
 
-                def finish():
-                    if self.is_first:
-                        stage_files.finish_folder(temporary, folder, shards)
-
-                self._together(finish)
-            finally:
+            def finish():
                 if self.is_first:
-                    shutil.rmtree(temporary, ignore_errors=True)
-        if self.replicas is not None:
-            dist.barrier(self.replicas)
+                    stage_files.finish_folder(temporary, folder, shards)
+
+            self._together(finish)
+        finally:
+            if self.is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
 
     def _together(self, action) -> list:
         """Does something on every rank; what it returned on each, or on every rank the error of one."""

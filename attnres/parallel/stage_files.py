@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -122,7 +123,11 @@ def start_folder(folder: Path, config: AttnResConfig, generation_config: Generat
     shell = empty_model(config)
     if generation_config is not None:
         shell.generation_config = generation_config
-    shell.save_pretrained(temporary, state_dict={})
+    try:
+        shell.save_pretrained(temporary, state_dict={})
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     (temporary / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)  # without a tensor
     return temporary
 

@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch.distributed as dist
@@ -58,13 +58,13 @@ class Watch:
             self._thread.join(timeout=2 * BEAT_SECONDS)
 
     @contextlib.contextmanager
-    def guard(self, ranks: tuple[int, ...], what: str) -> Iterator[None]:
+    def guard(self, ranks: Collection[int], what: str) -> Iterator[None]:
         """While this rank works with others: whatever goes wrong on any of them becomes one `PipelineError`."""
         if self._reported:  # and caught: this rank goes on
             self._beats.delete_key(f"state/{self.rank}")
             self._reported = False
         with self._lock:
-            self._guarded = tuple(rank for rank in ranks if rank != self.rank)
+            self._guarded = tuple(sorted(rank for rank in ranks if rank != self.rank))
             self._guards += 1
         try:
             yield
@@ -76,14 +76,14 @@ class Watch:
             with self._lock:
                 self._guarded = ()
 
-    def explain(self, error: Exception, ranks: Sequence[int], what: str) -> str:
+    def explain(self, error: Exception, ranks: Collection[int], what: str) -> str:
         """One line: who of the ranks has failed or is lost, and tells the others of it if it is this one."""
         message = _innermost(error)
         if not _BROKEN.search(message):
             self._report(f"failed: {message}")
             return f"rank {self.rank} failed in {what}: {message}"
         try:
-            found = self._who([rank for rank in ranks if rank != self.rank])
+            found = self._who(sorted(rank for rank in ranks if rank != self.rank))
         except Exception:
             return f"rank {self.rank}, in {what}: the process that holds the job's store (launcher or rank 0) is gone"
         if found:
