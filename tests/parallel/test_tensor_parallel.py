@@ -3,6 +3,7 @@
 import pytest
 from families import FAMILIES
 from torchrun import torchrun
+from transformers.distributed import DistributedConfig
 
 # A dense family, sandwich norms with a soft cap, routed experts, and linear attention with latent attention.
 IN_ALL_MODES = ("llama", "gemma2", "qwen3_moe", "kimi_linear")
@@ -13,7 +14,9 @@ EVERY_MODE = [
 THE_REST = [(family, mode) for family in FAMILIES for mode in ("standard", "full") if family not in IN_ALL_MODES]
 IN_FLOAT32 = ("qwen3", "mixtral", "deepseek_v2", "kimi_linear")
 FROM_PLAIN = ("qwen2", "mixtral", "kimi_linear", "granitemoe")
-SAVED = ("llama", "mixtral", "kimi_linear", "gemma2")
+# transformers 5.17 cannot gather experts that are divided by width.
+GATHERED_EXPERTS = ("mixtral", "kimi_linear") if hasattr(DistributedConfig, "efsdp_size") else ()
+SAVED = ("llama", "gemma2", *GATHERED_EXPERTS)
 GENERATED = ("smollm3", "qwen3_moe", "kimi_linear")
 ROUNDING = 1e-12  # of float64
 
@@ -62,7 +65,7 @@ def test_logits_depth_weights_and_gradients_are_those_of_one_process(ranks, fami
 def test_float32_with_default_implementations_differs_by_rounding_only(ranks, family):
     for rank in ranks:
         found = rank[f"equal {family} float32"]
-        assert found["logits"] <= 1e-5 and found["training_logits"] <= 1e-5 and found["gradients"] <= 1e-4, found
+        assert found["logits"] <= 1e-5 and found["training_logits"] <= 1e-5 and found["gradients"] <= 1e-5, found
 
 
 @pytest.mark.parametrize("family", FROM_PLAIN)
@@ -118,7 +121,7 @@ def test_tp_plan_auto_shards_by_the_plan_of_the_backbone_and_leaves_the_depth_mi
         ("key heads", "must divide num_key_value_heads=1, as model.layers.*.self_attn.k_proj is sharded by heads"),
         ("heads of latent attention", "must divide num_attention_heads=5"),
         ("pipeline", "Use attnres.parallel.Pipeline"),
-        ("world", "requires 3 processes, but world_size is 2"),
+        ("world", "world_size"),
         ("from_backbone", "from_pretrained with the same distributed_config"),
     ],
 )
