@@ -58,6 +58,12 @@ def test_muon_has_the_matrices_of_the_backbone_and_nothing_else(family):
         assert name.endswith(("mlp.gate.weight", "router.weight")), name  # routers that are no nn.Linear
 
 
+def test_kernels_of_convolutions_are_no_matrices():
+    model = random_attnres("llama", layers=2)
+    model.model.layers[0].convolution = nn.Conv1d(5, 7, 3)
+    assert not [name for name in backbone_matrices(model) if "convolution" in name]
+
+
 def tiny(family="qwen3_next"):
     """A model with experts, convolutions, gates that are a single row, and an optimizer for it."""
     model = random_attnres(family, layers=4).train()
