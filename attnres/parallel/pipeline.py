@@ -125,7 +125,7 @@ class Pipeline:
 
     def _agree(self, problem: str | None, bounds: list[int], caching: bool):
         """Raises on every rank what one rank has met, or that they were given different things."""
-        first = next(iter(self.stages[0].parameters())) if self.stages else None
+        dtype = self.stages[0].model["embed_tokens"].weight.dtype if self.stages and self.is_first else None
         mine = {
             "configuration": {**self.config.to_dict(), "transformers_version": None},
             "schedule": self.schedule,
@@ -135,7 +135,7 @@ class Pipeline:
             "caching": caching,
         }
         given: list = [None] * len(self.ranks)
-        dist.all_gather_object(given, (problem, mine, None if first is None else first.dtype), group=self.group)
+        dist.all_gather_object(given, (problem, mine, dtype), group=self.group)
         for rank, (found, theirs, _) in enumerate(given):
             if found is not None:
                 raise PipelineError(f"rank {self.ranks[rank]} cannot build its stages: {found}")
@@ -152,7 +152,7 @@ class Pipeline:
             for tensor in (*self.parameters(), *self.stages.buffers()):
                 dist.broadcast(tensor.detach(), group_src=0, group=self.replicas)
         if self.config.tie_word_embeddings and (self.is_first or self.is_last):
-            self._exchange_tied(lambda own, other: other if self.is_last else own, of_gradients=False)
+            self._exchange_tied(lambda first, last: first, of_gradients=False)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Of this rank's stages."""

@@ -120,6 +120,7 @@ def step(ranks: int, pipeline: dict, model: dict, checkpointing: dict | None = N
         "forward_sources": traffic.forward_sources,
         "backward": traffic.backward,
         "crossings": dict(traffic.crossings),
+        "homes": {source: number % ranks for number, route in enumerate(pipe.routes) for source in route.completed},
     }
 
 
@@ -255,7 +256,7 @@ def save(ranks: int, pipeline: dict, model: dict, folder: str, halves: bool = Fa
 
 def from_scratch(ranks: int, pipeline: dict, family: str, folder: str) -> dict:
     """A model that no rank ever holds as a whole, after one step, saved."""
-    config = AttnResConfig.from_backbone(short_config(family, 8), num_blocks=3)
+    config = AttnResConfig.from_backbone(short_config(family, 8, tie_word_embeddings=True), num_blocks=3)
     torch.manual_seed(dist.get_rank())
     pipe = pipeline_of(config, ranks, **pipeline)
     loss = pipe.step(**batch_of(pipeline["micro_batches"]))

@@ -198,6 +198,8 @@ def test_a_block_crosses_to_a_rank_at_most_once(results, name):
             key = (micro_batch, source, stage % ranks)
             arrived[key] = arrived.get(key, 0) + times
     assert arrived and set(arrived.values()) == {1}
+    homes = results[0][name]["homes"]
+    assert not [key for key in arrived if homes[key[1]] == key[2]]  # and never to where it was completed
 
 
 def test_without_caching_all_blocks_cross_every_time(results):
