@@ -21,7 +21,7 @@ RULES = {
     "gathered by FSDP2": "two decoder layers, one's gradients twice (whole, and packed to be reduced), norm and head",
     "gradients between micro-batches": "whole on every rank: Trainer reduces after the last micro-batch only",
     "buckets of DDP": "a second copy of the gradients, which are reduced there",
-    "bfloat16 copies of weights": "counted: made by autocast for float32 weights, and kept",
+    "casts of weights": "counted: those that autocast or a module makes, one for all micro-batches",
     "block representations": "complete sources and partial sums [B, T, D] that decoder layers hand on, all in flight",
     "hidden states": "what decoder layers hand on, all in flight",
     "activations": "counted: what autograd keeps in a forward pass of the real classes on tensors without memory, with "
@@ -221,17 +221,17 @@ def _choose(model: PlannedModel, found: list[Layout], options: Options, limit: i
     if not tried:
         raise refused
     most, plan = min(tried, key=lambda each: each[0])
-    return plan, "nothing that was tried fits a device; this needs least"
+    return plan, "nothing that was tried fits; this needs least"
 
 
 def _why(plan: Plan, tried: list, found: list[Layout]) -> str:
     if len(found) == 1:
         return "as given"
     if not tried:
-        return "the simplest, and it fits a device"
+        return "the simplest, and it fits"
     most, simpler = tried[-1]
     checkpointing = ", checkpointing" if simpler.work.checkpointing else ""
-    return f"the simplest that fits a device: {simpler.layout}{checkpointing} needs {most / 1e9:.1f} GB"
+    return f"the simplest that fits; {simpler.layout}{checkpointing} would need {most / 1e9:.1f} GB"
 
 
 def _suggest(model: PlannedModel, plan: Plan, limit: int, traces: dict) -> str | None:

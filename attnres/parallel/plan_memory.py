@@ -141,7 +141,7 @@ class Plan:
             items["buckets of DDP"] = whole * FLOAT32
         copies = self._copies(rank)
         if copies:
-            items["bfloat16 copies of weights"] = copies
+            items["casts of weights"] = copies
         streams, rest = self._kept(rank)
         items["block representations" if self.model.module.depth_mixer is not None else "hidden states"] = streams
         items["activations"] = rest

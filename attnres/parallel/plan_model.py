@@ -178,11 +178,8 @@ def parallel_styles(module: AttnResForCausalLM, tensor: int, expert: int) -> dic
     plan = dict(module.tp_plan) if tensor > 1 else {}
     family = module.config.backbone_config.model_type
     for name, ranks, own in (("tensor", tensor, module.tp_plan), ("expert", expert, module.ep_plan)):
-        if ranks > 1 and not any(".layers." in key for key in own):
-            raise ValueError(
-                f"{name}={ranks}: transformers has no {name}-parallel plan for the decoder layers of {family}; "
-                f"take --{name} 1"
-            )
+        if ranks > 1 and not own:
+            raise ValueError(f"{name}={ranks}: transformers has no {name}-parallel plan for {family}; take --{name} 1")
     if expert > 1:
         apart = dict(module.ep_plan)
         plan = {key: style for key, style in plan.items() if not _within(key, apart)} | apart

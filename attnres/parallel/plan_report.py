@@ -65,7 +65,7 @@ def _layout(plan: dict) -> str:
     layout, work = plan["layout"], plan["work"]
     options = [f"{work['tokens']:,} tokens", f"batch {work['batch']}"]
     if "micro_batches" in work:
-        options += [f"{work['micro_batches']} micro-batches", f"{work['tokens_per_step']:,} tokens per step"]
+        options += [_micro_batches(work["micro_batches"]), f"{work['tokens_per_step']:,} tokens per step"]
         options += [work["optimizer"], *(["checkpointing"] if work["checkpointing"] else [])]
     else:
         options = ["prefill", *options]
@@ -73,6 +73,10 @@ def _layout(plan: dict) -> str:
         options += ["sequence shards"] if work["sequence_shards"] else []
     devices = f"{layout['world']} device{'s' if layout['world'] > 1 else ''}: {layout['shown']}"
     return f"{devices} ({layout['why']})\n{', '.join([*options, work['dtype']])}"
+
+
+def _micro_batches(number: int) -> str:
+    return f"{number} micro-batch{'es' if number > 1 else ''}"
 
 
 def _memory(plan: dict) -> str:

@@ -164,15 +164,16 @@ def pipeline_summary(plan: Plan) -> dict | None:
 def prefill_traffic(plan: Plan, prefill: Prefill, collectives: list[Collective]) -> list[dict]:
     """Of one prefill in chunks; what sequence shards add is the gathering of every mixed input."""
     work, layout = plan.work, plan.layout
-    chunks = work.tokens / min(prefill.chunk or work.tokens, work.tokens)
+    at_once = min(prefill.chunk or work.tokens, work.tokens)
+    chunks = -(-work.tokens // at_once)
     rows = _by_plan(collectives, layout, 1)
     for each in rows:
-        each["payload_bytes"] = round(each["payload_bytes"] * chunks)
-        each["calls"] *= -(-work.tokens // min(prefill.chunk or work.tokens, work.tokens))
+        each["payload_bytes"] = round(each["payload_bytes"] * work.tokens / at_once)
+        each["calls"] *= chunks
         each["sent_bytes"] = sent(each["operation"], each["ranks"], each["payload_bytes"])
     if prefill.sequence_shards:
         config = plan.model.config
         size = work.batch * work.tokens * config.hidden_size * DTYPES[work.dtype].itemsize
-        calls = config.num_sublayers + 1
-        rows.append(row("sequence shards: mixed inputs", "all_gather", layout.tensor, calls, calls * size))
+        inputs = config.num_sublayers + 1
+        rows.append(row("sequence shards: mixed inputs", "all_gather", layout.tensor, inputs * chunks, inputs * size))
     return rows
