@@ -63,8 +63,9 @@ def shard_sequence(model: AttnResPreTrainedModel, group: dist.ProcessGroup | Dev
             was loaded onto by tensor parallelism.
 
     Raises:
-        ValueError: no group is given and the model has none.
+        ValueError: it is no AttnRes model, or no group is given and the model has none.
     """
+    base = _base_of(model)
     if group is None:
         group = getattr(model, "_device_mesh", None)
         if group is None:
@@ -83,9 +84,18 @@ def shard_sequence(model: AttnResPreTrainedModel, group: dist.ProcessGroup | Dev
             )
         return SequenceShards(group, tokens) if tokens >= dist.get_world_size(group) > 1 else None
 
-    model.base_model.sequence_shards = shards_of
+    base.sequence_shards = shards_of
 
 
 def unshard_sequence(model: AttnResPreTrainedModel):
     """Takes back `shard_sequence`: every rank keeps all tokens again."""
-    model.base_model.sequence_shards = None
+    _base_of(model).sequence_shards = None
+
+
+def _base_of(model: AttnResPreTrainedModel):
+    base = getattr(model, "base_model", model)
+    if not hasattr(base, "sequence_shards"):  # by what it has: remote code brings a class of its own
+        raise ValueError(
+            f"sequence shards need an AttnRes model, got {type(model).__name__}; of a PEFT model give get_base_model()."
+        )
+    return base

@@ -139,6 +139,10 @@ def refusals(folder: Path) -> dict:
         shard_sequence(model)
     except ValueError as error:
         found["no group"] = str(error)
+    try:
+        shard_sequence(torch.nn.Linear(2, 2), dist.group.WORLD)
+    except ValueError as error:
+        found["another model"] = str(error)
     shard_sequence(model, dist.group.WORLD)
     try:
         model(random_tokens(1, 8, vocab_size=96))

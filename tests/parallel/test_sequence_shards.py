@@ -79,5 +79,6 @@ def test_every_token_belongs_to_one_rank_and_parts_differ_by_one_at_most(ranks, 
 def test_what_cannot_be_is_refused_in_one_line(ranks):
     for rank in ranks:
         refusals = rank["refusals"]
+        assert "need an AttnRes model, got Linear" in refusals["another model"]
         assert "or give a group" in refusals["no group"] and "call it under torch.no_grad()" in refusals["autograd"]
         assert not any("\n" in message for message in refusals.values())
