@@ -18,6 +18,7 @@ import torch.distributed as dist
 from .watch import LOST_EXIT_STATUS, LOST_SECONDS, PipelineError, current
 
 SETTLE_SECONDS = 3.0  # after a failure: time for the other ranks to fail too, so that the first cause is known
+SETTLE_WAITING_SECONDS = 10.0  # where ranks end that have waited in vain: each finds out by itself
 PR_SET_PDEATHSIG = 1
 HOST = "127.0.0.1"
 
@@ -78,7 +79,8 @@ def _collect(processes: list, connections: list[Connection]) -> list:
                 (results if succeeded else problems)[rank] = outcome
             del open_ranks[rank]
         if problems and settled is None:
-            settled = time.monotonic() + SETTLE_SECONDS
+            waited = any(processes[rank].exitcode == LOST_EXIT_STATUS for rank in problems)
+            settled = time.monotonic() + (SETTLE_WAITING_SECONDS if waited else SETTLE_SECONDS)
     if not problems:
         return [results[rank] for rank in range(len(processes))]
     statuses = {rank: processes[rank].exitcode for rank in problems}

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 BEAT_SECONDS = 1.0
-LOST_SECONDS = 30.0  # of silence; longer than any operation that holds Python's lock
+LOST_SECONDS = 25.0  # of silence; longer than any operation that holds Python's lock
 ASK_SECONDS = 4 * BEAT_SECONDS  # for which a rank with a broken connection listens who is silent
 GRACE_SECONDS = 3.0  # for a rank's own error to be said before its thread ends it
 LOST_EXIT_STATUS = 75  # of a rank that ended because another was lost
@@ -40,6 +40,7 @@ class Watch:
         self._beats = dist.PrefixStore("attnres/watch", store)
         self.rank = dist.get_rank()
         self._beats.set(f"process/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
+        self._beats.add(f"beat/{self.rank}", 1)  # now: whose first beat never came would be taken for one not started
         self._guarded: tuple[int, ...] = ()
         self._guards = 0  # so far: tells one from the next
         self._reported = False
