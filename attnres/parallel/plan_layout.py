@@ -90,7 +90,7 @@ def layouts(
             if world % (stages * ranks) or data not in (None, world // (stages * ranks)):
                 continue
             replicas = world // (stages * ranks)
-            for sharding in [shard] if shard else ["none", "zero3"] if replicas > 1 and stages == 1 else ["none"]:
+            for sharding in [shard] if shard else _shards(replicas, ranks, stages, expert):
                 virtual = virtual_stages if stages > 1 else 1
                 found.append(Layout(world, replicas, ranks, stages, virtual, expert, sharding))
     if not found:
@@ -99,6 +99,12 @@ def layouts(
             f"ranks within a node of {NODE}: give --tensor too"
         )
     yield from sorted(found, key=lambda each: (each.pipeline, each.tensor, each.shard == "zero3"))
+
+
+def _shards(data: int, tensor: int, pipeline: int, expert: int) -> list[str]:
+    if expert > tensor:  # replicas have different experts, which must not be averaged
+        return ["zero3"]
+    return ["none", "zero3"] if data > 1 and pipeline == 1 else ["none"]
 
 
 def check_layout(model: PlannedModel, layout: Layout, micro_batches: int):

@@ -177,11 +177,13 @@ def parallel_styles(module: AttnResForCausalLM, tensor: int, expert: int) -> dic
     """
     plan = dict(module.tp_plan) if tensor > 1 else {}
     family = module.config.backbone_config.model_type
-    for name, ranks, own in (("tensor", tensor, module.tp_plan), ("expert", expert, module.ep_plan)):
+    apart = dict(getattr(module, "ep_plan", None) or {})  # the oldest transformers have none of its own
+    for name, ranks, own in (("tensor", tensor, module.tp_plan), ("expert", expert, apart)):
         if ranks > 1 and not own:
-            raise ValueError(f"{name}={ranks}: transformers has no {name}-parallel plan for {family}; take --{name} 1")
+            raise ValueError(
+                f"{name}={ranks}: this transformers has no {name}-parallel plan for {family}; take --{name} 1"
+            )
     if expert > 1:
-        apart = dict(module.ep_plan)
         plan = {key: style for key, style in plan.items() if not _within(key, apart)} | apart
     found = {}
     for path, each in module.named_modules():
@@ -212,11 +214,12 @@ def local_shape(name: str, shape: tuple[int, ...], style: str | None, tensor: in
             return shape
         dimension = 0
     sizes = list(shape)
-    if sizes[dimension] % ranks and not name.endswith(_UNEVEN_IS_FINE):
+    width = sizes[dimension] // 2 if style.startswith("packed_") else sizes[dimension]  # each of the two is divided
+    if width % ranks and not name.endswith(_UNEVEN_IS_FINE):
         what = "expert" if style == "grouped_gemm" else "tensor"
         raise ValueError(
-            f"{what}={ranks} does not divide {sizes[dimension]}, the size of {_wildcard(name)} that the plan of "
-            f"the family shards; take a divisor of {sizes[dimension]}"
+            f"{what}={ranks} does not divide {width}, the size of {_wildcard(name)} that the plan of the family "
+            f"shards; take a divisor of {width}"
         )
     sizes[dimension] = -(-sizes[dimension] // ranks)
     return tuple(sizes)

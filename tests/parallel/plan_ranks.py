@@ -16,7 +16,6 @@ from helpers import random_tokens
 from torch.distributed.tensor import DTensor
 from training_cases import use_cpus_as_accelerators
 from transformers.distributed import DistributedConfig
-from transformers.distributed.utils import initialize_distributed_mesh
 from transformers.integrations import moe
 
 from attnres import AttnResConfig, AttnResForCausalLM
@@ -56,6 +55,8 @@ def fsdp(case: dict) -> dict:
 
 def experts(case: dict) -> dict:
     """Expert parallelism as transformers sets it up."""
+    from transformers.distributed.utils import initialize_distributed_mesh  # not in the oldest transformers
+
     config = AttnResConfig(backbone_config=tiny_config(case["family"], num_local_experts=6, vocab_size=96))
     distributed = DistributedConfig(tp_size=case["tensor"], fsdp_size=case["data"], ep_size=case["expert"])
     torch.manual_seed(0)

@@ -19,7 +19,6 @@ from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import DynamicCache, TrainingArguments
 from transformers.distributed import DistributedConfig
-from transformers.distributed.utils import TransformersDeviceMesh
 from transformers.integrations import moe
 
 from attnres import AttnResConfig, AttnResForCausalLM
@@ -37,6 +36,9 @@ from attnres.parallel.traffic import plan_routes
 from attnres.training.optimizer import muon_with_adamw
 
 BATCH, TOKENS = 2, 24
+# transformers 5.17 divides models and sends tokens to experts in other ways; plans are those of later ones.
+DIVIDES_AS_PLANNED = hasattr(DistributedConfig, "efsdp_size")
+divides_as_planned = pytest.mark.skipif(not DIVIDES_AS_PLANNED, reason="this transformers divides in another way")
 
 
 def config_of(
@@ -188,6 +190,8 @@ def two_ranks():
 
 
 def as_transformers_divides(config, ranks: int) -> AttnResForCausalLM:
+    from transformers.distributed.utils import TransformersDeviceMesh
+
     model = AttnResForCausalLM(config)
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     if tied:  # loading ties after it has divided
@@ -212,6 +216,7 @@ def planned_counts(collectives, backward: bool) -> dict[str, list[int]]:
     }
 
 
+@divides_as_planned
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tensor_parallel_shapes_and_collectives_are_those_of_transformers(family, two_ranks, any_size_of_experts):
     config = config_of(family, vocab_size=96, tie_word_embeddings=family in ("qwen3", "mixtral"))
@@ -235,9 +240,12 @@ def in_two_processes(tmp_path_factory):
         {"kind": "fsdp", "family": "llama", "tied": False, "mixed_precision": "bf16"},
         {"kind": "fsdp", "family": "kimi_linear", "tied": False, "mixed_precision": "no"},
         {"kind": "fsdp", "family": "mixtral", "tied": True, "mixed_precision": "bf16"},
-        {"kind": "experts", "family": "mixtral", "tensor": 2, "data": 1, "expert": 2},
-        {"kind": "experts", "family": "deepseek_v3", "tensor": 1, "data": 2, "expert": 2},
     ]
+    if DIVIDES_AS_PLANNED:
+        cases += [
+            {"kind": "experts", "family": "mixtral", "tensor": 2, "data": 1, "expert": 2},
+            {"kind": "experts", "family": "deepseek_v3", "tensor": 1, "data": 2, "expert": 2},
+        ]
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "cases.json").write_text(json.dumps(cases))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
@@ -262,6 +270,7 @@ def test_fsdp2_holds_and_sends_on_two_ranks_what_is_planned(in_two_processes):
         assert rows == {"FSDP2, forward": counted["forward"], "FSDP2, backward": counted["backward"]}, case
 
 
+@divides_as_planned
 def test_tokens_go_to_experts_on_two_ranks_as_planned(in_two_processes):
     cases = [(case, ranks) for case, ranks in in_two_processes if case["kind"] == "experts"]
     assert len(cases) == 2
@@ -453,6 +462,7 @@ def test_the_papers_block_representations_of_a_long_prefill(tmp_path, capsys):
     assert whole == blocks["here"]["whole"]
 
 
+@divides_as_planned
 @pytest.mark.parametrize("family", ["qwen3", "mixtral", "kimi_linear"])
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
 def test_what_a_prefill_sends_is_what_ranks_issue(family, sharded, two_ranks, any_size_of_experts):
@@ -516,6 +526,7 @@ def test_what_cannot_be_is_refused_in_one_line(arguments, words, stored, capsys)
         ("mixtral", {"data": 2, "expert": 2}, "5 routed experts"),
         ("mixtral", {"data": 5, "expert": 5, "shard": "none"}, "--shard zero3"),
         ("qwen3_moe", {"tensor": 5}, "tensor=5"),
+        ("mixtral", {"tensor": 8}, "num_attention_heads=4"),
         ("kimi_linear", {"tensor": 3, "data": 1}, "tensor=3 does not divide"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -524,6 +535,12 @@ def test_divisions_that_a_family_does_not_have_are_refused(family, options, word
     config_of(family).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=words):
         run(Options(config=str(tmp_path), tokens=8, **options))
+
+
+def test_both_halves_of_a_packed_projection_have_to_divide():
+    with pytest.raises(ValueError, match="tensor=8 does not divide 52"):
+        local_shape("gate_up_proj", (5, 104, 40), "packed_colwise", 8, 1)
+    assert local_shape("gate_up_proj", (5, 104, 40), "packed_colwise", 4, 1) == (5, 26, 40)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "no/such/folder"])
