@@ -145,7 +145,10 @@ def test_a_faulty_arm_is_one_line_and_leaves_no_files(folder, tmp_path, capsys, 
     ("arguments", "message"),
     [
         ("--arms block,x", "arm must be one of plain, standard"),
-        ("--measure x", "measure must be one of prefill, decode, train, generate, memory, depth; got 'x'"),
+        (
+            "--measure x",
+            "measure must be one of prefill, decode, compiled-decode, train, generate, memory, depth; got 'x'",
+        ),
         ("--dtype int8", "dtype must be one of float32, bfloat16, float16; got 'int8'"),
         ("--implementations x", "implementation must be one of auto"),
         ("--layers-per-block 13", "layers_per_block must be between 1 and num_hidden_layers=12, got 13"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import random_attnres
 from launching import DDP, finish, largest_error, launcher, outcomes_of, run, start
+from once import once
 
 from attnres import AttnResForCausalLM
 
@@ -57,13 +58,12 @@ SAME = [
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    (outcomes,) = outcomes_of(CASES, tmp_path_factory.mktemp("alone"))
-    return outcomes
+    return once(tmp_path_factory, "data-alone", lambda folder: outcomes_of(CASES, folder)[0])
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return outcomes_of(CASES + SAME, tmp_path_factory.mktemp("ranks"), launcher(*DDP))
+    return once(tmp_path_factory, "data-ranks", lambda folder: outcomes_of(CASES + SAME, folder, launcher(*DDP)))
 
 
 @pytest.mark.parametrize("name", [case["name"] for case in CASES + SAME])

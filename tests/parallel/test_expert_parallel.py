@@ -6,6 +6,7 @@ do not know experts of another rank, and not for gpt_oss. There in float32 by gr
 
 import pytest
 from families import MOE_FAMILIES, tiny_config
+from once import once
 from torchrun import torchrun
 from transformers.distributed import DistributedConfig
 
@@ -37,7 +38,7 @@ def ranks(tmp_path_factory):
         *({"name": f"saved {family}", "what": "saved", "options": {"family": family, "how": "ep"}} for family in SAVED),
         {"name": "refusals", "what": "expert_refusals", "options": {}},
     ]
-    return torchrun(2, "tensor_ranks.py", tmp_path_factory.mktemp("ranks"), cases)
+    return once(tmp_path_factory, "expert-ranks", lambda folder: torchrun(2, "tensor_ranks.py", folder, cases))
 
 
 @pytest.mark.parametrize(("family", "mode"), EVERY_MODE)

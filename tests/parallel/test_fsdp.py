@@ -12,6 +12,7 @@ import torch
 import yaml
 from helpers import random_attnres
 from launching import CPUS_AS_ACCELERATORS, ROOT, largest_error, launcher, outcomes_of, run
+from once import once
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -83,19 +84,27 @@ def saving_cases(out: Path) -> list[dict]:
 def alone(tmp_path_factory):
     plain = [{key: value for key, value in case.items() if key != "environment"} for case in CASES]
     plain += [{**case, "options": {}} for case in MIXED]
-    (outcomes,) = outcomes_of(plain, tmp_path_factory.mktemp("alone"))
-    return outcomes
+    return once(tmp_path_factory, "fsdp-alone", lambda folder: outcomes_of(plain, folder)[0])
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    return tmp_path_factory.mktemp("ranks")
-
-
-@pytest.fixture(scope="module")
-def ranks(saved):
+def saved_and_ranks(tmp_path_factory):
     options = ("--config_file", CONFIG, "--mixed_precision", "no", "--dynamo_backend", "no")
-    return outcomes_of(CASES + SAME + MIXED + saving_cases(saved), saved, launcher(*options))
+
+    def make(folder):
+        return folder, outcomes_of(CASES + SAME + MIXED + saving_cases(folder), folder, launcher(*options))
+
+    return once(tmp_path_factory, "fsdp-ranks", make)
+
+
+@pytest.fixture(scope="module")
+def saved(saved_and_ranks):
+    return saved_and_ranks[0]
+
+
+@pytest.fixture(scope="module")
+def ranks(saved_and_ranks):
+    return saved_and_ranks[1]
 
 
 def test_the_example_configuration_wraps_decoder_layers_of_any_model():

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from once import once
 
 from attnres.cli import main
 from attnres.configuration_attnres import AttnResConfig
@@ -64,7 +65,11 @@ def test_layers_are_split_as_evenly_as_they_can_be(layers, stages, expected):
 
 
 @pytest.fixture(scope="module")
-def measured():
+def measured(tmp_path_factory):
+    return once(tmp_path_factory, "pipeline-bench", measure)
+
+
+def measure(_):
     """4 ranks with 2 virtual stages, 11 layers in blocks of 2: neither divides."""
     arguments = [
         "bench",

@@ -8,6 +8,7 @@ import pipeline_ranks
 import pytest
 import torch
 from helpers import random_attnres
+from once import once
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -107,7 +108,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    return write_folders(tmp_path_factory.mktemp("pipeline"))
+    return once(tmp_path_factory, "pipeline-folders", write_folders)
 
 
 def write_folders(top):
@@ -119,9 +120,10 @@ def write_folders(top):
 
 
 @pytest.fixture(scope="module")
-def results(folders):
+def results(folders, tmp_path_factory):
     """What each rank returned for each case."""
-    return run_ranks(pipeline_ranks.run_cases, WORLD, all_cases(folders))
+    cases = all_cases(folders)
+    return once(tmp_path_factory, "pipeline-results", lambda _: run_ranks(pipeline_ranks.run_cases, WORLD, cases))
 
 
 def all_cases(folders):

@@ -14,6 +14,7 @@ from families import FAMILIES, LINEAR_FAMILIES, MOE_FAMILIES, tiny_config
 from helpers import random_tokens, short_config
 from launching import HERE
 from launching import run as run_command
+from once import once
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -246,11 +247,14 @@ def in_two_processes(tmp_path_factory):
             {"kind": "experts", "family": "mixtral", "tensor": 2, "data": 1, "expert": 2},
             {"kind": "experts", "family": "deepseek_v3", "tensor": 1, "data": 2, "expert": 2},
         ]
-    folder = tmp_path_factory.mktemp("ranks")
-    (folder / "cases.json").write_text(json.dumps(cases))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    run_command(*launch, HERE / "plan_ranks.py", folder)
-    ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+    def count(folder):
+        (folder / "cases.json").write_text(json.dumps(cases))
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+        run_command(*launch, HERE / "plan_ranks.py", folder)
+        return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+    ranks = once(tmp_path_factory, "plan-ranks", count)
     return [(case, [rank[number] for rank in ranks]) for number, case in enumerate(cases)]
 
 

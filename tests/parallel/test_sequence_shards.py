@@ -2,6 +2,7 @@
 
 import pytest
 from families import LINEAR_FAMILIES
+from once import once
 from torchrun import torchrun
 
 ROUNDING = 1e-12  # of float64
@@ -42,7 +43,7 @@ def ranks(tmp_path_factory):
         ),
         *({"name": what, "what": what, "options": {}} for what in ("generated", "division", "refusals")),
     ]
-    return torchrun(4, "sequence_ranks.py", tmp_path_factory.mktemp("ranks"), cases)
+    return once(tmp_path_factory, "sequence-ranks", lambda folder: torchrun(4, "sequence_ranks.py", folder, cases))
 
 
 @pytest.mark.parametrize(("family", "mode", "tokens", "how"), PREFILLS)

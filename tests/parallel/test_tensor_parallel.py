@@ -2,6 +2,7 @@
 
 import pytest
 from families import FAMILIES
+from once import once
 from torchrun import torchrun
 from transformers.distributed import DistributedConfig
 
@@ -41,7 +42,7 @@ def ranks(tmp_path_factory):
         case("outputs"),
         case("refusals"),
     ]
-    return torchrun(2, "tensor_ranks.py", tmp_path_factory.mktemp("ranks"), cases)
+    return once(tmp_path_factory, "tensor-ranks", lambda folder: torchrun(2, "tensor_ranks.py", folder, cases))
 
 
 def assert_equal_to_one_process(found: dict, mode: str, tolerance: float):
