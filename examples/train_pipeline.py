@@ -4,7 +4,8 @@
 
 MODEL is a folder that `attnres convert` or `save_pretrained` wrote, or a plain PreNorm checkpoint, which is converted
 without loss; each process reads its own tensors of it. With --replicas 2 on 8 processes two pipelines of 4 train
-together. The result is one folder that `from_pretrained` loads, a shard from each stage.
+together; with --replicas 2 --tensor 2 two pipelines of 2 stages, each divided between 2 processes by transformers'
+tensor-parallel plan of the family. The result is one folder that `from_pretrained` loads, a shard from each stage.
 """
 
 import argparse
@@ -26,6 +27,7 @@ def main():
     parser.add_argument("text", metavar="TEXT", help="text file in UTF-8; its last tenth is held out")
     parser.add_argument("--out", default="attnres-pipeline", help="folder of the result (default: %(default)s)")
     parser.add_argument("--replicas", type=int, default=1, help="pipelines side by side (default: %(default)s)")
+    parser.add_argument("--tensor", type=int, default=1, help="processes of a pipeline's rank (default: %(default)s)")
     parser.add_argument(
         "--schedule", default="interleaved-1f1b", help="gpipe, 1f1b or interleaved-1f1b (default: %(default)s)"
     )
@@ -52,9 +54,13 @@ def main():
 
 def train(options: argparse.Namespace, device: str):
     world = dist.get_world_size()
-    if options.replicas < 1 or world % options.replicas:
-        raise ValueError(f"--replicas must divide the {world} processes, got {options.replicas}")
-    mesh = init_device_mesh(device, (options.replicas, world // options.replicas), mesh_dim_names=("dp", "pp"))
+    if options.replicas < 1 or options.tensor < 1 or world % (options.replicas * options.tensor):
+        raise ValueError(
+            f"--replicas times --tensor must divide the {world} processes, got {options.replicas} and {options.tensor}"
+        )
+    # The processes that divide a stage exchange the most: they are neighbours, on one machine where it has so many.
+    shape = (options.replicas, world // (options.replicas * options.tensor), options.tensor)
+    mesh = init_device_mesh(device, shape, mesh_dim_names=("dp", "pp", "tp"))
     pipeline = Pipeline(
         options.model,
         mesh,

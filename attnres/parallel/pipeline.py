@@ -22,7 +22,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from ..backbones import load_balancing_loss
 from ..configuration_attnres import AttnResConfig
 from ..modeling_attnres import AttnResForCausalLM
-from . import stage_files, watch
+from . import stage_files, tensor, watch
 from .runtime import SCHEDULES, CountedStage, build_schedule, check_schedule, keeps_messages
 from .stage import AttnResStage
 from .store import BlockStore
@@ -42,9 +42,10 @@ class Pipeline:
     Args:
         model: a checkpoint folder, of which each rank reads its own tensors only; an `AttnResConfig` for a model from
             scratch; or an `AttnResForCausalLM` in memory, the same on every rank, of which the rank's modules are
-            used (and the depth mixer's parameters copied).
-        mesh: the ranks of the pipeline: a process group, a mesh of one dimension, or a mesh with a dimension "pp"
-            and one more, over which replicas of the pipeline average. Default: all ranks.
+            used (and the depth mixer's parameters copied), divided in place where the mesh has a dimension "tp".
+        mesh: the ranks of the pipeline: a process group, a mesh of one dimension, or a mesh with a dimension "pp".
+            That may have a dimension "tp", over which transformers divides every stage by the family's plan, and one
+            more, over which replicas of the pipeline average. Default: all ranks.
         schedule: `"gpipe"`, `"1f1b"` or `"interleaved-1f1b"`; with several virtual stages `"1f1b"` is interleaved.
         virtual_stages: V; rank r has the stages r, r + P, r + 2 P, ...
         micro_batches: M; B must be a multiple.
@@ -68,12 +69,14 @@ class Pipeline:
         caching: bool = True,
         device: torch.device | str | None = None,
     ):
-        self.group, self.replicas = _groups(mesh)
+        self.group, self.replicas, self.tensor_mesh = _dimensions(mesh)
         self.ranks = tuple(dist.get_process_group_ranks(self.group))
         self.rank, size = dist.get_rank(self.group), len(self.ranks)
         self._watched = set(self.ranks)
         if self.replicas is not None:
             self._watched |= set(dist.get_process_group_ranks(self.replicas))
+        if self.tensor_mesh is not None:
+            self._watched |= set(dist.get_process_group_ranks(self.tensor_mesh.get_group()))
         if size < 2:
             raise ValueError("a pipeline needs at least 2 ranks, got 1; train with one process instead.")
         for name, value in (("virtual_stages", virtual_stages), ("micro_batches", micro_batches)):
@@ -95,6 +98,7 @@ class Pipeline:
             device = model.device
         self.device = torch.device(device) if device is not None else _device_of(self.group)
         self.store, self.traffic = BlockStore(), Traffic()
+        self._summed: list[nn.Parameter] = []  # whose gradients are a part of each rank of the tensor mesh
         self._watch = watch.current()
         self._generation_config = getattr(model, "generation_config", None)
         with self._watch.guard(self._watched, "the set-up of the pipeline"):
@@ -112,6 +116,8 @@ class Pipeline:
 
     def _build_stages(self, model, folder: Path | None) -> nn.ModuleList:
         whole = model if isinstance(model, AttnResForCausalLM) else stage_files.empty_model(self.config)
+        if self.tensor_mesh is not None:
+            tensor.check_division(whole, self.tensor_mesh.size())
         stages = nn.ModuleList()
         for number in self.stage_numbers:
             stage = AttnResStage(whole, self.routes[number], number == 0, number == self.num_stages - 1)
@@ -120,6 +126,10 @@ class Pipeline:
                 stage_files.load_stage(stage, folder, self.device)
             elif whole is not model:
                 stage_files.fill_stage(stage, self.device)
+                if self.tensor_mesh is not None:
+                    tensor.start_alike(stage, self.tensor_mesh)
+            if self.tensor_mesh is not None:
+                self._summed += tensor.divide(stage, whole.tp_plan, self.tensor_mesh)
             stages.append(stage.to(self.device).train(whole is not model or model.training))
         return stages
 
@@ -134,23 +144,29 @@ class Pipeline:
             "split": bounds,
             "caching": caching,
         }
-        given: list = [None] * len(self.ranks)
-        dist.all_gather_object(given, (problem, mine, dtype), group=self.group)
-        for rank, (found, theirs, _) in enumerate(given):
+        tied = self.stages and self.config.tie_word_embeddings and (self.is_first or self.is_last)
+        given = self._of_replica(
+            (dist.get_rank(), problem, mine, dtype, tensor.division(self._tied_copy()) if tied else None)
+        )
+        for rank, found, theirs, _, _ in given:
             if found is not None:
-                raise PipelineError(f"rank {self.ranks[rank]} cannot build its stages: {found}")
+                raise PipelineError(f"rank {rank} cannot build its stages: {found}")
             for name, value in theirs.items():
-                if value != given[0][1][name]:
+                if value != given[0][2][name]:
                     raise PipelineError(
-                        f"{name} must be the same on all ranks, got another on rank {self.ranks[rank]} than on "
-                        f"{self.ranks[0]}."
+                        f"{name} must be the same on all ranks, got another on rank {rank} than on {given[0][0]}."
                     )
-        self.dtype = given[0][2]  # of the embedding, and with it of all sources
+        if given[0][4] != given[-1][4]:
+            raise PipelineError(
+                f"tied embeddings must be divided the same way, the family's plan has {given[0][4]} for the embedding "
+                f"and {given[-1][4]} for the head: tensor parallelism in a pipeline cannot train them."
+            )
+        self.dtype = given[0][3]  # of the embedding, and with it of all sources
 
     def _start_replicas_alike(self):
         if self.replicas is not None:
-            for tensor in (*self.parameters(), *self.stages.buffers()):
-                dist.broadcast(tensor.detach(), group_src=0, group=self.replicas)
+            for each in (*self.parameters(), *self.stages.buffers()):
+                dist.broadcast(tensor.local(each.detach()), group_src=0, group=self.replicas)
         if self.config.tie_word_embeddings and (self.is_first or self.is_last):
             self._exchange_tied(lambda first, last: first, of_gradients=False)
 
@@ -205,6 +221,8 @@ class Pipeline:
             parameter.grad = None  # what is summed over ranks below is of this step alone
         with self._watch.guard(self._watched, "a training step"):
             loss = self._run(input_ids, labels, attention_mask, position_ids, training=True)
+            if self.tensor_mesh is not None:
+                tensor.settle_gradients(parameters, self._summed, self.tensor_mesh)
             self._sum_gradients(parameters)
         for parameter, before in zip(parameters, earlier, strict=True):
             if before is not None:
@@ -261,10 +279,10 @@ class Pipeline:
     def _check_batch(self, input_ids, labels, attention_mask, position_ids):
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids must be [B, T], got shape {list(input_ids.shape)}.")
-        for name, tensor in (("labels", labels), ("attention_mask", attention_mask), ("position_ids", position_ids)):
-            if tensor is not None and tensor.shape != input_ids.shape:
+        for name, given in (("labels", labels), ("attention_mask", attention_mask), ("position_ids", position_ids)):
+            if given is not None and given.shape != input_ids.shape:
                 raise ValueError(
-                    f"{name} must have the shape of input_ids, {list(input_ids.shape)}, got {list(tensor.shape)}."
+                    f"{name} must have the shape of input_ids, {list(input_ids.shape)}, got {list(given.shape)}."
                 )
         if len(input_ids) % self.micro_batches:
             raise ValueError(
@@ -307,18 +325,18 @@ class Pipeline:
                 if parameter.requires_grad:
                     if parameter.grad is None:
                         parameter.grad = torch.zeros_like(parameter)  # another replica may have one
-                    works.append(dist.all_reduce(parameter.grad, group=self.replicas, async_op=True))
+                    works.append(dist.all_reduce(tensor.local(parameter.grad), group=self.replicas, async_op=True))
             for work in works:
                 work.wait()
 
     def _exchange_tied(self, combine, of_gradients: bool):
         """Combines what the first and the last rank have of the embedding, in one order: the copies stay equal."""
-        own = self.stages[0].model["embed_tokens"].weight if self.is_first else self.stages[-1].lm_head.weight
+        own = self._tied_copy()
         if of_gradients and not own.requires_grad:
             return
         if of_gradients and own.grad is None:
             own.grad = torch.zeros_like(own)
-        mine = own.grad if of_gradients else own.detach()
+        mine = tensor.local(own.grad if of_gradients else own.detach())
         other = torch.empty_like(mine)
         peer = len(self.ranks) - 1 if self.is_first else 0
         sent = dist.P2POp(dist.isend, mine.contiguous(), group=self.group, group_peer=peer)
@@ -328,18 +346,32 @@ class Pipeline:
         first, last = (mine, other) if self.is_first else (other, mine)
         mine.copy_(combine(first, last))
 
+    def _tied_copy(self) -> nn.Parameter:
+        """The embedding, on the first rank; the head that is tied to it, on the last."""
+        return self.stages[0].model["embed_tokens"].weight if self.is_first else self.stages[-1].lm_head.weight
+
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """`torch.nn.utils.clip_grad_norm_` over all ranks' parameters, tied embeddings counted once."""
         skipped = self.stages[-1].lm_head.weight if self.is_last and self.config.tie_word_embeddings else None
-        gradients = [each.grad for each in self.parameters() if each.grad is not None and each is not skipped]
-        square = torch.zeros((), dtype=torch.float64, device=self.device)
-        if gradients:
-            square += nn.utils.get_total_norm(gradients).double() ** 2
+        whole, divided = [], []
+        for each in self.parameters():
+            if each.grad is not None and each is not skipped:
+                (divided if tensor.is_divided(each) else whole).append(tensor.local(each.grad))
+        square, square_of_parts = self._square(whole), self._square(divided)
         with self._watch.guard(self._watched, "clipping gradients"):
+            if self.tensor_mesh is not None:
+                dist.all_reduce(square_of_parts, group=self.tensor_mesh.get_group())
+            square += square_of_parts
             dist.all_reduce(square, group=self.group)
         norm = square.sqrt().to(torch.promote_types(self.dtype, torch.float32))
-        nn.utils.clip_grads_with_norm_(self.parameters(), max_norm, norm)
+        foreach = None if self.tensor_mesh is None else False  # torch takes no mixture of divided and whole ones
+        nn.utils.clip_grads_with_norm_(self.parameters(), max_norm, norm, foreach=foreach)
         return norm
+
+    def _square(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """Of the norm of all of them."""
+        square = torch.zeros((), dtype=torch.float64, device=self.device)
+        return square + nn.utils.get_total_norm(gradients).double() ** 2 if gradients else square
 
     def save(self, folder: str | os.PathLike):
         """Writes a folder that `from_pretrained` loads: each stage its own shard, the first rank all else.
@@ -354,58 +386,86 @@ class Pipeline:
                 dist.barrier(self.replicas)
 
     def _save(self, folder: Path):
+        writes = self.tensor_mesh is None or self.tensor_mesh.get_local_rank() == 0
+        leads = writes and self.is_first
+
         def start():
-            return stage_files.start_folder(folder, self.config, self._generation_config) if self.is_first else None
+            return stage_files.start_folder(folder, self.config, self._generation_config) if leads else None
 
         temporary: Path = self._together(start)[0]
-
-        def write():
-            stages = zip(self.stage_numbers, self.stages, strict=True)
-            return [stage_files.write_shard(stage, temporary, number, self.num_stages) for number, stage in stages]
-
         try:
-            shards = [shard for written in self._together(write) for shard in written]
+            shards = []
+            for number, stage in zip(self.stage_numbers, self.stages, strict=True):
+
+                def write(number=number, stage=stage):
+                    target = temporary if writes else None
+                    return stage_files.write_shard(stage, target, number, self.num_stages)
+
+                shards += self._together(write)
 
             def finish():
-                if self.is_first:
+                if leads:
                     stage_files.finish_folder(temporary, folder, shards)
 
             self._together(finish)
         finally:
-            if self.is_first:
+            if leads:
                 shutil.rmtree(temporary, ignore_errors=True)
 
     def _together(self, action) -> list:
-        """Does something on every rank; what it returned on each, or on every rank the error of one."""
+        """Does something on every rank of this replica; what it returned on each, or on each the error of one."""
         try:
-            outcome = (None, action())
+            outcome = (dist.get_rank(), None, action())
         except Exception as error:
-            outcome = (f"{type(error).__name__}: {error}", None)
-        outcomes: list = [None] * len(self.ranks)
-        dist.all_gather_object(outcomes, outcome, group=self.group)
-        for rank, (problem, _) in zip(self.ranks, outcomes, strict=True):
+            outcome = (dist.get_rank(), f"{type(error).__name__}: {error}", None)
+        outcomes = self._of_replica(outcome)
+        for rank, problem, _ in outcomes:
             if problem is not None:
                 raise PipelineError(f"rank {rank}: {problem}")
-        return [result for _, result in outcomes]
+        return [result for _, _, result in outcomes]
+
+    def _of_replica(self, mine) -> list:
+        """What every rank of this replica has: those of the pipeline that writes first, in their order."""
+        every = _of_all(mine, self.group)
+        if self.tensor_mesh is not None:
+            every = [each for some in _of_all(every, self.tensor_mesh.get_group()) for each in some]
+        return every
 
 
-def _groups(mesh) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None]:
-    """The ranks of the pipeline, and those that have the same stages in other replicas."""
+def _of_all(mine, group: dist.ProcessGroup) -> list:
+    """What every rank of a group has, in their order."""
+    every: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, mine, group=group)
+    return every
+
+
+def _dimensions(mesh) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None, DeviceMesh | None]:
+    """The ranks of the pipeline, those that have the same stages in other replicas, and those that divide a stage."""
     if mesh is None:
-        return dist.group.WORLD, None
+        return dist.group.WORLD, None, None
     if isinstance(mesh, dist.ProcessGroup):
-        return mesh, None
-    if mesh.ndim == 1:
-        return mesh.get_group(), None
+        return mesh, None, None
     names = mesh.mesh_dim_names or ()
-    if mesh.ndim != 2 or "pp" not in names:
-        raise ValueError(f'mesh must have one dimension, or two of which one is named "pp", got {mesh}.')
-    (other,) = (name for name in names if name != "pp")
-    return mesh.get_group("pp"), mesh.get_group(other)
+    if mesh.ndim == 1 and "tp" not in names:
+        return mesh.get_group(), None, None
+    others = [name for name in names if name not in ("pp", "tp")]
+    if "pp" not in names or len(others) > 1:
+        raise ValueError(
+            'mesh must have one dimension, or one named "pp", with or without one named "tp" and one for replicas, '
+            f"got {mesh}."
+        )
+    replicas = mesh.get_group(others[0]) if others else None
+    divides = "tp" in names and mesh["tp"].size() > 1
+    return mesh.get_group("pp"), replicas, mesh["tp"] if divides else None
 
 
 def _config_of(model) -> AttnResConfig:
     if isinstance(model, AttnResForCausalLM):
+        if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+            raise ValueError(
+                "model must be whole on every rank, got one that is divided among ranks: give its checkpoint folder, "
+                'and for tensor parallelism a mesh with a dimension "tp".'
+            )
         return model.config
     if isinstance(model, AttnResConfig):
         model.check_depth_options()

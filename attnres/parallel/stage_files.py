@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -87,9 +88,23 @@ def fill_stage(stage: AttnResStage, device: torch.device, loaded: Iterable[str] 
     stage.initialize_weights()
 
 
-def names_on_disk(stage: AttnResStage) -> dict[str, torch.Tensor]:
-    """The tensors of a stage under the names that they have in a checkpoint of the whole model."""
-    state = stage.state_dict()
+def whole_state(stage: AttnResStage, keep: bool) -> dict[str, torch.Tensor]:
+    """The tensors of a stage, in host memory; all ranks that divide it call this, and only some keep them."""
+    state = {}
+    for name, each in stage.state_dict().items():
+        whole = each.full_tensor() if isinstance(each, DTensor) else each
+        if keep:
+            state[name] = whole.detach().cpu()
+    return state
+
+
+def names_on_disk(stage: AttnResStage, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a stage under the names that they have in a checkpoint of the whole model.
+
+    Args:
+        stage: its modules say how tensors were converted.
+        state: as `whole_state` gives it; used up.
+    """
     if stage.is_last and stage.config.tie_word_embeddings:
         state.pop(HEAD)  # the first stage has the same
     depth = {name: state.pop(name) for name in list(state) if ".depth_mixer." in name}
@@ -102,12 +117,18 @@ def names_on_disk(stage: AttnResStage) -> dict[str, torch.Tensor]:
     for on_disk, in_memory in OUTPUT_NAMES.items():
         if mixer + in_memory in depth:
             named[f"model.{on_disk}.weight"] = depth[mixer + in_memory]
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+    return {name: tensor.contiguous() for name, tensor in named.items()}
 
 
-def write_shard(stage: AttnResStage, folder: Path, number: int, count: int) -> tuple[dict[str, str], int]:
-    """Writes a stage as shard `number`, from 0, of `count`; returns which tensor is in which file, and the bytes."""
-    tensors = names_on_disk(stage)
+def write_shard(stage: AttnResStage, folder: Path | None, number: int, count: int) -> tuple[dict[str, str], int]:
+    """Writes a stage as shard `number`, from 0, of `count`; returns which tensor is in which file, and the bytes.
+
+    Without a folder the rank only gives its part of the tensors to the one that writes.
+    """
+    state = whole_state(stage, keep=folder is not None)
+    if folder is None:
+        return {}, 0
+    tensors = names_on_disk(stage, state)
     file = SHARD.format(number=number + 1, count=count)
     save_file(tensors, folder / file, metadata={"format": "pt"})
     return dict.fromkeys(tensors, file), sum(tensor.nbytes for tensor in tensors.values())
