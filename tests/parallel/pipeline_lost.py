@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ def train(way: str, silence: float | None = None):
         calls += 1
         if calls < 10:
             return
+        Path(os.environ["ATTNRES_LOST_AT"]).write_text(str(time.monotonic()))  # the clock of the machine
         if way == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         elif way == "stopped":
