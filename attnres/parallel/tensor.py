@@ -47,11 +47,6 @@ def divide(stage: AttnResStage, plan: dict[str, str], mesh: DeviceMesh) -> list[
     else:  # transformers 5.17 takes the plan from the model
         stage._tp_plan = plan
         apply_tensor_parallelism(stage, mesh)
-    for module in stage.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(parameter, DTensor):  # a view, which would keep the whole in memory
-                part = parameter.detach().clone()
-                module._parameters[name] = nn.Parameter(part, requires_grad=parameter.requires_grad)
     modules = (module for name, module in stage.named_modules() if _wildcard(name) in summed)
     return [parameter for module in modules for parameter in module.parameters()]
 
