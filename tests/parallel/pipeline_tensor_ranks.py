@@ -101,8 +101,8 @@ def from_folder(folder: str) -> dict:
 
 
 def from_scratch(folder: str) -> dict:
-    """A model that every rank draws with a seed of its own, saved."""
-    config = AttnResConfig.from_backbone(short_config("llama", 5), num_blocks=3)
+    """A model that every rank draws with a seed of its own, saved; routers are not divided."""
+    config = AttnResConfig.from_backbone(short_config("mixtral", 5, intermediate_size=64), num_blocks=3)
     torch.manual_seed(dist.get_rank())
     pipe = Pipeline(config, mesh(), **PIPELINE).train(False)
     loss = pipe.evaluate(**BATCH)
