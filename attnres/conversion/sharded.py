@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, TensorStorageMetadata
 from tqdm import tqdm
 from transformers import initialization as init
 
@@ -108,12 +108,22 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if (module, name) in PATHS:
             return PurePosixPath
+        if (module, name) == ("builtins", "getattr"):  # how Python 3.11.0 to 3.11.3 write the member of an enumeration
+            return self._memory_format
         if (module, name) not in UNPICKLED:
-            raise CheckpointError(
-                f"{self.path}: names {module}.{name}, which metadata of tensors does not consist of. A pickle can run "
-                "code; this one is not opened."
-            )
+            raise self._refusal(f"{module}.{name}")
         return super().find_class(module, name)
+
+    def _memory_format(self, kind: type, name: str) -> _MEM_FORMAT_ENCODING:
+        if kind is not _MEM_FORMAT_ENCODING or name not in kind.__members__:
+            raise self._refusal("builtins.getattr")
+        return kind[name]
+
+    def _refusal(self, name: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: names {name}, which metadata of tensors does not consist of. A pickle can run code; this "
+            "one is not opened."
+        )
 
 
 class _Reader(dcp.FileSystemReader):

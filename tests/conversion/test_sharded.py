@@ -13,6 +13,7 @@ import torch
 from helpers import random_attnres
 from safetensors import safe_open
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from attnres import AttnResForCausalLM
 from attnres.cli import main
@@ -96,9 +97,10 @@ class Payload:
         (os.mkdir, "pwned"),
         (eval, "__import__('os').mkdir('pwned')"),
         (getattr, "a", "join"),
+        (getattr, _MEM_FORMAT_ENCODING, "__subclasses__"),
         (torch.load, "x.pt"),
     ],
-    ids=["os", "eval", "getattr", "torch.load"],
+    ids=["os", "eval", "getattr", "getattr of an enumeration", "torch.load"],
 )
 @pytest.mark.parametrize("place", ["top", "planner_data"])
 def test_code_in_the_metadata_is_not_run(checkpoint, tmp_path, monkeypatch, payload, place):
