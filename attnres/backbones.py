@@ -42,6 +42,7 @@ class Family:
         linear_attention: name of the linear-attention module, in layers of that type; called with `cache_params`.
         mlp: name of the MLP or mixture-of-experts module.
         attention_pre_norm, mlp_pre_norm: norms of the sublayers' inputs.
+        norm_offset: what those norms add to their weight before they multiply by it.
         attention_post_norm, mlp_post_norm: norms of the sublayers' outputs (Gemma's sandwich), part of the sublayer.
         attention_dropout, mlp_dropout: dropouts of the sublayers' outputs, part of the sublayer.
         rotary_by_layer_type: the rotary embedding is asked once per layer type.
@@ -60,6 +61,7 @@ class Family:
     mlp: str = "mlp"
     attention_pre_norm: str = "input_layernorm"
     mlp_pre_norm: str = "post_attention_layernorm"
+    norm_offset: float = 0.0
     attention_post_norm: str | None = None
     mlp_post_norm: str | None = None
     attention_dropout: str | None = None
@@ -83,6 +85,7 @@ _GEMMA = {
     "masks": BY_LAYER_TYPE,
     "attention_post_norm": "post_attention_layernorm",
     "mlp_pre_norm": "pre_feedforward_layernorm",
+    "norm_offset": 1.0,
     "mlp_post_norm": "post_feedforward_layernorm",
     "logits_softcap": "final_logit_softcapping",
 }
@@ -109,7 +112,7 @@ FAMILIES = {
     "glm4_moe": Family(CAUSAL),
     "ernie4_5_moe": Family(CAUSAL, lm_head_bias="use_bias"),
     "minimax_m2": Family(CAUSAL),
-    "qwen3_next": Family(BY_LAYER_TYPE, linear_attention="linear_attn"),
+    "qwen3_next": Family(BY_LAYER_TYPE, linear_attention="linear_attn", norm_offset=1.0),
     "kimi_linear": Family(BY_LAYER_TYPE),
     "granite": Family(**_GRANITE),
     "granitemoe": Family(**_GRANITE, mlp="block_sparse_moe"),
@@ -219,15 +222,16 @@ def create_masks(config: PreTrainedConfig, layer_types: Iterable[str], attention
     return {kind: MASKS[kind](config=config, attention_mask=attention_mask, **mask_inputs) for kind in layer_types}
 
 
-def rotary_embeddings(
+def rotary_inputs(
     config: PreTrainedConfig, layer_types: Iterable[str], rotary_emb: nn.Module | None, hidden_states, position_ids
-) -> dict:
-    """Position embeddings per layer type; `None` where the family has no rotary embedding."""
+) -> dict[str, dict]:
+    """Per layer type the position embeddings as arguments of the attention; none where the family has no rotary one."""
     if rotary_emb is None:
-        return dict.fromkeys(layer_types)
+        return {kind: {} for kind in layer_types}
     if get_family(config).rotary_by_layer_type:
-        return {kind: rotary_emb(hidden_states, position_ids, kind) for kind in layer_types}
-    return dict.fromkeys(layer_types, rotary_emb(hidden_states, position_ids))
+        return {kind: {"position_embeddings": rotary_emb(hidden_states, position_ids, kind)} for kind in layer_types}
+    same = {"position_embeddings": rotary_emb(hidden_states, position_ids)}
+    return dict.fromkeys(layer_types, same)
 
 
 def load_balancing_loss(config: PreTrainedConfig) -> Callable | None:

@@ -3,12 +3,10 @@
 Shapes: B batch, T tokens, D hidden size, n complete sources, Q pseudo-queries, K sublayers.
 """
 
-import math
-
 import numpy as np
 import torch
 
-from .depth_mixer import mix_bank, score, score_token, token_vector
+from .depth_functions import TokenLogit, mix_bank, mix_together, mix_tokens_together, score, score_token, token_vector
 
 
 class SourceList:
@@ -17,7 +15,12 @@ class SourceList:
     Args:
         queries: scaled pseudo-queries `[Q, D]` of all sublayers and the output.
         eps: epsilon of the key norms.
+
+    Attributes:
+        shared: whether all sublayers before the next commit read the same sources.
     """
+
+    shared = True
 
     def __init__(self, queries: torch.Tensor, eps: float):
         self.queries = queries
@@ -32,16 +35,56 @@ class SourceList:
         self._values.append(source)
         self._logits.append(score(source, readers, self.eps).unbind(-1))
 
-    def read(self, reader: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """What one sublayer reads: logits `[B, T, n]` and n sources `[B, T, D]`, on the device of the newest."""
+    def logits(self, reader: int) -> torch.Tensor:
+        """Of all complete sources for one sublayer, `[B, T, n]`, on the device of the newest."""
         from_end = reader - len(self.queries)
         device = self._values[-1].device
-        logits = torch.stack([logits[from_end].to(device) for logits in self._logits], dim=-1)
-        return logits, tuple(value.to(device) for value in self._values)  # layers may be spread over devices
+        return torch.stack([logits[from_end].to(device) for logits in self._logits], dim=-1)
+
+    def read(self, reader: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """What one sublayer reads: logits `[B, T, n]` and n sources `[B, T, D]`, on the device of the newest."""
+        device = self._values[-1].device
+        return self.logits(reader), tuple(value.to(device) for value in self._values)  # layers may be spread over them
+
+
+class SourceGroups(SourceList):
+    """A list whose complete sources are mixed for several sublayers at once: what autograd gets on a CPU.
+
+    The sources that are complete when the first of K sublayers reads come to all K as one source, their mixture, whose
+    logit is the logarithm of the sum of their exponentials. The backward pass then makes one gradient of each of them
+    for all K, not one for each (paper, algorithm 1, and its inverse).
+
+    Args:
+        queries, eps: as above.
+        readers_at_once: K.
+    """
+
+    shared = False
+
+    def __init__(self, queries: torch.Tensor, eps: float, readers_at_once: int):
+        super().__init__(queries, eps)
+        self.readers_at_once = readers_at_once
+        self._early_count = 0
+        self._early: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # logit and mixture by sublayer
+
+    def read(self, reader: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """The mixture of early sources and the later ones: logits `[B, T, n]` and n sources `[B, T, D]`."""
+        if reader not in self._early:
+            self._early_count = len(self._values)
+            readers = range(reader, min(reader + self.readers_at_once, len(self.queries)))
+            if self._early_count == 1:
+                self._early = {each: (self._logits[0][each - len(self.queries)], self._values[0]) for each in readers}
+            else:
+                logits = [[logits[each - len(self.queries)] for logits in self._logits] for each in readers]
+                together, mixtures = mix_together(torch.stack([torch.stack(each) for each in logits]), self._values)
+                self._early = dict(zip(readers, zip(together.unbind(), mixtures, strict=True), strict=True))
+        logit, early = self._early.pop(reader)
+        late = [logits[reader - len(self.queries)] for logits in self._logits[self._early_count :]]
+        return torch.stack([logit, *late], dim=-1), (early, *self._values[self._early_count :])
 
 
 class SourceBank:
-    """The same in one preallocated tensor, mixed for several sublayers at once; without autograd.
+    """The sources in one preallocated tensor, mixed for several sublayers at once; without autograd.
 
     What a sublayer reads is then one source: the mixture of the complete ones, whose logit is the logarithm of the sum
     of their exponentials. A softmax over it and the partial sum gives the mixture over all. The sources that are
@@ -54,6 +97,8 @@ class SourceBank:
         capacity: how many sources there will be.
         readers_at_once: K.
     """
+
+    shared = False
 
     def __init__(self, queries: torch.Tensor, eps: float, embedding: torch.Tensor, capacity: int, readers_at_once: int):
         self.queries = queries
@@ -98,39 +143,31 @@ class SourceBank:
 
 
 class TokenBank:
-    """`SourceBank` for one token, where operations cost more than what they compute: sources are rows of numpy, logits
-    are numbers of Python."""
+    """`SourceBank` for one token, where operations cost more than what they compute: all is numpy's."""
+
+    shared = False
 
     def __init__(self, queries: torch.Tensor, eps: float, embedding: torch.Tensor, capacity: int, readers_at_once: int):
         self.queries = queries.numpy()
         self.each_query = list(self.queries)
         self.eps = eps
         self.readers_at_once = readers_at_once
-        self._shape, self._dtype = embedding.shape, embedding.dtype
+        self._stand_in = (embedding,)
         self._rows = np.empty((capacity, embedding.shape[-1]), dtype=self.queries.dtype)
-        self._logits: list[list[float]] = []  # each ends with the output's
-        self._ready: dict[int, tuple[float, tuple[torch.Tensor]]] = {}
+        self._logits = np.empty((capacity, len(queries)), dtype=self.queries.dtype)
+        self._count = 0
+        self._ready: dict[int, TokenLogit] = {}
 
     def commit(self, source: torch.Tensor, first_reader: int):
-        row = self._rows[len(self._logits)]
+        row = self._rows[self._count]
         row[:] = token_vector(source.detach())
-        self._logits.append(score_token(row, self.queries[first_reader:], self.eps))
+        self._logits[self._count, first_reader:] = score_token(row, self.queries[first_reader:], self.eps)
+        self._count += 1
         self._ready.clear()
 
-    def read(self, reader: int) -> tuple[float, tuple[torch.Tensor]]:
+    def read(self, reader: int) -> tuple[TokenLogit, tuple[torch.Tensor]]:
+        """A logit with its mixture; and a tensor that has the sources' shape and dtype, for those who ask for them."""
         if reader not in self._ready:
-            readers = range(reader, min(reader + self.readers_at_once, len(self.queries)))
-            together, weights = [], []
-            for from_end in (number - len(self.queries) for number in readers):
-                logits = [logits[from_end] for logits in self._logits]
-                highest = max(logits)
-                exponentials = [math.exp(logit - highest) for logit in logits]
-                total = math.fsum(exponentials)
-                together.append(highest + math.log(total))
-                weights.append([exponential / total for exponential in exponentials])
-            mixed = np.array(weights, dtype=self._rows.dtype).dot(self._rows[: len(self._logits)])
-            mixtures = torch.from_numpy(mixed).to(self._dtype).view(-1, *self._shape).unbind(0)
-            self._ready = {
-                number: (logit, (mixture,)) for number, logit, mixture in zip(readers, together, mixtures, strict=True)
-            }
-        return self._ready.pop(reader)
+            logits = self._logits[: self._count, reader : reader + self.readers_at_once]
+            self._ready = dict(enumerate(mix_tokens_together(self._rows[: self._count], logits), reader))
+        return self._ready.pop(reader), self._stand_in

@@ -8,9 +8,11 @@ layers, n sources.
 import copy
 import os
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import ceil
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
@@ -32,14 +34,15 @@ from .backbones import (
     get_family,
     init_weights,
     load_balancing_loss,
-    rotary_embeddings,
+    rotary_inputs,
     scale_logits,
 )
 from .checkpoint_names import names_in_memory, weight_conversions
 from .configuration_attnres import DEPTH_OPTIONS, AttnResConfig
 from .decoder_layer import AttnResDecoderLayer, DepthWeights, MixedInput, Scores, SublayerWeights
+from .depth_functions import depth_weights
 from .depth_mixer import DepthMixer, DepthScore, mix
-from .depth_sources import SourceBank, SourceList, TokenBank
+from .depth_sources import SourceBank, SourceGroups, SourceList, TokenBank
 
 # Held while converters are registered and while a model is loaded by them.
 _CONVERSIONS = threading.RLock()
@@ -458,10 +461,12 @@ class AttnResModel(AttnResPreTrainedModel):
         embedding_multiplier = get_family(backbone).embedding_multiplier
         if embedding_multiplier is not None:
             inputs_embeds = inputs_embeds * getattr(backbone, embedding_multiplier)
-        position_embeddings = rotary_embeddings(backbone, layer_types, self.rotary_emb, inputs_embeds, position_ids)
+        rotary = rotary_inputs(backbone, layer_types, self.rotary_emb, inputs_embeds, position_ids)
         shards = None if self.sequence_shards is None else self.sequence_shards(inputs_embeds.shape[1])
         if shards is not None:
             inputs_embeds = shards.own(inputs_embeds)
+
+        every_input = bool(kwargs.pop("output_hidden_states", getattr(self.config, "output_hidden_states", False)))
 
         def call_layer(layer_idx: int, *state: torch.Tensor, **options):
             layer = self.layers[layer_idx]
@@ -472,7 +477,8 @@ class AttnResModel(AttnResPreTrainedModel):
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
-                position_embeddings=position_embeddings[kind],
+                **rotary[kind],
+                output_hidden_states=every_input,
                 sequence_shards=shards,
                 **options,
                 **kwargs,
@@ -487,7 +493,9 @@ class AttnResModel(AttnResPreTrainedModel):
             sources = self._new_sources(queries, inputs_embeds, bool(output_depth_weights))
             sources.commit(inputs_embeds, first_reader=0)
             del inputs_embeds  # a bank has a copy
-            hidden_states, weights = self._mix_layers(queries, sources, call_layer, bool(output_depth_weights))
+            silent = np.errstate(all="ignore") if isinstance(sources, TokenBank) else nullcontext()
+            with silent:  # as torch is: infinite states show in the logits
+                hidden_states, weights = self._mix_layers(queries, sources, call_layer, bool(output_depth_weights))
             if output_depth_weights:
                 self.depth_weights(weights if shards is None else shards.gather(weights))
         if shards is not None:
@@ -506,22 +514,28 @@ class AttnResModel(AttnResPreTrainedModel):
         layers = range(len(self.layers))
         mix_layers(self.config, layers, queries, sources, (), call_layer, output_depth_weights)
         logits, values = sources.read(2 * len(layers))
-        return mix(values, logits, self.config.depth_implementation, return_weights=output_depth_weights)
+        mixed = mix(values, logits, self.config.depth_implementation)
+        return mixed, depth_weights(sources.logits(2 * len(layers))) if output_depth_weights else None
 
     def _new_sources(
         self, queries: torch.Tensor, embedding: torch.Tensor, output_depth_weights: bool
     ) -> SourceList | SourceBank | TokenBank:
-        """A bank where it pays and may be written to: on the CPU, without autograd, compiler or wish for weights."""
+        """Sources mixed for several sublayers at once on a CPU, in a bank without autograd; else one by one."""
         eps = self.config.rms_norm_eps
         devices = {embedding.device.type, next(self.layers[-1].parameters()).device.type}
         eager = self.config.depth_implementation in ("auto", "eager")
-        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if recorded or output_depth_weights or not eager or devices != {"cpu"}:
+        recorded = torch.is_grad_enabled()
+        if torch.compiler.is_compiling() or not eager or devices != {"cpu"} or (output_depth_weights and not recorded):
             return SourceList(queries, eps)
         tokens = embedding.shape[0] * embedding.shape[1]
-        capacity, together = len(queries), SUBLAYERS_TOGETHER if tokens > FEW_TOKENS else 2
         if self.config.residual_mode == "block":
             capacity, together = 1 + self.config.num_blocks, 2 * self.config.layers_per_block
+        else:
+            capacity, together = len(queries), 2 if tokens <= FEW_TOKENS else SUBLAYERS_TOGETHER
+        if recorded:
+            if self.training and any(layer.gradient_checkpointing for layer in self.layers):
+                return SourceList(queries, eps)  # a checkpoint would keep the mixtures of every layer
+            return SourceGroups(queries, eps, together)
         room = max(2, MIXTURE_BYTES // embedding.nbytes)
         readers_at_once = ceil(together / ceil(together / room))
         bank = TokenBank if tokens == 1 else SourceBank
@@ -553,13 +567,15 @@ def mix_layers(
     depth_implementation = config.depth_implementation
     block_mode = config.residual_mode == "block"
     num_layers, per_block = config.num_hidden_layers, config.layers_per_block
-    shared_sources = isinstance(sources, SourceList)
+    shared_sources = sources.shared
     each_query = sources.each_query
     for number, layer_idx in enumerate(layers):
         attention, mlp = 2 * number, 2 * number + 1
         attention_logits, values = sources.read(attention)
         mlp_logits, mlp_values = sources.read(mlp)
-        state = (Scores(each_query[attention], attention_logits, each_query[mlp], mlp_logits), *values)
+        each_logits = (sources.logits(attention), sources.logits(mlp)) if output_depth_weights else ()
+        scores = Scores(each_query[attention], attention_logits, each_query[mlp], mlp_logits, *each_logits)
+        state = (scores, *values)
         if not shared_sources:
             state += mlp_values
         output = call_layer(

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnres.depth_mixer import DepthMixer, mix, mix_bank, score
+from attnres.depth_functions import Norm, depth_weights, mix_bank, score
+from attnres.depth_mixer import DepthMixer, mix
 
 EPS = 1e-6
 
@@ -29,19 +30,21 @@ def scaled(query, gain=1.0):
     return query * gain * query.shape[-1] ** 0.5
 
 
-def score_and_mix(sources, query, form, return_weights=True):
-    """The mixture in each of the forms in which sources come."""
-    logits = torch.cat([score(source, query.unsqueeze(0), EPS) for source in sources], dim=-1)
+def score_and_mix(sources, query, form):
+    """The mixture in each of the forms in which sources come, and its weights where there are some to see."""
+    query = query.unsqueeze(0)
+    logits = torch.cat([score(source, query, EPS) for source in sources], dim=-1)
     if form == "list":
-        return mix(tuple(sources), logits, "eager", return_weights=return_weights)
+        return mix(tuple(sources), logits, "eager"), depth_weights(logits)
     if form == "list and partial sum":
-        return mix(tuple(sources), logits[..., :-1], "eager", query.unsqueeze(0), EPS, return_weights)
+        weights = depth_weights(logits[..., :-1], sources[-1], query, EPS)
+        return mix(tuple(sources), logits[..., :-1], "eager", query, EPS), weights
     with torch.no_grad():
         if form == "bank":
             return mix_bank(torch.stack(sources), logits.movedim(-1, 0).unsqueeze(0)).squeeze(2), None
         complete = mix_bank(torch.stack(sources[:-1]), logits[..., :-1].movedim(-1, 0).unsqueeze(0)).squeeze(2)
         together = torch.logsumexp(logits[..., :-1], dim=-1, keepdim=True)
-        return mix((complete, sources[-1]), together, "eager", query.unsqueeze(0), EPS)
+        return mix((complete, sources[-1]), together, "eager", query, EPS), None
 
 
 FORMS = ["list", "list and partial sum", "bank", "bank and partial sum"]
@@ -86,12 +89,15 @@ def test_every_gradient_is_that_of_the_stacked_sum(form):
 def test_the_gradient_of_the_sum_can_be_differentiated_again():
     sources = [torch.randn(1, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     logits = torch.randn(1, 2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda logits, *values: mix(values, logits, "eager")[0], (logits, *sources))
+    assert torch.autograd.gradgradcheck(lambda logits, *values: mix(values, logits, "eager"), (logits, *sources))
 
 
-def test_sources_are_kept_for_the_backward_pass_by_reference():
+@pytest.mark.parametrize("normed", [False, True])
+def test_of_states_only_the_mixture_and_all_sources_but_the_first_are_kept_for_the_backward_pass(normed):
+    """By reference; plain residuals keep as much: what the norm takes and what it multiplies by its gain."""
     sources = tuple(torch.randn(1, 11, 64, requires_grad=True) for _ in range(6))
     logits = torch.randn(1, 11, 6, requires_grad=True)
+    norm = Norm(torch.randn(64, requires_grad=True), 0.0, EPS) if normed else None
     kept = {}
 
     def keep(tensor):
@@ -99,10 +105,12 @@ def test_sources_are_kept_for_the_backward_pass_by_reference():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        mix(sources, logits, "eager")
-    for source in sources:
+        result = mix(sources, logits, "eager", norm=norm)
+    for source in sources[1:]:
         kept.pop(source.untyped_storage().data_ptr())
-    assert all(tensor.shape[-1] == 6 for tensor in kept.values())  # weights only
+    states = [tensor for tensor in kept.values() if tensor.numel() == sources[0].numel()]
+    assert len(states) == 1 and (states[0] is result or normed)
+    assert all(tensor.numel() <= 11 * 6 for tensor in kept.values() if tensor is not states[0] and tensor.ndim > 1)
 
 
 @given(st.integers(1, 9), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.floats(1e-3, 1e3))
@@ -114,7 +122,8 @@ def test_depth_weights_are_a_distribution_and_do_not_depend_on_the_scale_of_a_so
     def logits_at(scale):
         return torch.cat([score((scale * source).to(dtype), queries, 0.0)[..., 1:] for source in sources], dim=-1)
 
-    mixture, weights = mix(tuple(source.to(dtype) for source in sources), logits_at(1.0), "eager", return_weights=True)
+    mixture = mix(tuple(source.to(dtype) for source in sources), logits_at(1.0), "eager")
+    weights = depth_weights(logits_at(1.0))
     assert mixture.dtype == dtype and weights.dtype == torch.float32
     torch.testing.assert_close(weights.sum(-1), torch.ones(1, 3))
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.05}[dtype]
@@ -145,9 +154,10 @@ def test_a_source_of_zeros_has_score_zero_and_finite_gradients():
 def test_one_source_is_passed_through_without_a_gradient_to_its_score():
     source = torch.randn(2, 3, 5)
     logits = torch.randn(2, 3, 1, requires_grad=True)
-    mixture, weights = mix((source,), logits, "eager", return_weights=True)
-    assert mixture is source and not weights.requires_grad
+    assert mix((source,), logits, "eager") is source
+    weights = depth_weights(logits)
     assert torch.equal(weights, torch.ones(2, 3, 1))
+    assert not torch.autograd.grad(weights.sum(), logits)[0].any()
 
 
 def test_the_mixer_orders_its_queries_by_sublayer_and_starts_at_zero_and_one():

@@ -16,7 +16,7 @@ from .oracle import Mixing, mix_over_depth, stack_and_mix
 
 PLAIN = "plain"
 CHECK_TOKENS = 32
-CHECK_TOLERANCE = 1e-4
+CHECK_TOLERANCE = 1e-3  # rounding alone reaches 1e-4 in full mode with 28 layers
 
 
 class Unavailable(Exception):

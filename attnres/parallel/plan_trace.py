@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 from transformers.integrations import moe
 
-from .. import AttnResForCausalLM, depth_mixer
+from .. import AttnResForCausalLM, depth_functions
 from .plan_model import EMBEDDING, HEAD, NORM, local_shape, parallel_styles
 
 ATTENTION = "attnres_plan"
@@ -174,7 +174,7 @@ def _fake(
             f"expert={expert} ({reason})"
         ) from None
     finally:
-        depth_mixer._kept_constant.cache_clear()  # which would give fake numbers to real models
+        depth_functions._kept_constant.cache_clear()  # which would give fake numbers to real models
 
 
 def _materialise(model: nn.Module, styles: dict[str, str], tensor: int, expert: int, dtype: torch.dtype):

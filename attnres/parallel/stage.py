@@ -6,7 +6,7 @@ Shapes: B rows of a micro-batch, T tokens, D hidden size, V vocabulary, Q pseudo
 import torch
 from torch import nn
 
-from ..backbones import create_masks, get_family, rotary_embeddings, scale_logits
+from ..backbones import create_masks, get_family, rotary_inputs, scale_logits
 from ..depth_mixer import DepthMixer, mix
 from ..depth_sources import SourceList
 from ..modeling_attnres import AttnResForCausalLM, AttnResPreTrainedModel, mix_layers
@@ -138,7 +138,7 @@ class AttnResStage(AttnResPreTrainedModel):
         if not self.is_last:
             return (*sources.complete[route.sent.start :], *partial)
         logits, values = sources.read(2 * len(route.layers))
-        return self._logits(mix(values, logits, self.config.depth_implementation)[0])
+        return self._logits(mix(values, logits, self.config.depth_implementation))
 
     def enable_input_require_grads(self):
         """Nothing to do for checkpointing: all that a stage mixes requires gradients already."""
@@ -148,8 +148,8 @@ class AttnResStage(AttnResPreTrainedModel):
         kinds = sorted({layer.layer_type for layer in layers.values()})
         inputs = {"inputs_embeds": embedding, "past_key_values": None, "position_ids": position_ids}
         masks = create_masks(backbone, kinds, attention_mask, **inputs)
-        rotary = getattr(self.model, "rotary_emb", None)
-        position_embeddings = rotary_embeddings(backbone, kinds, rotary, embedding, position_ids)
+        rotary_emb = getattr(self.model, "rotary_emb", None)
+        rotary = rotary_inputs(backbone, kinds, rotary_emb, embedding, position_ids)
 
         def call_layer(layer_idx: int, *state: torch.Tensor, **options):
             layer = layers[str(layer_idx)]
@@ -159,7 +159,7 @@ class AttnResStage(AttnResPreTrainedModel):
                 position_ids=position_ids,
                 past_key_values=None,
                 use_cache=False,
-                position_embeddings=position_embeddings[layer.layer_type],
+                **rotary[layer.layer_type],
                 **options,
             )
 

@@ -38,7 +38,7 @@ def test_all_arms_of_a_family_compute_the_same_logits(family):
     chosen = select(ALL)
     models, _ = build(chosen, short_config(family), 2, CPU, seed=0)
     errors, left_out = check(chosen, models, seed=0)
-    assert errors.keys() == {"standard", "block", "full"} and max(errors.values()) < 1e-5 and not left_out
+    assert errors.keys() == {"standard", "block", "full"} and max(errors.values()) < 3e-5 and not left_out
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_a_device_without_kernels_mixes_by_eager_after_one_warning(monkeypatch):
         found = triton(tokens).logits
         triton(tokens)
     assert len(caught) == 1
-    torch.testing.assert_close(found, eager(tokens).logits, rtol=0, atol=0)
+    assert relative_error(found, eager(tokens).logits) < 1e-5
 
 
 def test_kernels_that_fail_their_self_check_are_not_used(monkeypatch):
@@ -87,7 +87,7 @@ def test_kernels_that_fail_their_self_check_are_not_used(monkeypatch):
     monkeypatch.setattr(mix_triton, "self_check", lambda device: "mixture is off by 3.0e-01")
     with pytest.warns(UserWarning, match='mixes by "eager" instead: mixture is off'):
         found = triton(random_tokens(1, 5)).logits
-    torch.testing.assert_close(found, eager(random_tokens(1, 5)).logits, rtol=0, atol=0)
+    assert relative_error(found, eager(random_tokens(1, 5)).logits) < 1e-5
 
 
 def test_without_triton_the_warning_names_the_extra(monkeypatch):
