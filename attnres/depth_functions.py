@@ -3,8 +3,8 @@
     h = sum_i a_i v_i,     a = softmax_i(logits),     y = g * h / sqrt(mean(h^2) + norm_eps)
 
 The gradient of a logit is a_i (dh . v_i - dh . h), and those of all logits add up to zero, so that the first one's is
-minus the sum of the others: the backward pass does not need the first source, the mixture of all complete ones. It
-needs h, as the norm does.
+minus the sum of the others: with a norm the backward pass needs h, but not the first source, which is usually the
+mixture of all complete ones and needed by nothing else.
 
 Shapes: B batch, T tokens, D hidden size, n sources, Q pseudo-queries scored at once, K sublayers.
 """
@@ -209,10 +209,11 @@ def _mix(sources, logits, query, eps: float) -> tuple[torch.Tensor, torch.Tensor
 @_exact
 def _merge(first, last, logit, query, eps: float) -> torch.Tensor:
     """`_mix` of two in few operations: a softmax over two is a sigmoid of their difference."""
-    last = _wide(last)
-    product, norm = _product_and_norm(last, query, eps)
+    wide = _wide(last)
+    product, norm = _product_and_norm(wide, query, eps)
     share = torch.sigmoid(torch.addcdiv(logit, product, norm, value=-1))
-    return torch.lerp(last, _wide(first), share)
+    keep = wide is last or torch.compiler.is_compiling()
+    return torch.lerp(wide, _wide(first), share, out=None if keep else wide)
 
 
 def _inverse_rms(mixed: torch.Tensor, eps: float) -> torch.Tensor:
@@ -226,7 +227,7 @@ def _normed(mixed: torch.Tensor, norm: Norm, in_place: bool) -> torch.Tensor:
 
 
 class _Mixture(torch.autograd.Function):
-    """`mixture`. Saves the mixture, all sources but the first, and numbers per token; states by reference."""
+    """`mixture`. Saves the sources, with a norm the mixture in place of the first one, and the weights."""
 
     @staticmethod
     def forward(logits, query, eps: float, weight, offset: float, norm_eps: float, *sources):
@@ -241,33 +242,35 @@ class _Mixture(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, query, ctx.eps, weight, ctx.offset, ctx.norm_eps, *sources = inputs
-        mixed = sources[0] if len(sources) == 1 else output[0 if weight is None else 2]
+        first = sources[0] if weight is None or len(sources) == 1 else output[2]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, weight, output[1], mixed, *sources[1:])
+        ctx.save_for_backward(query, weight, output[1], first, *sources[1:])
 
     @staticmethod
     def backward(ctx, given, by_weights, by_mixed=None):
-        query, weight, weights, mixed, *others = ctx.saved_tensors
-        dtype, mixed = mixed.dtype, _wide(mixed)
+        query, weight, weights, first, *others = ctx.saved_tensors
+        dtype, first = first.dtype, _wide(first)
+        columns = weights.split(1, dim=-1)
+        gradient = torch.zeros_like(first) if given is None else _as(given, first.dtype)
         by_norm_weight = None
         # The gradient of the mixture is scale * gradient: what is the same for all of a token is multiplied later.
-        gradient, scale = None if given is None else _as(given, mixed.dtype), 1.0
-        if gradient is not None and weight is not None:
+        scale = 1.0
+        if weight is not None:
             norm = Norm(weight, ctx.offset, ctx.norm_eps)
-            gradient, scale, along_mixed, by_norm_weight = _normed_backward(gradient, mixed, norm)
-        elif gradient is not None:
-            along_mixed = _dot(gradient, mixed)
-        if by_mixed is not None or gradient is None:  # the gradient of a gradient, or of the weights alone
-            rest = torch.zeros_like(mixed) if by_mixed is None else _as(by_mixed, mixed.dtype)
-            gradient, scale = (rest if gradient is None else scale * gradient + rest), 1.0
-            along_mixed = _dot(gradient, mixed)
+            gradient, scale, along_mixed, by_norm_weight = _normed_backward(gradient, first, norm)
+            if by_mixed is not None:  # of those who differentiate a gradient
+                gradient, scale = scale * gradient + by_mixed, 1.0
+                along_mixed = _dot(gradient, first)
+        dots = [scale * _dot(gradient, _wide(source)) for source in others]
+        if weight is None:
+            dots.insert(0, _dot(gradient, first))
+            along_mixed = sum(column * dot for column, dot in zip(columns, dots, strict=True))
 
-        columns = weights.split(1, dim=-1)
-        by_logit = [
-            column * (scale * _dot(gradient, _wide(source)) - along_mixed)
-            for column, source in zip(columns[1:], others, strict=True)
-        ]
-        by_logits = torch.cat([-sum(by_logit), *by_logit], dim=-1) if others else torch.zeros_like(weights)
+        scored = columns[len(columns) - len(dots) :]
+        by_logit = [column * (dot - along_mixed) for column, dot in zip(scored, dots, strict=True)]
+        if weight is not None:
+            by_logit.insert(0, -sum(by_logit) if others else torch.zeros_like(weights))
+        by_logits = torch.cat(by_logit, dim=-1)
         if by_weights is not None:
             by_logits = by_logits + weights * (by_weights - (weights * by_weights).sum(-1, keepdim=True))
 

@@ -86,10 +86,10 @@ class SourceGroups(SourceList):
 class SourceBank:
     """The sources in one preallocated tensor, mixed for several sublayers at once; without autograd.
 
-    What a sublayer reads is then one source: the mixture of the complete ones, whose logit is the logarithm of the sum
-    of their exponentials. A softmax over it and the partial sum gives the mixture over all. The sources that are
-    complete when the first of K sublayers reads are mixed for all K in one pass; those that are completed before the
-    last of them has read are mixed for two at a time, and the two mixtures merged (paper, algorithm 1).
+    What a sublayer reads is then a mixture of the complete ones, whose logit is the logarithm of the sum of their
+    exponentials. A softmax over it and the partial sum gives the mixture over all. The sources that are complete when
+    the first of K sublayers reads are mixed for all K in one pass; those that are completed before the last of them has
+    read are mixed for two at a time, and both mixtures are read (paper, algorithm 1).
 
     Args:
         queries, eps: as above.
@@ -120,8 +120,8 @@ class SourceBank:
         self._count += 1
         self._late.clear()
 
-    def read(self, reader: int) -> tuple[torch.Tensor, tuple[torch.Tensor]]:
-        """A logit `[B, T, 1]` and a source `[B, T, D]`, the mixture of all that are complete."""
+    def read(self, reader: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Logits `[B, T, n]` and n sources `[B, T, D]`, at most two mixtures of all that are complete."""
         if reader not in self._early:
             self._early = self._mixtures(reader, self.readers_at_once, 0)
             self._early_count = self._count
@@ -131,8 +131,7 @@ class SourceBank:
         if reader not in self._late:
             self._late = self._mixtures(reader, 2, self._early_count)
         late_logit, late = self._late.pop(reader)
-        share = torch.sigmoid(early_logit - late_logit).to(early.dtype)
-        return torch.logaddexp(early_logit, late_logit), (torch.lerp(late, early, share),)
+        return torch.cat([early_logit, late_logit], dim=-1), (early, late)
 
     def _mixtures(self, reader: int, readers: int, first: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Of the sources from `first` on, for that many sublayers from `reader` on."""

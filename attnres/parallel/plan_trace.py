@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 from transformers.integrations import moe
 
-from .. import AttnResForCausalLM, depth_functions
+from .. import AttnResForCausalLM, depth_functions, depth_mixer
 from .plan_model import EMBEDDING, HEAD, NORM, local_shape, parallel_styles
 
 ATTENTION = "attnres_plan"
@@ -155,8 +155,11 @@ def _fake(
     styles = parallel_styles(module, tensor, expert)
     config = copy.deepcopy(module.config)
     config._attn_implementation_internal = ATTENTION if kernels else module.config._attn_implementation
+    config.depth_implementation = "triton"
     try:
         with ExitStack() as stack:
+            # They keep the same: sources and weights. What is fused on CPUs only would keep something else.
+            stack.enter_context(patch.dict(depth_mixer.DEPTH_IMPLEMENTATIONS, triton=depth_functions.mixture))
             for target, name, replacement in _stand_ins(module, kernels):
                 stack.enter_context(patch.object(target, name, replacement))
             with torch.device("meta"):

@@ -25,6 +25,8 @@ from transformers.integrations import moe
 from attnres import AttnResConfig, AttnResForCausalLM
 from attnres.bench.memory import saved_bytes
 from attnres.cli import main
+from attnres.depth_functions import mixture
+from attnres.depth_mixer import DEPTH_IMPLEMENTATIONS
 from attnres.parallel.plan import Options, run
 from attnres.parallel.plan_layout import Layout, layouts
 from attnres.parallel.plan_memory import Plan, Prefill, Work, in_flight, prefill_memory
@@ -117,8 +119,11 @@ def test_the_standard_mode_has_no_depth_mixer():
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
-def test_activations_are_what_autograd_saves(family, autocast, any_size_of_experts):
+def test_activations_are_what_autograd_saves(family, autocast, any_size_of_experts, monkeypatch):
+    """On an accelerator, whose kernels keep what this implementation keeps; CPUs fuse norms, and keep other states."""
+    monkeypatch.setitem(DEPTH_IMPLEMENTATIONS, "triton", mixture)
     config = config_of(family)
+    config.depth_implementation = "triton"
     model, ids = AttnResForCausalLM(config).train(), random_tokens(BATCH, TOKENS)
     masks = {layer.layer_type: None for layer in model.model.layers}
 
