@@ -74,7 +74,9 @@ def test_two_processes_train_as_one_with_the_same_global_batch(alone, ranks, nam
     for outcome in (rank[name] for rank in ranks):
         assert outcome["wrapper"] == "DistributedDataParallel"
         assert len(outcome["losses"]) == 4
-        assert outcome["losses"] == pytest.approx(expected["losses"], **LOSSES)
+        assert outcome["losses"] == pytest.approx(
+            expected["losses"], **({"rel": 1e-5} if name == "float32" else LOSSES)
+        )
         assert largest_error(outcome["weights"], expected["weights"]) < rounding
     assert largest_error(ranks[0][name]["weights"], ranks[1][name]["weights"]) == 0
 

