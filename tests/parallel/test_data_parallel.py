@@ -70,13 +70,11 @@ def ranks(tmp_path_factory):
 def test_two_processes_train_as_one_with_the_same_global_batch(alone, ranks, name):
     expected = alone.get(name, alone[BASE])
     assert len(ranks) == 2
-    rounding = 1e-4 if name == "float32" else WEIGHTS
+    rounding, losses = (1e-4, {"rel": 1e-5}) if name == "float32" else (WEIGHTS, LOSSES)
     for outcome in (rank[name] for rank in ranks):
         assert outcome["wrapper"] == "DistributedDataParallel"
         assert len(outcome["losses"]) == 4
-        assert outcome["losses"] == pytest.approx(
-            expected["losses"], **({"rel": 1e-5} if name == "float32" else LOSSES)
-        )
+        assert outcome["losses"] == pytest.approx(expected["losses"], **losses)
         assert largest_error(outcome["weights"], expected["weights"]) < rounding
     assert largest_error(ranks[0][name]["weights"], ranks[1][name]["weights"]) == 0
 
