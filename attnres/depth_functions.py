@@ -337,7 +337,7 @@ class _MixTogether(torch.autograd.Function):
     @staticmethod
     def forward(logits: torch.Tensor, *sources: torch.Tensor):
         weights = _of_tokens(torch.softmax(logits, dim=1))
-        mixtures = [torch.empty_like(sources[0]) for _ in range(len(logits))]
+        mixtures = [_room(sources[0]) for _ in range(len(logits))]
         for piece, table in _pieces(sources, len(mixtures)):
             _spread(_sum_rows(table, weights[piece]), mixtures, piece)
         return torch.logsumexp(logits, dim=1), *mixtures
@@ -353,7 +353,7 @@ class _MixTogether(torch.autograd.Function):
         weights = torch.softmax(logits, dim=1)
         of_tokens = _of_tokens(weights)
         by_mixtures = [torch.zeros_like(sources[0]) if by is None else by for by in by_mixtures]
-        by_sources = [torch.empty_like(source) for source in sources]
+        by_sources = [_room(source) for source in sources]
         dots = []
         for piece, gradients in _pieces(by_mixtures, len(sources)):
             table = _side_by_side(sources, piece)
@@ -363,6 +363,10 @@ class _MixTogether(torch.autograd.Function):
         along = (weights * dots).sum(1, keepdim=True)
         by_logits = weights * (dots - along if by_together is None else dots - along + by_together.unsqueeze(1))
         return by_logits, *by_sources
+
+
+def _room(state: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(state, memory_format=torch.contiguous_format)  # whatever the strides of the state
 
 
 def _of_tokens(weights: torch.Tensor) -> torch.Tensor:

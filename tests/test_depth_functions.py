@@ -199,3 +199,19 @@ def test_the_backward_pass_needs_no_more_states_than_with_plain_residuals(mode, 
         return saved_bytes(lambda: model(tokens, labels=tokens, use_cache=False).loss, model.parameters())
 
     assert kept(mode) < 1.1 * kept("standard")
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("mode", ["block", "full"])
+def test_embeddings_may_have_any_strides(mode, grad):
+    model = random_attnres("llama", mode)
+    embeddings = torch.randn(3, 5, model.config.hidden_size)
+    strided = embeddings.transpose(0, 1).contiguous().transpose(0, 1)
+    assert not strided.is_contiguous()
+    with torch.set_grad_enabled(grad):
+        found, expected = (model(inputs_embeds=each).logits for each in (strided, embeddings))
+    assert relative_error(found, expected) < 1e-5
+    if grad:
+        weights = model.model.layers[0].self_attn.q_proj.weight
+        first, second = (torch.autograd.grad(each.square().mean(), weights)[0] for each in (found, expected))
+        assert relative_error(first, second) < 1e-4
