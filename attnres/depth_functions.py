@@ -257,7 +257,8 @@ class _Mixture(torch.autograd.Function):
         scale = 1.0
         if weight is not None:
             norm = Norm(weight, ctx.offset, ctx.norm_eps)
-            gradient, scale, along_mixed, by_norm_weight = _normed_backward(gradient, first, norm)
+            trained = ctx.needs_input_grad[3]
+            gradient, scale, along_mixed, by_norm_weight = _normed_backward(gradient, first, norm, trained)
             if by_mixed is not None:  # of those who differentiate a gradient
                 gradient, scale = scale * gradient + by_mixed, 1.0
                 along_mixed = _dot(gradient, first)
@@ -296,19 +297,19 @@ class _Mixture(torch.autograd.Function):
         return by_logits, by_query, None, by_norm_weight, None, None, *by_sources
 
 
-def _normed_backward(gradient: torch.Tensor, mixed: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, ...]:
+def _normed_backward(gradient: torch.Tensor, mixed: torch.Tensor, norm: Norm, trained: bool) -> tuple:
     """The gradient of what is normed as a new tensor `[B, T, D]` and its scale `[B, T, 1]`; its product with what is
     normed `[B, T, 1]`, which is small: but for the epsilon the norm does not see lengths; and that of the norm's
-    weight `[D]`."""
+    weight `[D]`, if that is trained."""
     gain, inverse = norm.gain(mixed.dtype), _inverse_rms(mixed, norm.eps)
     product = (gradient * mixed).flatten(0, 1)
     along = (product @ gain).view(inverse.shape)
-    by_weight = inverse.flatten() @ product
+    by_weight = (inverse.flatten() @ product).to(norm.weight.dtype) if trained else None
     by_mixed = torch.mul(gradient, gain, out=_reuse(product.view(gradient.shape)))
     square = inverse.square()
     shrink = along * square / mixed.shape[-1]
     by_mixed = torch.addcmul(by_mixed, mixed, shrink, value=-1, out=_reuse(by_mixed))
-    return by_mixed, inverse, along * inverse * square * norm.eps, by_weight.to(norm.weight.dtype)
+    return by_mixed, inverse, along * inverse * square * norm.eps, by_weight
 
 
 def _dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -397,12 +398,9 @@ def _sum_rows(table: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """`[T, n, D]` and `[T, K, n]` to `[T, K, D]`: what all sums take from a token is read from memory once."""
     tokens, sums, count = weights.shape
     rows = torch.arange(tokens * count).view(tokens, 1, count).expand(tokens, sums, count).reshape(-1)
-    return _bag(table.flatten(0, 1), rows, weights.reshape(-1), count).view(tokens, sums, -1)
-
-
-def _bag(table: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, count: int) -> torch.Tensor:
     offsets = torch.arange(0, len(rows), count)
-    return torch.embedding_bag(table, rows, offsets, mode=0, per_sample_weights=weights)[0]
+    table, weights = table.flatten(0, 1), weights.reshape(-1)
+    return torch.embedding_bag(table, rows, offsets, mode=0, per_sample_weights=weights)[0].view(tokens, sums, -1)
 
 
 def mix_bank(bank: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

@@ -62,6 +62,25 @@ def test_mixtures_and_all_their_gradients_are_those_of_the_stacked_sources(num_s
             assert again.data_ptr() != source.data_ptr()  # normed in place, but not in a source
 
 
+@pytest.mark.parametrize("frozen", range(4))
+def test_what_is_frozen_gets_no_gradient_and_changes_none(frozen):
+    sources, logits, query, weight = inputs(3, True, True)
+    leaves = [sources[0], sources[2], query, weight]
+    direction = torch.randn_like(sources[0])
+
+    def gradients():
+        mixture(tuple(sources), logits, query, EPS, Norm(weight, 0.0, EPS)).backward(direction)
+        found = [leaf.grad for leaf in leaves]
+        for leaf in (*leaves, sources[1], logits):
+            leaf.grad = None
+        return found
+
+    expected = gradients()
+    leaves[frozen].requires_grad_(False)
+    for number, (gradient, wanted) in enumerate(zip(gradients(), expected, strict=True)):
+        assert gradient is None if number == frozen else torch.equal(gradient, wanted)
+
+
 @pytest.mark.parametrize(("num_sources", "with_query", "with_norm"), CASES)
 def test_the_gradients_of_mixtures_can_be_differentiated_again(num_sources, with_query, with_norm):
     sources, logits, query, weight = inputs(num_sources, with_query, with_norm, shape=(1, 2), hidden_size=3)
