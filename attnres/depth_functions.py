@@ -10,12 +10,10 @@ Shapes: B batch, T tokens, D hidden size, n sources, Q pseudo-queries scored at 
 """
 
 import functools
-import math
 from contextlib import nullcontext
 from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -401,95 +399,3 @@ def _sum_rows(table: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     offsets = torch.arange(0, len(rows), count)
     table, weights = table.flatten(0, 1), weights.reshape(-1)
     return torch.embedding_bag(table, rows, offsets, mode=0, per_sample_weights=weights)[0].view(tokens, sums, -1)
-
-
-def mix_bank(bank: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """The same sources mixed for several sublayers at once; without autograd.
-
-    Args:
-        bank: n sources side by side, `[n, B, T, D]`.
-        logits: of K sublayers, `[K, n, B, T]`, float32: a softmax over few numbers is fast only if they are apart.
-
-    Returns:
-        `[B, T, K, D]` in the dtype of the bank. One pass over the sources for all sublayers, summed in float32: what
-        the sublayers take from a token is read from memory once, as their mixtures are neighbours.
-    """
-    sublayers, count, batch, tokens = logits.shape
-    if count == 1:
-        return bank[0].unsqueeze(2).expand(-1, -1, sublayers, -1)
-    weights = torch.softmax(logits, dim=1).to(bank.dtype).permute(2, 3, 0, 1).reshape(-1)
-    rows, offsets = _bags(sublayers, batch * tokens, count)
-    mixtures = torch.embedding_bag(bank.flatten(0, 2), rows, offsets, mode=0, per_sample_weights=weights)[0]
-    return mixtures.view(batch, tokens, sublayers, -1)
-
-
-def _bags(sublayers: int, tokens: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of a flat bank that belong to each token and sublayer, and where each one's rows begin."""
-    make = _few_bags if sublayers * tokens <= FEW_BAGS else _new_bags
-    return make(sublayers, tokens, count)
-
-
-def _new_bags(sublayers: int, tokens: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = torch.arange(count) * tokens + torch.arange(tokens).view(-1, 1, 1)
-    return rows.expand(tokens, sublayers, count).reshape(-1), torch.arange(0, sublayers * tokens * count, count)
-
-
-FEW_BAGS = 1024  # while decoding, making them would take as long as summing them
-_few_bags = lru_cache(maxsize=128)(_new_bags)
-
-
-def token_vector(source: torch.Tensor) -> np.ndarray:
-    """A source of one token as a vector `[D]` of numpy, float32 or wider. While decoding, the weights that stream past
-    leave nothing in the cache: numpy's short way to a dot product takes half the time of torch's."""
-    return (source.float() if source.dtype.itemsize < 4 else source).numpy().ravel()
-
-
-def score_token(vector: np.ndarray, queries: np.ndarray, eps: float) -> np.ndarray:
-    """`score` for one token: `[Q]` for a source `[D]` and scaled pseudo-queries `[Q, D]`."""
-    return queries.dot(vector) / math.sqrt(vector.dot(vector).item() + len(vector) * eps)
-
-
-def mix_tokens_together(rows: np.ndarray, logits: np.ndarray) -> list["TokenLogit"]:
-    """`mix_bank` for one token: of sources `[n, D]` and logits `[n, K]` the mixtures for K sublayers."""
-    highest = logits.max(0)
-    weights = np.exp(logits - highest)
-    total = weights.sum(0)
-    weights /= total
-    return list(map(TokenLogit, (np.log(total) + highest).tolist(), weights.T.dot(rows)))
-
-
-class TokenLogit(NamedTuple):
-    """The logit of a mixture of one token, and the mixture as a vector `[D]`, float32 or wider."""
-
-    logit: float
-    mixture: np.ndarray
-
-
-def mix_token(sources, first: TokenLogit, query: np.ndarray | None, eps: float, norm: Norm | None) -> torch.Tensor:
-    """`mixture` for one token and at most two sources, in as few operations as possible: with cold caches the first
-    call of each kind takes 10 us, a number of Python nothing.
-
-    Args:
-        sources: as in `mixture`, but of the first only shape and dtype count.
-        first: the first source and its logit.
-        query: `[D]`.
-        eps, norm: as in `mixture`.
-    """
-    logit, mixed = first
-    last = sources[-1]
-    if len(sources) == 2:
-        vector = token_vector(last)
-        length = math.sqrt(vector.dot(vector).item() + len(vector) * eps)
-        own = vector.dot(query).item() / length
-        share = 1 / (1 + math.exp(min(own - logit, 700.0)))  # beyond, exp overflows
-        mixed = mixed * share
-        vector = vector * (1 - share)
-        mixed += vector
-    else:
-        mixed = mixed.copy()
-    if norm is not None:
-        mixed *= 1 / math.sqrt(mixed.dot(mixed).item() / len(mixed) + norm.eps)
-        gain = token_vector(norm.weight.detach())
-        mixed *= gain + norm.offset if norm.offset else gain
-    mixed = torch.from_numpy(mixed.reshape(1, 1, -1))  # torch's own view would take longer than all else
-    return mixed if mixed.dtype == last.dtype else mixed.to(last.dtype)

@@ -13,11 +13,10 @@ import importlib
 import warnings
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import nn
 
-from .depth_functions import Norm, TokenLogit, mix_token, mixture
+from .depth_functions import Norm, mixture
 
 
 class DepthScore(nn.Module):
@@ -100,6 +99,31 @@ def _triton_problem(device_type: str, device_index: int | None) -> str | None:
     return kernels.self_check(torch.device(device_type, device_index))
 
 
+def cpu_kernels(implementation: str, dtype: torch.dtype):
+    """The module whose `SourceTable` mixes on a CPU without autograd; `None` where it does not work: eager mixes then.
+
+    Only for `"auto"`. The kernels come with the package, and not for every dtype.
+    """
+    if implementation != "auto" or dtype not in (torch.float32, torch.bfloat16):
+        return None
+    module, problem = _cpu_kernels(dtype)
+    if problem is not None:
+        _warn_once(f"mixing on the CPU is slower than it could be: {problem}")
+    return module
+
+
+@lru_cache
+def _cpu_kernels(dtype: torch.dtype) -> tuple:
+    """The module, or why there is none; neither where these files stand alone, in a Hub folder."""
+    try:
+        module = importlib.import_module("attnres.kernels.source_table")
+    except ImportError as error:
+        away = (error.name or "").partition(".")[0] == "attnres"
+        return None, None if away else f"{' '.join(str(error).split())}; pip install numba"
+    problem = module.self_check(dtype)
+    return (module, None) if problem is None else (None, problem)
+
+
 @torch.compiler.assume_constant_result
 @lru_cache
 def _warn_once(message: str):
@@ -117,9 +141,9 @@ def norms_too(implementation: str, source: torch.Tensor) -> bool:
 
 def mix(
     sources: tuple[torch.Tensor, ...],
-    logits: torch.Tensor | TokenLogit,
+    logits,
     implementation: str,
-    query: torch.Tensor | np.ndarray | None = None,
+    query: torch.Tensor | None = None,
     eps: float = 0.0,
     norm: Norm | None = None,
 ) -> torch.Tensor:
@@ -127,11 +151,10 @@ def mix(
 
     Args:
         sources: n tensors `[B, T, D]`.
-        logits: `[B, T, n]`, float32; with a query `[B, T, n - 1]`, without the last source's; or what a `TokenBank`
-            gives for one token and at most two sources.
+        logits: `[B, T, n]`, float32; with a query `[B, T, n - 1]`, without the last source's; or what a table of
+            `cpu_kernels` gives, which has the complete sources itself.
         implementation: a key of `DEPTH_IMPLEMENTATIONS`.
-        query: `[1, D]`, the scaled pseudo-query that the last source is to be scored with; a `TokenBank`'s is numpy's
-            `[D]`.
+        query: `[1, D]`, the scaled pseudo-query that the last source is to be scored with; a table has its own.
         eps: epsilon of its key norm.
         norm: the norm that follows, where `norms_too` allows it.
 
@@ -139,8 +162,9 @@ def mix(
         The mixture or what the norm makes of it, `[B, T, D]` in the dtype of the sources. A single source that is not
         to be normed is passed through.
     """
-    if isinstance(logits, TokenLogit):
-        return mix_token(sources, logits, query, eps, norm)
+    if not isinstance(logits, torch.Tensor):
+        mixed = logits.mix(sources[1] if len(sources) == 2 else None, norm)
+        return mixed if mixed.dtype == sources[0].dtype else mixed.to(sources[0].dtype)
     if norm is not None:
         return DEPTH_IMPLEMENTATIONS[implementation](sources, logits, query, eps, norm)
     return sources[0] if len(sources) == 1 else DEPTH_IMPLEMENTATIONS[implementation](sources, logits, query, eps)

@@ -8,11 +8,8 @@ layers, n sources.
 import copy
 import os
 import threading
-from contextlib import nullcontext
 from dataclasses import dataclass
-from math import ceil
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
@@ -41,8 +38,8 @@ from .checkpoint_names import names_in_memory, weight_conversions
 from .configuration_attnres import DEPTH_OPTIONS, AttnResConfig
 from .decoder_layer import AttnResDecoderLayer, DepthWeights, MixedInput, Scores, SublayerWeights
 from .depth_functions import depth_weights
-from .depth_mixer import DepthMixer, DepthScore, mix
-from .depth_sources import SourceBank, SourceGroups, SourceList, TokenBank
+from .depth_mixer import DepthMixer, DepthScore, cpu_kernels, mix
+from .depth_sources import SourceGroups, SourceList
 
 # Held while converters are registered and while a model is loaded by them.
 _CONVERSIONS = threading.RLock()
@@ -65,11 +62,8 @@ _FAMILY_TRAITS = (
     "_can_set_experts_implementation",
 )
 
-# Complete sources are mixed for all sublayers of a block at once, in full mode for this many if there are more than a
-# few tokens, as far as the mixtures do not take up more than this.
+# With autograd on a CPU complete sources are mixed for all sublayers of a block at once, in full mode for this many.
 SUBLAYERS_TOGETHER = 8
-FEW_TOKENS = 64
-MIXTURE_BYTES = 1 << 24
 
 # Where remote code finds the classes in a saved folder.
 AUTO_MAP = {
@@ -492,10 +486,7 @@ class AttnResModel(AttnResPreTrainedModel):
             queries = self.depth_mixer()
             sources = self._new_sources(queries, inputs_embeds, bool(output_depth_weights))
             sources.commit(inputs_embeds, first_reader=0)
-            del inputs_embeds  # a bank has a copy
-            silent = np.errstate(all="ignore") if isinstance(sources, TokenBank) else nullcontext()
-            with silent:  # as torch is: infinite states show in the logits
-                hidden_states, weights = self._mix_layers(queries, sources, call_layer, bool(output_depth_weights))
+            hidden_states, weights = self._mix_layers(queries, sources, call_layer, bool(output_depth_weights))
             if output_depth_weights:
                 self.depth_weights(weights if shards is None else shards.gather(weights))
         if shards is not None:
@@ -506,7 +497,7 @@ class AttnResModel(AttnResPreTrainedModel):
     def _mix_layers(
         self,
         queries: torch.Tensor,
-        sources: SourceList | SourceBank | TokenBank,
+        sources: SourceList,
         call_layer,
         output_depth_weights: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -517,36 +508,28 @@ class AttnResModel(AttnResPreTrainedModel):
         mixed = mix(values, logits, self.config.depth_implementation)
         return mixed, depth_weights(sources.logits(2 * len(layers))) if output_depth_weights else None
 
-    def _new_sources(
-        self, queries: torch.Tensor, embedding: torch.Tensor, output_depth_weights: bool
-    ) -> SourceList | SourceBank | TokenBank:
-        """Sources mixed for several sublayers at once on a CPU, in a bank without autograd; else one by one."""
-        eps = self.config.rms_norm_eps
+    def _new_sources(self, queries: torch.Tensor, embedding: torch.Tensor, output_depth_weights: bool) -> SourceList:
+        """Sources one by one; on a CPU mixed for several sublayers at once, by compiled kernels without autograd."""
+        eps, implementation = self.config.rms_norm_eps, self.config.depth_implementation
         devices = {embedding.device.type, next(self.layers[-1].parameters()).device.type}
-        eager = self.config.depth_implementation in ("auto", "eager")
-        recorded = torch.is_grad_enabled()
-        if torch.compiler.is_compiling() or not eager or devices != {"cpu"} or (output_depth_weights and not recorded):
+        if torch.compiler.is_compiling() or devices != {"cpu"} or implementation not in ("auto", "eager"):
             return SourceList(queries, eps)
-        tokens = embedding.shape[0] * embedding.shape[1]
-        if self.config.residual_mode == "block":
-            capacity, together = 1 + self.config.num_blocks, 2 * self.config.layers_per_block
-        else:
-            capacity, together = len(queries), 2 if tokens <= FEW_TOKENS else SUBLAYERS_TOGETHER
-        if recorded:
-            if self.training and any(layer.gradient_checkpointing for layer in self.layers):
-                return SourceList(queries, eps)  # a checkpoint would keep the mixtures of every layer
-            return SourceGroups(queries, eps, together)
-        room = max(2, MIXTURE_BYTES // embedding.nbytes)
-        readers_at_once = ceil(together / ceil(together / room))
-        bank = TokenBank if tokens == 1 else SourceBank
-        return bank(queries, eps, embedding, capacity, readers_at_once)
+        if not torch.is_grad_enabled():
+            kernels = cpu_kernels(implementation, embedding.dtype)
+            if kernels is None or output_depth_weights or type(embedding) is not torch.Tensor:
+                return SourceList(queries, eps)  # logits are looked at, or, of a fake tensor, there is no memory
+            return kernels.SourceTable(queries, eps, embedding)
+        if self.training and any(layer.gradient_checkpointing for layer in self.layers):
+            return SourceList(queries, eps)  # a checkpoint would keep the mixtures of every layer
+        block_mode = self.config.residual_mode == "block"
+        return SourceGroups(queries, eps, 2 * self.config.layers_per_block if block_mode else SUBLAYERS_TOGETHER)
 
 
 def mix_layers(
     config: AttnResConfig,
     layers: range,
     queries: torch.Tensor,
-    sources: SourceList | SourceBank | TokenBank,
+    sources: SourceList,
     partial: tuple[torch.Tensor, ...],
     call_layer,
     output_depth_weights: bool = False,

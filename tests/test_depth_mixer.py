@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnres.depth_functions import Norm, depth_weights, mix_bank, score
+from attnres.depth_functions import Norm, depth_weights, mix_together, score
 from attnres.depth_mixer import DepthMixer, mix
 
 EPS = 1e-6
@@ -39,15 +39,14 @@ def score_and_mix(sources, query, form):
     if form == "list and partial sum":
         weights = depth_weights(logits[..., :-1], sources[-1], query, EPS)
         return mix(tuple(sources), logits[..., :-1], "eager", query, EPS), weights
-    with torch.no_grad():
-        if form == "bank":
-            return mix_bank(torch.stack(sources), logits.movedim(-1, 0).unsqueeze(0)).squeeze(2), None
-        complete = mix_bank(torch.stack(sources[:-1]), logits[..., :-1].movedim(-1, 0).unsqueeze(0)).squeeze(2)
-        together = torch.logsumexp(logits[..., :-1], dim=-1, keepdim=True)
-        return mix((complete, sources[-1]), together, "eager", query, EPS), None
+    logits = logits.movedim(-1, 0).unsqueeze(0)
+    if form == "together":
+        return mix_together(logits, tuple(sources))[1][0], None
+    together, (complete,) = mix_together(logits[:, :-1], tuple(sources[:-1]))
+    return mix((complete, sources[-1]), together[0].unsqueeze(-1), "eager", query, EPS), None
 
 
-FORMS = ["list", "list and partial sum", "bank", "bank and partial sum"]
+FORMS = ["list", "list and partial sum", "together", "together and partial sum"]
 
 
 @pytest.mark.parametrize("form", FORMS)

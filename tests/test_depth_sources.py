@@ -1,4 +1,4 @@
-"""Without autograd the complete sources are kept side by side and mixed for several sublayers at once: same results."""
+"""A forward pass without autograd: the same results, and what it takes in memory and digits."""
 
 import importlib.util
 from pathlib import Path
@@ -9,7 +9,6 @@ import torch
 from helpers import random_attnres, random_tokens, relative_error
 
 from attnres.bench.memory import peak_bytes
-from attnres.depth_sources import SourceBank, SourceList, TokenBank
 
 SHAPES = {"one token": (1, 1), "few tokens": (3, 5), "a batch of one token": (7, 1), "many tokens": (2, 67)}
 
@@ -40,37 +39,6 @@ def test_decoding_token_by_token_gives_the_logits_of_the_whole_text(mode, batch)
             cache = output.past_key_values
             steps.append(output.logits)
     assert relative_error(torch.cat(steps, dim=1), expected) < 1e-4
-
-
-@pytest.mark.parametrize("kind", [SourceBank, TokenBank])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_a_bank_reads_what_a_list_reads(kind, dtype):
-    torch.manual_seed(0)
-    shape = (1, 1, 13) if kind is TokenBank else (2, 3, 13)
-    queries = torch.randn(9, 13, dtype=torch.promote_types(dtype, torch.float32))
-    values = [torch.randn(shape).to(dtype) for _ in range(4)]
-    with torch.no_grad():
-        many = SourceList(queries, 1e-6)
-        bank = kind(queries, 1e-6, values[0], capacity=4, readers_at_once=3)
-        for number, value in enumerate(values):
-            many.commit(value, 2 * number)
-            bank.commit(value, 2 * number)
-            for reader in range(2 * number, min(2 * number + 4, 9)):
-                logits, sources = many.read(reader)
-                if kind is TokenBank:
-                    (logit, mixture), (stand_in,) = bank.read(reader)
-                    assert (stand_in.shape, stand_in.dtype) == (shape, dtype)
-                    together, mixtures = torch.full((1, 1, 1), logit), [torch.from_numpy(mixture).view(shape)]
-                else:
-                    together, mixtures = bank.read(reader)
-                shares = torch.softmax(together.double(), dim=-1)
-                found = sum(mixture.double() * shares[..., i : i + 1] for i, mixture in enumerate(mixtures))
-                weights = torch.softmax(logits, dim=-1).double()
-                expected = sum(source.double() * weights[..., i : i + 1] for i, source in enumerate(sources))
-                tolerance = {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, 1e-2)
-                assert relative_error(found, expected) < tolerance
-                together = torch.logsumexp(together.double(), dim=-1)
-                assert relative_error(together, torch.logsumexp(logits.double(), dim=-1)) < 1e-6
 
 
 def test_extreme_logits_neither_overflow_nor_lose_the_largest():

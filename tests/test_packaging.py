@@ -27,7 +27,7 @@ MODEL = {"attnres", *REMOTE_CODE}  # "attnres" are the public names
 # and asks conversion for what transformers loads where a checkpoint has another layout.
 MAY_IMPORT = {
     "plots": set(),
-    "kernels": set(),  # depth_mixer reaches them by name
+    "kernels": {"depth_functions"},  # depth_mixer reaches them by name
     **{name: set(REMOTE_CODE) for name in REMOTE_CODE},
     "__init__": {*REMOTE_CODE, "analysis"},  # whose callback it hands out on demand
     "conversion": MODEL,
@@ -115,6 +115,7 @@ def test_version_is_read_from_the_source(metadata):
         ("transformers", None, "<6,>=5.17"),
         ("accelerate", None, ">=1.1"),
         ("safetensors", None, ">=0.8"),
+        ("numba", None, "<1,>=0.64"),
         ("huggingface_hub", None, "<3,>=1.5"),
         ("lm-eval", "eval", "<0.5,>=0.4.13"),
         ("datasets", "eval", ">=2.16"),

@@ -9,7 +9,7 @@ import torch
 
 from .. import __version__
 
-PACKAGES = ("torch", "transformers", "numpy", "triton", "flash-linear-attention", "fla-core")
+PACKAGES = ("torch", "transformers", "numpy", "numba", "triton", "flash-linear-attention", "fla-core")
 
 
 def describe(device: torch.device) -> dict:
