@@ -516,13 +516,19 @@ class AttnResModel(AttnResPreTrainedModel):
             return SourceList(queries, eps)
         if not torch.is_grad_enabled():
             kernels = cpu_kernels(implementation, embedding.dtype)
-            if kernels is None or output_depth_weights or type(embedding) is not torch.Tensor:
-                return SourceList(queries, eps)  # logits are looked at, or, of a fake tensor, there is no memory
+            plain = type(embedding) is torch.Tensor and all(map(_is_plain, self.layers))  # what is fake has no memory
+            if kernels is None or output_depth_weights or not plain:
+                return SourceList(queries, eps)
             return kernels.SourceTable(queries, eps, embedding)
         if self.training and any(layer.gradient_checkpointing for layer in self.layers):
             return SourceList(queries, eps)  # a checkpoint would keep the mixtures of every layer
         block_mode = self.config.residual_mode == "block"
         return SourceGroups(queries, eps, 2 * self.config.layers_per_block if block_mode else SUBLAYERS_TOGETHER)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Not compiled by itself, nor wrapped: compilers and wrappers look for tensors."""
+    return type(layer) is AttnResDecoderLayer and layer._compiled_call_impl is None
 
 
 def mix_layers(

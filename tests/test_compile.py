@@ -119,3 +119,17 @@ def test_compiled_inference_reports_hidden_states_and_depth_weights():
         assert len(output[field]) == len(expected[field])
         for value, wanted in zip(output[field], expected[field], strict=True):
             torch.testing.assert_close(value, wanted, rtol=1e-3, atol=1e-4)
+
+
+@compiles
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["in place", "wrapped"])
+def test_decoder_layers_can_be_compiled_one_by_one(how):
+    model, tokens = random_attnres("llama", layers=3), random_tokens(2, 9)
+    expected = model(tokens).logits
+    for layer_idx, layer in enumerate(model.model.layers):
+        if how == "wrapped":
+            model.model.layers[layer_idx] = torch.compile(layer, fullgraph=True, backend="eager")
+        else:
+            layer.compile(fullgraph=True, backend="eager")
+    assert relative_error(model(tokens).logits, expected) < TOLERANCE
