@@ -102,7 +102,7 @@ def main():
                     if number >= 0:
                         seconds[name].append(time.perf_counter() - start)
             medians = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
-            over = "; ".join(f"{name} +{medians[name] - medians['plain']:.0f} ms" for name in ("block", "full"))
+            over = "; ".join(f"{name} {medians[name] - medians['plain']:+.0f} ms" for name in ("block", "full"))
             print(f"{work:8s} {dtype:8s} T={tokens}: plain {medians['plain']:.0f} ms; {over}", flush=True)
 
 

@@ -71,6 +71,8 @@ class SourceTable:
 
     def mix(self, reader: int, newest: torch.Tensor | None, norm: Norm | None) -> torch.Tensor:
         """The mixture of the complete sources and, if there is one, the newest: `[B, T, D]`, normed if wanted."""
+        if not self._scored:
+            raise ValueError("no source is complete: commit the embedding first.")
         if not self._first_reader <= reader < len(self._queries):
             raise ValueError(f"sublayer must be from {self._first_reader} to {len(self._queries) - 1}, got {reader}.")
         if reader not in self._readers:

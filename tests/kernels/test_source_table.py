@@ -161,6 +161,15 @@ def test_undefined_numbers_spread_over_their_token_and_no_other(dtype, bad):
 
 
 @torch.no_grad()
+def test_no_undefined_number_is_rounded_to_a_defined_one():
+    """float32 has some that adding half a unit of bfloat16 would turn into zero."""
+    queries = torch.full((3, 13), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    table = SourceTable(queries, EPS, torch.ones(1, 5, 13).bfloat16())
+    table.commit(torch.ones(1, 5, 13).bfloat16(), 0)
+    assert table.mix(1, torch.ones(1, 5, 13).bfloat16(), None).isnan().all()
+
+
+@torch.no_grad()
 def test_extreme_logits_neither_overflow_nor_lose_the_largest():
     torch.manual_seed(0)
     sources = [torch.randn(1, 5, 13) for _ in range(4)]
@@ -204,6 +213,8 @@ def test_what_does_not_fit_is_refused_and_never_read():
     with pytest.raises(RuntimeError):
         SourceTable(torch.randn(5, 12), EPS, states)
     table = SourceTable(torch.randn(5, 13), EPS, states)
+    with pytest.raises(ValueError, match="no source is complete"):
+        table.mix(0, states, None)
     with pytest.raises(RuntimeError):
         table.commit(states[..., :12], 0)
     table.commit(states, 2)
