@@ -75,11 +75,17 @@ def test_a_table_mixes_and_norms_as_a_loop_over_its_sources_does(dtype, shape, s
 @pytest.mark.parametrize("many", [2, 5, source_table.MANY_SOURCES])
 def test_many_sources_are_mixed_for_several_sublayers_at_once(monkeypatch, dtype, many):
     monkeypatch.setattr(source_table, "MANY_SOURCES", many)
-    calls = []
+    counts = []
     together = SourceTable._mix_together
-    monkeypatch.setattr(SourceTable, "_mix_together", lambda *inputs: calls.append(inputs) or together(*inputs))
+
+    def counted(self, reader):
+        together(self, reader)
+        counts.append(self._early_count)
+
+    monkeypatch.setattr(SourceTable, "_mix_together", counted)
     check(dtype, (2, 3), 131, num_sources=29)
-    assert len(calls) == -(-2 * 29 // source_table.READERS_AT_ONCE)
+    complete = range(1, 30, source_table.READERS_AT_ONCE // 2)  # when the first of each group reads
+    assert counts == [count if count >= many else 0 for count in complete]
 
 
 @given(
