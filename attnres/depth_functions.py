@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 # Tokens are mixed in pieces that take up no more than this: larger allocations are given back to the system at once,
 # and getting them again takes longer than filling them.
@@ -83,12 +84,25 @@ def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
+def is_watched() -> bool:
+    """Whether something looks at every operation: tracers, fake tensors and other dispatch modes, function transforms,
+    forward-mode differentiation."""
+    return (
+        torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
 def _constant(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    make = _new_constant if torch.compiler.is_compiling() else _kept_constant
-    return make(value, dtype=dtype, device=device)
+    if torch.compiler.is_compiling():
+        return torch.tensor(value, dtype=dtype, device=device)
+    if is_watched():  # a fake constant would outlive its mode
+        return torch.tensor(float(value), dtype=dtype, device=device)
+    return _kept_constant(value, dtype=dtype, device=device)
 
 
-_new_constant = torch.tensor
 _kept_constant = lru_cache(maxsize=64)(torch.tensor)
 
 

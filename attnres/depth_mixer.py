@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from .depth_functions import Norm, mixture
+from .depth_functions import Norm, is_watched, mixture
 
 
 class DepthScore(nn.Module):
@@ -99,14 +99,16 @@ def _triton_problem(device_type: str, device_index: int | None) -> str | None:
     return kernels.self_check(torch.device(device_type, device_index))
 
 
-def cpu_kernels(implementation: str, dtype: torch.dtype):
+def cpu_kernels(implementation: str, embedding: torch.Tensor):
     """The module whose `SourceTable` mixes on a CPU without autograd; `None` where it does not work: eager mixes then.
 
-    Only for `"auto"`. The kernels come with the package, and not for every dtype.
+    Only for `"auto"`. The kernels come with the package, and not for every dtype; nothing can watch what they compute.
     """
-    if implementation != "auto" or dtype not in (torch.float32, torch.bfloat16):
+    if implementation != "auto" or embedding.dtype not in (torch.float32, torch.bfloat16):
         return None
-    module, problem = _cpu_kernels(dtype)
+    if type(embedding) is not torch.Tensor or embedding.ndim != 3 or is_watched():
+        return None
+    module, problem = _cpu_kernels(embedding.dtype)
     if problem is not None:
         _warn_once(f"mixing on the CPU is slower than it could be: {problem}")
     return module

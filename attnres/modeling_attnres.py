@@ -515,11 +515,9 @@ class AttnResModel(AttnResPreTrainedModel):
         if torch.compiler.is_compiling() or devices != {"cpu"} or implementation not in ("auto", "eager"):
             return SourceList(queries, eps)
         if not torch.is_grad_enabled():
-            kernels = cpu_kernels(implementation, embedding.dtype)
-            plain = type(embedding) is torch.Tensor and all(map(_is_plain, self.layers))  # what is fake has no memory
-            if kernels is None or output_depth_weights or not plain:
-                return SourceList(queries, eps)
-            return kernels.SourceTable(queries, eps, embedding)
+            plain = not output_depth_weights and all(map(_is_plain, self.layers))
+            kernels = cpu_kernels(implementation, embedding) if plain else None
+            return SourceList(queries, eps) if kernels is None else kernels.SourceTable(queries, eps, embedding)
         if self.training and any(layer.gradient_checkpointing for layer in self.layers):
             return SourceList(queries, eps)  # a checkpoint would keep the mixtures of every layer
         block_mode = self.config.residual_mode == "block"

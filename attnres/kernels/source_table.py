@@ -36,11 +36,17 @@ class SourceTable:
     def __init__(self, queries: torch.Tensor, eps: float, embedding: torch.Tensor):
         self.each_query = [None] * len(queries)  # a reader's number says which
         self.eps = eps
+        if embedding.ndim != 3 or not embedding.is_cpu:
+            raise ValueError(
+                f"embedding must be [B, T, D] on a CPU, got {list(embedding.shape)} on {embedding.device}."
+            )
         self._kernels = kernels(embedding.dtype)
-        self._like = embedding = embedding.contiguous()
+        self._like = self._in_memory(embedding, embedding.dtype)
         self._shape, self._size = embedding.shape, embedding.shape[-1]
         self._tokens = embedding.shape[0] * embedding.shape[1]
-        self._queries = queries.float().expand(-1, self._size).contiguous()
+        if queries.shape[1:] != self._shape[-1:]:
+            raise ValueError(f"queries must be [Q, {self._size}], got {list(queries.shape)}.")
+        self._queries = self._in_memory(queries, torch.float32)
         self._scored: list[tuple[torch.Tensor, torch.Tensor]] = []  # sources and their logits
         self._first_reader = 0  # that all of them have logits for
         self._table = np.zeros(LISTS + 3 * len(queries), np.int64)
@@ -84,7 +90,8 @@ class SourceTable:
             newest = self._checked(newest, self._shape)
             newest_address = newest.data_ptr()
         if norm is not None:
-            weight = self._checked(norm.weight, self._shape[-1:])
+            weight = norm.weight if norm.weight.shape == self._shape[-1:] else norm.weight.expand(self._size)
+            weight = self._checked(weight, self._shape[-1:])
             gain, offset, norm_eps = weight.data_ptr(), norm.offset, norm.eps
         mixed = torch.empty_like(self._like)
         # Sources read, newest and result.
@@ -120,11 +127,21 @@ class SourceTable:
 
     def _checked(self, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """As kernels read it: they see nothing but its address."""
+        if tensor.shape != shape or not tensor.is_floating_point():
+            raise ValueError(
+                f"a source must be {list(shape)} of a floating dtype, got {list(tensor.shape)} {tensor.dtype}."
+            )
+        return self._in_memory(tensor, self._like.dtype)
+
+    @staticmethod
+    def _in_memory(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Itself if its numbers lie one after the other as they are, else a copy of which that is true."""
         plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_cpu and tensor.is_contiguous()
-        if plain and tensor.dtype == self._like.dtype and tensor.shape == shape:
+        if plain and tensor.dtype == dtype and not tensor.is_neg() and not tensor._is_zerotensor():
             return tensor
-        # An operation, as that of a subclass may be awaited or gathered by one.
-        return (tensor + 0).to(self._like).expand(shape).contiguous()
+        copy = torch.empty(tensor.shape, dtype=dtype, device="cpu")
+        copy.copy_(tensor)
+        return copy
 
 
 class TableReader(NamedTuple):
@@ -152,11 +169,11 @@ def self_check(dtype: torch.dtype) -> str | None:
 
 
 def _compare(dtype: torch.dtype) -> str | None:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     n, shape, eps = MANY_SOURCES + 1, (1, 3, 131), 1e-5
 
     def random(*size):
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
+        return torch.randn(*size, generator=generator, dtype=torch.float64, device="cpu")
 
     sources, newest, gain = random(n, *shape).to(dtype), random(*shape).to(dtype), random(shape[-1]).to(dtype)
     queries = random(n + 1, shape[-1]).float()

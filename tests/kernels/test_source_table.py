@@ -12,6 +12,9 @@ from helpers import random_attnres, random_tokens, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 from attnres import depth_mixer
 from attnres.depth_functions import Norm
@@ -193,8 +196,9 @@ class Subclass(torch.Tensor):
 ODD = {
     "strides": lambda source: source.transpose(0, 1).contiguous().transpose(0, 1),
     "another dtype": lambda source: source.double(),
-    "one for all texts": lambda source: source[:1],
     "a subclass": lambda source: source.as_subclass(Subclass),
+    "a negative view": lambda source: torch._neg_view(-source),
+    "zeros without memory": lambda source: torch._efficientzerotensor(source.shape),
 }
 
 
@@ -209,22 +213,31 @@ def test_sources_and_norms_come_in_any_form(odd):
     for source in (first, second):
         table.commit(odd(source), 0)
     found = table.mix(1, odd(newest), Norm(weight, 0.0, EPS))
-    wide = [odd(source).expand(2, 3, 13) for source in (first, second, newest)]
-    assert relative_error(found.double(), loop(wide, queries[1], Norm(weight, 0.0, EPS))) < 1e-5
+    plain = [odd(source).clone() for source in (first, second, newest)]
+    assert torch.allclose(found.double(), loop(plain, queries[1], Norm(weight, 0.0, EPS)), rtol=1e-5, atol=1e-6)
+    narrow = Norm(torch.ones(1), 0.0, EPS)
+    expected = loop(plain, queries[1], Norm(torch.ones(13), 0.0, EPS))
+    assert torch.allclose(table.mix(1, odd(newest), narrow).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()
 def test_what_does_not_fit_is_refused_and_never_read():
     states = torch.randn(2, 3, 13)
-    with pytest.raises(RuntimeError):
+    for shape in ((3, 13), (1, 2, 3, 13)):
+        with pytest.raises(ValueError, match=r"embedding must be \[B, T, D\] on a CPU"):
+            SourceTable(torch.randn(5, 13), EPS, torch.randn(shape))
+    with pytest.raises(ValueError, match="on a CPU, got .* on meta"):
+        SourceTable(torch.randn(5, 13), EPS, states.to("meta"))
+    with pytest.raises(ValueError, match=r"queries must be \[Q, 13\], got \[5, 12\]"):
         SourceTable(torch.randn(5, 12), EPS, states)
     table = SourceTable(torch.randn(5, 13), EPS, states)
     with pytest.raises(ValueError, match="no source is complete"):
         table.mix(0, states, None)
-    with pytest.raises(RuntimeError):
-        table.commit(states[..., :12], 0)
+    for bad in (states[..., :12], states[:1], states[0], states.long(), states + 0j):
+        with pytest.raises(ValueError, match=r"a source must be \[2, 3, 13\] of a floating dtype, got"):
+            table.commit(bad, 0)
     table.commit(states, 2)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"got \[2, 2, 13\] torch.float32"):
         table.mix(2, states[:, :2], None)
     with pytest.raises(RuntimeError):
         table.mix(2, None, Norm(torch.ones(12), 0.0, EPS))
@@ -298,7 +311,7 @@ def tables(monkeypatch):
 def test_logits_of_every_family_are_those_with_autograd(monkeypatch, tables, family, mode):
     monkeypatch.setattr(source_table, "MANY_SOURCES", 3)
     model = random_attnres(family, mode)
-    depth_mixer.cpu_kernels("auto", torch.float32)  # its self-check makes a table
+    depth_mixer.cpu_kernels("auto", torch.ones(1, 1, 1))  # its self-check makes a table
     tables.clear()
     for shape in ((1, 1), (2, 17)):
         tokens = random_tokens(*shape)
@@ -311,7 +324,7 @@ def test_logits_of_every_family_are_those_with_autograd(monkeypatch, tables, fam
 
 def test_only_the_automatic_choice_without_autograd_in_two_dtypes_has_tables(tables):
     model, tokens = random_attnres("llama"), random_tokens(1, 3)
-    depth_mixer.cpu_kernels("auto", torch.float32)
+    depth_mixer.cpu_kernels("auto", torch.ones(1, 1, 1))
     tables.clear()
     model(tokens)
     with torch.no_grad():
@@ -363,3 +376,78 @@ def test_kernels_that_fail_their_self_check_are_not_used(monkeypatch, tables, fa
         count = len(tables)
         model(tokens)
     assert len(caught) == 1 and len(tables) == count
+
+
+def fake(model, tokens):
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        assert model(mode.from_tensor(tokens)).logits.shape == (2, 5, 97)
+
+
+def counted(model, tokens):
+    with FlopCounterMode(display=False) as flops:
+        model(tokens)
+    assert flops.get_total_flops() > 0
+
+
+def transformed(model, tokens):
+    weights = {name: torch.stack([weight, weight]) for name, weight in model.named_parameters()}
+    options = {"attention_mask": {"full_attention": None}, "use_cache": False}
+    options["inputs_embeds"] = model.get_input_embeddings()(tokens)
+    found = torch.func.vmap(lambda weights: torch.func.functional_call(model, weights, (), options).logits)(weights)
+    assert relative_error(found[1], model(**options).logits) < 1e-4
+
+
+def traced(model, tokens):
+    embeddings = model.get_input_embeddings()(tokens)
+    options = {"attention_mask": {"full_attention": None}, "use_cache": False}
+
+    def logits(embeddings):
+        return model(inputs_embeds=embeddings, **options).logits
+
+    trace = torch.jit.trace(logits, (embeddings,))
+    assert relative_error(trace(-embeddings), logits(-embeddings)) < 1e-4
+
+
+def dual(model, tokens):
+    embeddings = model.get_input_embeddings()(tokens)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError):  # as eager; what must not happen is no tangent
+        model(inputs_embeds=forward_ad.make_dual(embeddings, embeddings))
+
+
+@pytest.mark.usefixtures("_fresh_choice")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap
+@pytest.mark.parametrize("first", [True, False], ids=["first of all", "after other calls"])
+@pytest.mark.parametrize("watch", [fake, counted, transformed, traced, dual])
+def test_who_looks_at_operations_sees_them_and_spoils_nothing(tables, watch, first):
+    model, tokens = random_attnres("llama").requires_grad_(False), random_tokens(2, 5)
+    expected = model(tokens).logits
+    with torch.no_grad():
+        if not first:
+            model(tokens)
+        watch(model, tokens)
+        tables.clear()
+        assert relative_error(model(tokens).logits, expected) < 1e-4
+        assert tables  # the kernels are used as before
+        assert type(model.eval()(tokens).logits) is torch.Tensor
+        model.set_depth_implementation("eager")
+        assert type(model(tokens).logits) is torch.Tensor
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("_fresh_choice")
+def test_the_first_call_may_have_another_default_device():
+    model, tokens = random_attnres("llama"), random_tokens(2, 5)
+    with torch.device("meta"):
+        found = model(tokens, position_ids=torch.arange(5, device="cpu")[None]).logits
+    assert relative_error(found, model(tokens).logits) < 1e-6
+
+
+@torch.no_grad()
+def test_inputs_without_a_batch_are_an_error():
+    model = random_attnres("llama")
+    embeddings = model.get_input_embeddings()(random_tokens(1, 21))
+    for wrong in (embeddings[0], embeddings[None]):
+        with pytest.raises((RuntimeError, IndexError, ValueError)):
+            model(inputs_embeds=wrong)
