@@ -80,7 +80,7 @@ def mix_triton(sources, logits, query, eps):
 
 
 def mix_auto(sources, logits, query, eps, norm=None):
-    """By Triton on CUDA, by eager elsewhere."""
+    """By Triton on CUDA, by eager elsewhere; on CPUs a table of `cpu_kernels` comes before it."""
     if logits.device.type == "cuda":
         return mix_triton(sources, logits, query, eps)
     return mixture(sources, logits, query, eps, norm)
