@@ -83,6 +83,7 @@ def convert(options: argparse.Namespace):
         residual_mode=options.residual_mode,
         layers_per_block=options.layers_per_block,
         num_blocks=options.num_blocks,
+        depth_variant=options.depth_variant,
     )
     print(
         f"{outcome.result}: {outcome.from_layout} -> {outcome.to_layout} ({outcome.depth}), "
@@ -392,6 +393,11 @@ def _add_convert(commands):
     )
     parser.add_argument(
         "--num-blocks", metavar="N", type=int, help="at most this many blocks, instead of K (default: 8)"
+    )
+    parser.add_argument(
+        "--depth-variant",
+        metavar="NAME",
+        help="what is mixed how, for experiments: see docs/variants.md (default: attnres, the paper's)",
     )
     parser.add_argument(
         "--to",

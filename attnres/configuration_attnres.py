@@ -7,10 +7,11 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from .backbones import check_supported
-from .depth_mixer import DEPTH_IMPLEMENTATIONS
+from .depth_kernels import DEPTH_IMPLEMENTATIONS
+from .depth_variants import check_variant
 
 RESIDUAL_MODES = ("block", "full", "standard")
-DEPTH_OPTIONS = ("residual_mode", "layers_per_block", "num_blocks")
+DEPTH_OPTIONS = ("residual_mode", "layers_per_block", "num_blocks", "depth_variant", "scale_norm_eps")
 DEFAULT_NUM_BLOCKS = 8
 
 # The paper's model (section 5): Kimi Linear 48B-A3B. transformers' own defaults put the full-attention layers
@@ -55,9 +56,17 @@ class AttnResConfig(PreTrainedConfig):
         num_blocks (`int`, *optional*):
             Convenience: turned into `layers_per_block = ceil(num_hidden_layers / num_blocks)` and not stored; it makes
             at most this many blocks (28 layers in 8 blocks: 4 layers each, 7 blocks).
+        depth_variant (`str`, defaults to `"attnres"`):
+            What is mixed how, a key of `attnres.depth_variants.VARIANTS`: `"attnres"` is the paper's, the others are
+            its ablations, rivals and proposals of others (docs/variants.md).
+        scale_norm_eps (`bool`, defaults to `False`):
+            Whether the RMSNorm after a mixture of n sources has the epsilon `rms_norm_eps / n**2`: the mixture is
+            multiplied by n, which makes it the sum of its sources while pseudo-queries are zero. A conversion then
+            computes what the plain model computed, epsilon included. `True` for everything that is converted
+            (`from_backbone`, a plain checkpoint in `from_pretrained`, `attnres convert`).
         depth_implementation (`str`, defaults to `"auto"`):
-            Which implementation mixes, a key of `attnres.depth_mixer.DEPTH_IMPLEMENTATIONS`: `"eager"`, `"triton"`, or
-            `"auto"`, Triton on CUDA if it is installed and passes a self-check, otherwise eager. Not stored.
+            Which implementation mixes: `"eager"`, the formula in torch; `"triton"`; or `"auto"`, fused kernels where
+            they are installed and pass a self-check (Triton on CUDA, numba on CPUs), otherwise eager. Not stored.
 
     Raises:
         ValueError: an unsupported backbone, or a depth option out of range; names the field, the value and the rule.
@@ -71,6 +80,8 @@ class AttnResConfig(PreTrainedConfig):
     backbone_config: dict | PreTrainedConfig | None = None
     residual_mode: str = "block"
     layers_per_block: int | None = None
+    depth_variant: str = "attnres"
+    scale_norm_eps: bool = False
 
     def __post_init__(self, **kwargs):
         num_blocks = kwargs.pop("num_blocks", None)
@@ -97,7 +108,8 @@ class AttnResConfig(PreTrainedConfig):
 
         Args:
             config: configuration of a supported family; it is copied.
-            depth_options: `residual_mode`, `layers_per_block`, `num_blocks`.
+            depth_options: `residual_mode`, `layers_per_block`, `num_blocks`, `depth_variant`, `scale_norm_eps` (here
+                `True` by default).
         """
         if isinstance(config, AttnResConfig):
             raise ValueError(
@@ -110,6 +122,7 @@ class AttnResConfig(PreTrainedConfig):
                 f"unknown depth option {sorted(unknown)[0]!r}; known: {', '.join(DEPTH_OPTIONS)}. "
                 "Options of loading, such as dtype, go with a folder or hub id, not with a model in memory."
             )
+        depth_options = {"scale_norm_eps": True, **depth_options}
         return cls(backbone_config=deepcopy(config), dtype=config.dtype, **depth_options)
 
     @property
@@ -147,6 +160,9 @@ class AttnResConfig(PreTrainedConfig):
         """Raises ValueError if a depth option does not fit the backbone."""
         if self.residual_mode not in RESIDUAL_MODES:
             raise ValueError(f"residual_mode must be one of {', '.join(RESIDUAL_MODES)}, got {self.residual_mode!r}.")
+        if not isinstance(self.scale_norm_eps, bool):
+            raise ValueError(f"scale_norm_eps must be true or false, got {self.scale_norm_eps!r}.")
+        check_variant(self.depth_variant, self.hidden_size)
         layers, value = self.num_hidden_layers, self.layers_per_block
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= layers:
             raise ValueError(
@@ -189,6 +205,19 @@ class AttnResConfig(PreTrainedConfig):
             config_dict.pop("layers_per_block", None)  # the caller's block size replaces the stored one
         config_dict.update(overrides)
         return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As of any configuration. Where its code lies beside it in a folder (`auto_map`) is a matter of the folder: it
+        is in the file, and a configuration equals itself after saving and loading."""
+        content = super().to_dict()
+        if not any("--" in str(place) for place in (content.get("auto_map") or {}).values()):
+            content.pop("auto_map", None)
+        return content
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What the file holds."""
+        auto_map = self.__dict__.get("auto_map")
+        return {**super().to_diff_dict(), **({"auto_map": auto_map} if auto_map else {})}
 
     def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
         d.pop("_depth_implementation_internal", None)
@@ -254,7 +283,7 @@ def _wrap_backbone(config_dict: dict[str, Any]) -> dict[str, Any]:
     backbone = dict(config_dict)
     # What concerns the whole checkpoint is read from the root configuration.
     root = {key: backbone.pop(key) for key in ("dtype", "torch_dtype", "quantization_config") if key in backbone}
-    return {"model_type": AttnResConfig.model_type, "backbone_config": backbone, **root}
+    return {"model_type": AttnResConfig.model_type, "backbone_config": backbone, "scale_norm_eps": True, **root}
 
 
 def _resolve_layers_per_block(layers_per_block: int | None, num_blocks: int | None, layers: int) -> int:

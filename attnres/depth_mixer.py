@@ -1,22 +1,46 @@
-"""The mixing over depth: pseudo-queries, key norms, scores and weighted sums (paper, sections 3.1 and 3.2).
+"""Attention Residuals: every sublayer attends over the outputs of the sublayers before it (paper, section 3).
 
     h_l = sum_i a_{i->l} v_i,     a_{.->l} = softmax_i( w_l . RMSNorm_l(v_i) )
 
-w_l is the pseudo-query of sublayer l, RMSNorm_l its key norm with a gain of its own, v_i the sources. Pseudo-queries
-are parameters, so the logits of a source for all later sublayers are known the moment the source is complete: one
-matrix product per source ("score on commit"). A sublayer then only has to softmax a few small logits and to mix.
+w_l is the pseudo-query of sublayer l, RMSNorm_l its key norm with a gain of its own, v_i the sources: the embedding and
+the outputs of all earlier sublayers ("full", section 3.1), or the embedding, the sums of completed blocks and the
+partial sum of the current block ("block", section 3.2).
 
-Shapes: B batch, T tokens, D hidden size, L decoder layers, n sources, Q pseudo-queries scored at once.
+Shapes: B batch, T tokens, D hidden size, L decoder layers, n sources.
 """
 
-import importlib
-import warnings
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from .depth_functions import Norm, is_watched, mixture
+from .depth_kernels import Norm, fused_backend, fused_mixture
+from .depth_variants import VARIANTS, lossless_scale, read_streams, write_streams
+
+
+def attention_residual(
+    sources: Sequence[torch.Tensor], query: torch.Tensor, eps: float, scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mixture of the sources by attention over depth, in the dtype of the query.
+
+    What `depth_implementation="eager"` computes on every device, and what the fused kernels are tested against.
+
+    Args:
+        sources: n tensors `[B, T, D]`.
+        query: `[D]`, the pseudo-query times the gain of its key norm: w . (g * x) = (w * g) . x. Float32 or wider.
+        eps: epsilon of the key norm.
+        scale: a factor on the mixture (`Mixing.scale_norm_eps`).
+
+    Returns:
+        The mixture `[B, T, D]` and the depth weights `[B, T, n]`, rows summing to 1, both in the dtype of the query.
+    """
+    # Sums of products, not matrix products: autocast would round those to bfloat16, and a logit of 50 by 0.1.
+    values = torch.stack(tuple(sources), dim=2).to(query.dtype)
+    keys = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
+    weights = torch.softmax((keys * query).sum(-1), dim=-1)
+    # Scaled weights: with zero queries they are n * (1 / n) = 1, and the mixture is the sum to the last bit.
+    return ((scale * weights).unsqueeze(-1) * values).sum(2), weights
 
 
 class DepthScore(nn.Module):
@@ -39,9 +63,32 @@ class DepthScore(nn.Module):
         self.weight = nn.Parameter(torch.ones(*shape, hidden_size))
 
     def forward(self) -> torch.Tensor:
-        """The pseudo-queries times the gains, `[*shape, D]`, float32 or wider: w . (g * x) = (w * g) . x."""
+        """The pseudo-queries times the gains, `[*shape, D]`, float32 or wider."""
         precision = torch.promote_types(self.query.dtype, torch.float32)
         return self.query.squeeze(-2).to(precision) * self.weight
+
+
+class VariantParameters(nn.Module):
+    """What a variant learns per sublayer besides the pseudo-query, stacked: `weight` `[2 L + 1, ...]`."""
+
+    def __init__(self, initial: torch.Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(initial)
+
+
+class PseudoQuery(NamedTuple):
+    """What one sublayer reads its sources with.
+
+    Attributes:
+        query: `[D]`, the pseudo-query times the gain of its key norm, float32 or wider.
+        extra: what the variant learns besides; `None` for most.
+    """
+
+    query: torch.Tensor
+    extra: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> "PseudoQuery":
+        return PseudoQuery(*(None if each is None else each.to(device) for each in self))
 
 
 class DepthMixer(nn.Module):
@@ -50,123 +97,200 @@ class DepthMixer(nn.Module):
     Args:
         num_layers: decoder layers L.
         hidden_size: D.
+        variant: a key of `VARIANTS`.
     """
 
-    def __init__(self, num_layers: int, hidden_size: int):
+    def __init__(self, num_layers: int, hidden_size: int, variant: str = "attnres"):
         super().__init__()
         self.attention_norm = DepthScore((num_layers,), hidden_size)
         self.mlp_norm = DepthScore((num_layers,), hidden_size)
         self.output_norm = DepthScore((), hidden_size)
+        self.variant = variant
+        initial = self.initial_extras()
+        self.variant_norm = None if initial is None else VariantParameters(initial)
 
-    def forward(self) -> torch.Tensor:
-        """Scaled pseudo-queries sqrt(D) w * g, `[2 L + 1, D]`, float32, in the order attention, MLP, ..., output."""
-        attention, mlp, output = self.attention_norm(), self.mlp_norm(), self.output_norm()
-        device = attention.device  # a device map may part the three
-        sublayers = torch.stack([attention, mlp.to(device)], dim=1).flatten(0, 1)
-        queries = torch.cat([sublayers, output.to(device).unsqueeze(0)])
-        return queries * queries.shape[-1] ** 0.5
+    def initial_extras(self) -> torch.Tensor | None:
+        """What the variant learns besides pseudo-queries before training, `[2 L + 1, ...]`, if it does."""
+        initial, (layers, size) = VARIANTS[self.variant].initial, self.attention_norm.weight.shape
+        return None if initial is None else initial(2 * layers + 1, size)
 
-
-def mix_triton(sources, logits, query, eps):
-    """`mixture` by the kernels of the package; where they do not work, eager after one warning that says why."""
-    device = sources[0].device
-    problem = _triton_problem(device.type, device.index)
-    if problem is not None:
-        _warn_once(f'depth_implementation="triton" mixes by "eager" instead: {problem}')
-    if problem is not None or sources[0].dtype == torch.float64:
-        return mixture(sources, logits, query, eps)
-    query = None if query is None else query[0] * query.shape[-1] ** -0.5
-    return torch.ops.attnres.mix(list(sources), logits, query, eps)[0]
+    def forward(self) -> list[PseudoQuery]:
+        """What the sublayers read with, 2 L + 1 in the order attention, MLP, attention, MLP, ..., output."""
+        attention, mlp = self.attention_norm(), self.mlp_norm()
+        queries = torch.stack([attention, mlp.to(attention.device)], dim=1).flatten(0, 1).unbind()
+        if hasattr(self, "output_norm"):
+            queries = (*queries, self.output_norm())
+        extras = [None] * len(queries) if self.variant_norm is None else self.variant_norm.weight.unbind()
+        return [PseudoQuery(query, extra) for query, extra in zip(queries, extras, strict=True)]
 
 
-def mix_auto(sources, logits, query, eps, norm=None):
-    """By Triton on CUDA, by eager elsewhere; on CPUs a table of `cpu_kernels` comes before it."""
-    if logits.device.type == "cuda":
-        return mix_triton(sources, logits, query, eps)
-    return mixture(sources, logits, query, eps, norm)
+class Mixing(NamedTuple):
+    """How a model mixes: the options of its configuration that a forward pass needs.
 
-
-@torch.compiler.assume_constant_result
-def _triton_problem(device_type: str, device_index: int | None) -> str | None:
-    """Why the kernels cannot be used on a device, found out once; `None` where they can."""
-    try:
-        # By name: in a Hub folder these files stand alone, and a relative import would make the folder look for it.
-        kernels = importlib.import_module("attnres.kernels.mix_triton")
-    except ImportError as error:
-        return f"{' '.join(str(error).split())}; pip install attnres[triton]"
-    if device_type not in kernels.DEVICES and not kernels.INTERPRETED:
-        return f"its kernels run on {' and '.join(kernels.DEVICES)}, not on {device_type}"
-    return kernels.self_check(torch.device(device_type, device_index))
-
-
-def cpu_kernels(implementation: str, embedding: torch.Tensor):
-    """The module whose `SourceTable` mixes on a CPU without autograd; `None` where it does not work: eager mixes then.
-
-    Only for `"auto"`. The kernels come with the package, and not for every dtype; nothing can watch what they compute.
+    Attributes:
+        eps: epsilon of the key norms.
+        layers_per_block: decoder layers per block; 0: every sublayer output is a source ("full"); `None`: there are no
+            sources, but a residual stream, or several.
+        variant: a key of `VARIANTS`.
+        implementation: a key of `depth_kernels.DEPTH_IMPLEMENTATIONS`.
+        scale_norm_eps: whether the norm after a mixture of n sources has epsilon / n^2.
     """
-    if implementation != "auto" or embedding.dtype not in (torch.float32, torch.bfloat16):
-        return None
-    if type(embedding) is not torch.Tensor or embedding.ndim != 3 or is_watched():
-        return None
-    module, problem = _cpu_kernels(embedding.dtype)
-    if problem is not None:
-        _warn_once(f"mixing on the CPU is slower than it could be: {problem}")
-    return module
+
+    eps: float
+    layers_per_block: int | None
+    variant: str = "attnres"
+    implementation: str = "eager"
+    scale_norm_eps: bool = False
+
+    @classmethod
+    def of(cls, config) -> "Mixing":
+        blocks = {"block": config.layers_per_block, "full": 0, "standard": None}[config.residual_mode]
+        if VARIANTS[config.depth_variant].streams:
+            blocks = None
+        eps, implementation = config.backbone_config.rms_norm_eps, config.depth_implementation
+        return cls(eps, blocks, config.depth_variant, implementation, config.scale_norm_eps)
+
+    def start(self, embedding: torch.Tensor) -> "DepthState":
+        """The state before the first decoder layer; embedding `[B, T, D]`."""
+        if self.layers_per_block is not None:
+            return DepthState(self, (embedding,))
+        streams = VARIANTS[self.variant].streams
+        return DepthState(self, partial=embedding.unsqueeze(2).expand(-1, -1, streams, -1) if streams else embedding)
 
 
-@lru_cache
-def _cpu_kernels(dtype: torch.dtype) -> tuple:
-    """The module, or why there is none; neither where these files stand alone, in a Hub folder."""
-    try:
-        module = importlib.import_module("attnres.kernels.source_table")
-    except ImportError as error:
-        away = (error.name or "").partition(".")[0] == "attnres"
-        return None, None if away else f"{' '.join(str(error).split())}; pip install numba"
-    problem = module.self_check(dtype)
-    return (module, None) if problem is None else (None, problem)
-
-
-@torch.compiler.assume_constant_result
-@lru_cache
-def _warn_once(message: str):
-    warnings.warn(message, stacklevel=2)
-
-
-DEPTH_IMPLEMENTATIONS = {"auto": mix_auto, "eager": mixture, "triton": mix_triton}
-
-
-def norms_too(implementation: str, source: torch.Tensor) -> bool:
-    """Whether `mix` can be given the norm that follows. Measured on CPUs; a compiler fuses them by itself."""
-    eager = implementation in ("auto", "eager")
-    return eager and source.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def mix(
-    sources: tuple[torch.Tensor, ...],
-    logits,
-    implementation: str,
-    query: torch.Tensor | None = None,
-    eps: float = 0.0,
-    norm: Norm | None = None,
-) -> torch.Tensor:
-    """The mixture of the sources by one of the implementations.
+class DepthState:
+    """What a forward pass carries from sublayer to sublayer, in the model, its pipeline stages and sequence shards.
 
     Args:
-        sources: n tensors `[B, T, D]`.
-        logits: `[B, T, n]`, float32; with a query `[B, T, n - 1]`, without the last source's; or what a table of
-            `cpu_kernels` gives, which has the complete sources itself.
-        implementation: a key of `DEPTH_IMPLEMENTATIONS`.
-        query: `[1, D]`, the scaled pseudo-query that the last source is to be scored with; a table has its own.
-        eps: epsilon of its key norm.
-        norm: the norm that follows, where `norms_too` allows it.
-
-    Returns:
-        The mixture or what the norm makes of it, `[B, T, D]` in the dtype of the sources. A single source that is not
-        to be normed is passed through.
+        mixing: how the model mixes.
+        sources: complete sources, tensors `[B, T, D]`: the embedding, then block representations ("block") or sublayer
+            outputs ("full"). None with plain residuals.
+        partial: the partial sum of the current block `[B, T, D]`, a source of its own; with plain residuals the
+            residual stream.
     """
-    if not isinstance(logits, torch.Tensor):
-        mixed = logits.mix(sources[1] if len(sources) == 2 else None, norm)
-        return mixed if mixed.dtype == sources[0].dtype else mixed.to(sources[0].dtype)
-    if norm is not None:
-        return DEPTH_IMPLEMENTATIONS[implementation](sources, logits, query, eps, norm)
-    return sources[0] if len(sources) == 1 else DEPTH_IMPLEMENTATIONS[implementation](sources, logits, query, eps)
+
+    def __init__(self, mixing: Mixing, sources: Iterable[torch.Tensor] = (), partial: torch.Tensor | None = None):
+        self.mixing = mixing
+        self.sources = tuple(sources)
+        self.partial = partial
+        self._block: int | None = None  # of the last decoder layer
+        self._maps: tuple[torch.Tensor, torch.Tensor] | None = None  # of several streams, for the next output
+
+    @property
+    def all(self) -> tuple[torch.Tensor, ...]:
+        """What the next sublayer attends over, n tensors `[B, T, D]`."""
+        return self.sources if self.partial is None else (*self.sources, self.partial)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all sources: that of the embedding."""
+        return self.all[0].dtype
+
+    def read(self, query: PseudoQuery | None, norm: Norm | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the next sublayer, or the output, attends to.
+
+        Args:
+            query: what it reads with; `None` with plain residuals.
+            norm: the RMSNorm that follows, where the implementation can fuse it (`fuses_norm`).
+
+        Returns:
+            The mixture `[B, T, D]`, or what the norm makes of it, in the dtype of the sources, rounded once; and the
+            depth weights `[B, T, n]`, float32 or wider, `None` with plain residuals.
+        """
+        if query is None:
+            return self.partial, None
+        mixing, sources = self.mixing, self.all
+        first, variant = sources[0], VARIANTS[mixing.variant]
+        if query.query.device != first.device:
+            query = query.to(first.device)
+        if variant.streams:
+            mixture, weights, self._maps = read_streams(first, query.extra, mixing.eps, query.query.dtype)
+            return mixture.to(first.dtype), weights
+        # RMSNorm(n h; eps) = RMSNorm(h; eps / n^2)
+        scale = lossless_scale(mixing.variant, len(sources)) if mixing.scale_norm_eps else 1.0
+        if variant.mixture is not None:
+            mixture, weights = variant.mixture(sources, query.query, query.extra, mixing.eps)
+            mixture = mixture * scale
+        elif backend := fused_backend(mixing.implementation, first):
+            return fused_mixture(backend, sources, query.query, mixing.eps, norm, scale)
+        else:
+            mixture, weights = attention_residual(sources, query.query, mixing.eps, scale)
+        return mixture.to(first.dtype), weights
+
+    def fuses_norm(self) -> bool:
+        """Whether `read` takes the norm that follows.
+
+        Not for float32 prompts of a converted model, for which the family's own norm rounds as it does in the plain
+        model: else the two would be as far apart as each is from the exact result.
+        """
+        mixing = self.mixing
+        if mixing.variant != "attnres" or not self.sources:
+            return False
+        source = self.sources[0]
+        if mixing.scale_norm_eps and source.dtype == torch.float32 and source.shape[1] > 1:
+            return False
+        return fused_backend(mixing.implementation, source) is not None
+
+    def add(self, output: torch.Tensor):
+        """Adds the output of a sublayer `[B, T, D]`: to the partial sum, or in "full" mode as a source."""
+        output = output if output.dtype == self.dtype else output.to(self.dtype)  # which autocast narrows
+        if self._maps is not None:
+            self.partial, self._maps = write_streams(self.partial, output, self._maps), None
+        else:
+            self.partial = output if self.partial is None else self.partial + output
+        if self.mixing.layers_per_block == 0:
+            self.complete()
+
+    def complete(self):
+        """Makes the partial sum the representation of its block: a source of all later blocks."""
+        complete = VARIANTS[self.mixing.variant].complete
+        source = self.partial if complete is None else complete(self.partial, self.mixing.eps)
+        self.sources, self.partial = (*self.sources, source), None
+
+    @property
+    def new(self) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """What a decoder layer has added: the partial sum, or in "full" mode two sources."""
+        return self.sources[-2:] if self.mixing.layers_per_block == 0 else self.partial
+
+    def walk(self, layers: Iterable[tuple[int, nn.Module]], call_layer: Callable[..., torch.Tensor | tuple]):
+        """Calls decoder layers in order, and completes each block after its last one.
+
+        Args:
+            layers: indices in the model, and layers. Some may be left out: a block is what is left of it.
+            call_layer: takes an index, a layer, the partial sum or `None`, and the complete sources, and returns what
+                is new: the partial sum, or in "full" mode the outputs of the attention and the MLP.
+        """
+        per_block = self.mixing.layers_per_block
+        for index, layer in layers:
+            if per_block and self._block not in (None, index // per_block):
+                self._complete_open()
+            self._take(call_layer(index, layer, self.partial, *self.sources), index)
+            if per_block:
+                self._block = index // per_block
+                if (index + 1) % per_block == 0:
+                    self._complete_open()
+
+    def _complete_open(self):
+        if self.partial is not None:
+            self.complete()
+
+    def _take(self, new: torch.Tensor | tuple[torch.Tensor, ...], layer: int):
+        expected = 2 if self.mixing.layers_per_block == 0 else 1
+        tensors = (new,) if isinstance(new, torch.Tensor) else new
+        shape = self.all[0].shape
+        if not isinstance(tensors, tuple) or len(tensors) != expected or any(each.shape != shape for each in tensors):
+            raise TypeError(
+                f"layers.{layer} must return {'the outputs of its attention and MLP' if expected == 2 else 'one sum'}, "
+                f"{expected} x {list(shape)}: an AttnRes model calls its decoder layers with sources, so that only "
+                "an AttnResDecoderLayer, or a wrapper around one, can take the place of one."
+            )
+        device = tensors[-1].device
+        if any(source.device != device for source in self.sources):  # layers may be spread over several
+            self.sources = tuple(source.to(device) for source in self.sources)
+        if expected == 2:
+            self.sources = (*self.sources, *tensors)
+        else:
+            (self.partial,) = tensors
+
+
+__all__ = ["DepthMixer", "DepthScore", "DepthState", "Mixing", "Norm", "PseudoQuery", "attention_residual"]

@@ -8,6 +8,7 @@ layers, n sources.
 import copy
 import os
 import threading
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -30,16 +31,24 @@ from .backbones import (
     create_masks,
     get_family,
     init_weights,
+    layer_type,
     load_balancing_loss,
     rotary_inputs,
     scale_logits,
 )
 from .checkpoint_names import names_in_memory, weight_conversions
 from .configuration_attnres import DEPTH_OPTIONS, AttnResConfig
-from .decoder_layer import AttnResDecoderLayer, DepthWeights, MixedInput, Scores, SublayerWeights
-from .depth_functions import depth_weights
-from .depth_mixer import DepthMixer, DepthScore, cpu_kernels, mix
-from .depth_sources import SourceGroups, SourceList
+from .decoder_layer import (
+    AttnResDecoderLayer,
+    DepthWeights,
+    LayerQueries,
+    MixedInput,
+    SublayerWeights,
+    is_hooked,
+    norm_to_fuse,
+)
+from .depth_mixer import DepthMixer, DepthScore, DepthState, Mixing, VariantParameters
+from .depth_variants import VARIANTS
 
 # Held while converters are registered and while a model is loaded by them.
 _CONVERSIONS = threading.RLock()
@@ -61,9 +70,6 @@ _FAMILY_TRAITS = (
     "_keys_to_ignore_on_save",
     "_can_set_experts_implementation",
 )
-
-# With autograd on a CPU complete sources are mixed for all sublayers of a block at once, in full mode for this many.
-SUBLAYERS_TOGETHER = 8
 
 # Where remote code finds the classes in a saved folder.
 AUTO_MAP = {
@@ -160,19 +166,43 @@ class AttnResPreTrainedModel(PreTrainedModel):
         if isinstance(module, DepthScore):
             init.zeros_(module.query)
             init.ones_(module.weight)
-        elif not isinstance(module, DepthMixer):
+        elif isinstance(module, DepthMixer):
+            if module.variant_norm is not None:
+                init.copy_(module.variant_norm.weight, module.initial_extras())
+        elif not isinstance(module, VariantParameters):
             init_weights(self.config.backbone_config, module)
 
     def save_pretrained(self, save_directory, **kwargs):
         if self.is_remote_code():
             self.config.auto_map = dict(AUTO_MAP)
-        return super().save_pretrained(save_directory, **kwargs)
+        self.config.check_depth_options()
+        cut = self._state_of_cut_model(kwargs.get("state_dict"))
+        return super().save_pretrained(save_directory, **({**kwargs, "state_dict": cut} if cut else kwargs))
+
+    def _state_of_cut_model(self, state_dict: dict | None) -> dict | None:
+        """Of a model whose last decoder layers were cut off, its state without their pseudo-queries."""
+        base = self.base_model
+        mixer, layers = base.depth_mixer, base.layers
+        if mixer is None or len(layers) == self.config.num_hidden_layers == len(mixer.mlp_norm.weight):
+            return None
+        indices = [_index_of(layer, place) for place, layer in enumerate(layers)]
+        if indices != list(range(self.config.num_hidden_layers)) or mixer.variant_norm is not None:
+            raise ValueError(
+                f"num_hidden_layers={self.config.num_hidden_layers}, but the model has the decoder layers {indices}: "
+                "only a model whose last layers are cut off can be saved, with num_hidden_layers set to those left."
+            )
+        state_dict = dict(self.state_dict() if state_dict is None else state_dict)
+        for name in ("attention_norm.query", "attention_norm.weight", "mlp_norm.query", "mlp_norm.weight"):
+            name = _depth_name(self, name)
+            state_dict[name] = state_dict[name][: len(layers)]
+        return state_dict
 
     def _adjust_missing_and_unexpected_keys(self, loading_info):
         super()._adjust_missing_and_unexpected_keys(loading_info)
         depth_names = {name for name, _ in self.named_parameters() if _is_depth_name(name)}
         if depth_names <= loading_info.missing_keys:  # none is there: a plain checkpoint, the lossless start
             loading_info.missing_keys -= depth_names
+            _warn_if_lossy(self.config)
         if self.base_model is self:  # a head is no part of it
             loading_info.unexpected_keys = {
                 name for name in loading_info.unexpected_keys if not name.startswith("lm_head.")
@@ -235,13 +265,15 @@ class AttnResPreTrainedModel(PreTrainedModel):
                 "load its checkpoint by AttnResForCausalLM.from_pretrained with the same distributed_config."
             )
         config = AttnResConfig.from_backbone(source.config, **kwargs)
+        _warn_if_lossy(config)
         with init.no_init_weights():
             model = cls(config)
         state = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
-        for name, parameter in model.named_parameters():
-            if _is_depth_name(name):
-                fill = torch.zeros_like if name.endswith(".query") else torch.ones_like
-                state[name] = fill(parameter, dtype=source.dtype, device=source.device)
+        mixer = model.base_model.depth_mixer
+        if mixer is not None:
+            fresh = DepthMixer(len(mixer.mlp_norm.weight), mixer.mlp_norm.weight.shape[-1], mixer.variant)
+            for name, value in fresh.to(source.device, source.dtype).state_dict().items():
+                state[_depth_name(model, name)] = value
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
         missing = set(missing) - set(model.all_tied_weights_keys)
         if missing or unexpected:
@@ -315,6 +347,20 @@ def _is_depth_name(name: str) -> bool:
     return "depth_mixer." in name
 
 
+def _depth_name(model: AttnResPreTrainedModel, name: str) -> str:
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    return f"{prefix}depth_mixer.{name}"
+
+
+def _warn_if_lossy(config: AttnResConfig):
+    if config.residual_mode != "standard" and VARIANTS[config.depth_variant].lossless is None:
+        warnings.warn(
+            f"depth_variant={config.depth_variant!r} does not start as what the plain model computes: train the "
+            "converted model before you use it.",
+            stacklevel=3,
+        )
+
+
 def _some(names, limit: int = 3) -> str:
     names = sorted(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "") or "none"
@@ -363,14 +409,20 @@ def _check_loading(model: AttnResPreTrainedModel, source: str | os.PathLike, inf
 
 def _check_depth_options(model: AttnResPreTrainedModel, source: str | os.PathLike, stored: dict):
     """Other depth options are the same function while all pseudo-queries are zero, and another one afterwards."""
-    given = (model.config.residual_mode, model.config.layers_per_block)
-    trained_for = (stored.get("residual_mode", "block"), stored.get("layers_per_block"))
-    if given[0] == trained_for[0] and (given[0] != "block" or given == trained_for):
+    names = {"residual_mode": "block", "layers_per_block": None, "depth_variant": "attnres"}
+    given = {name: getattr(model.config, name) for name in names}
+    trained_for = {name: stored.get(name, default) for name, default in names.items()}
+    if "block" != given["residual_mode"] == trained_for["residual_mode"]:
+        given["layers_per_block"] = trained_for["layers_per_block"]  # which is not read
+    if given == trained_for:
         return
     if any(parameter.any() for name, parameter in model.named_parameters() if name.endswith("_norm.query")):
+
+        def text(options: dict) -> str:
+            return ", ".join(f"{name}={value}" for name, value in options.items())
+
         raise ValueError(
-            f"checkpoint {source} has pseudo-queries trained for residual_mode={trained_for[0]}, "
-            f"layers_per_block={trained_for[1]}, got residual_mode={given[0]}, layers_per_block={given[1]}. "
+            f"checkpoint {source} has pseudo-queries trained for {text(trained_for)}, got {text(given)}. "
             "Leave the options out, or pass strict=False to go on regardless."
         )
 
@@ -389,12 +441,13 @@ class AttnResModel(AttnResPreTrainedModel):
             AttnResDecoderLayer(config, layer, layer_idx) for layer_idx, layer in enumerate(base.layers)
         )
         self.norm = base.norm
+        self._norm_type = type(base.norm)
         self.rotary_emb = getattr(base, "rotary_emb", None)
         self.mixed_output = MixedInput()
         self.depth_weights = DepthWeights()
         self.depth_mixer = None
         if config.residual_mode != "standard":
-            self.depth_mixer = DepthMixer(config.num_hidden_layers, config.hidden_size)
+            self.depth_mixer = DepthMixer(config.num_hidden_layers, config.hidden_size, config.depth_variant)
         # What divides the tokens of a forward pass among devices, if they are divided: set by attnres.parallel.
         self.sequence_shards = None
         self.gradient_checkpointing = False
@@ -443,7 +496,10 @@ class AttnResModel(AttnResPreTrainedModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
 
-        layer_types = sorted({layer.layer_type for layer in self.layers})
+        layers = self.layers[: self.config.num_hidden_layers]
+        indices = [_index_of(layer, place) for place, layer in enumerate(layers)]
+        kinds = [layer_type(backbone, index) for index in range(max(indices, default=-1) + 1)]
+        layer_types = sorted({kinds[index] for index in indices})
         masks = create_masks(
             backbone,
             layer_types,
@@ -462,126 +518,48 @@ class AttnResModel(AttnResPreTrainedModel):
 
         every_input = bool(kwargs.pop("output_hidden_states", getattr(self.config, "output_hidden_states", False)))
 
-        def call_layer(layer_idx: int, *state: torch.Tensor, **options):
-            layer = self.layers[layer_idx]
-            kind = layer.layer_type
+        mixing, every_weight = Mixing.of(self.config), bool(output_depth_weights)
+        queries = None if self.depth_mixer is None else self.depth_mixer()
+
+        def call_layer(index: int, layer: nn.Module, *state: torch.Tensor | None) -> torch.Tensor | tuple:
             return layer(
+                None if queries is None else LayerQueries(queries[2 * index], queries[2 * index + 1]),
                 *state,
-                attention_mask=masks[kind],
+                mixing=mixing,
+                attention_mask=masks[kinds[index]],
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
-                **rotary[kind],
+                **rotary[kinds[index]],
+                output_depth_weights=every_weight,
                 output_hidden_states=every_input,
                 sequence_shards=shards,
-                **options,
                 **kwargs,
             )
 
-        if self.depth_mixer is None:
-            hidden_states = inputs_embeds
-            for layer_idx in range(len(self.layers)):
-                hidden_states = call_layer(layer_idx, hidden_states)
-        else:
-            queries = self.depth_mixer()
-            sources = self._new_sources(queries, inputs_embeds, bool(output_depth_weights))
-            sources.commit(inputs_embeds, first_reader=0)
-            hidden_states, weights = self._mix_layers(queries, sources, call_layer, bool(output_depth_weights))
-            if output_depth_weights:
-                self.depth_weights(weights if shards is None else shards.gather(weights))
-        if shards is not None:
-            hidden_states = shards.gather(hidden_states)
-        hidden_states = self.norm(self.mixed_output(hidden_states))
+        depth = mixing.start(inputs_embeds)
+        depth.walk(zip(indices, layers, strict=True), call_layer)
+        hidden_states = self._read_output(depth, queries and queries[-1], shards, every_weight, every_input)
         return AttnResModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
-    def _mix_layers(
-        self,
-        queries: torch.Tensor,
-        sources: SourceList,
-        call_layer,
-        output_depth_weights: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Walks the decoder layers, and mixes the output `[B, T, D]`; its depth weights come along if wanted."""
-        layers = range(len(self.layers))
-        mix_layers(self.config, layers, queries, sources, (), call_layer, output_depth_weights)
-        logits, values = sources.read(2 * len(layers))
-        mixed = mix(values, logits, self.config.depth_implementation)
-        return mixed, depth_weights(sources.logits(2 * len(layers))) if output_depth_weights else None
-
-    def _new_sources(self, queries: torch.Tensor, embedding: torch.Tensor, output_depth_weights: bool) -> SourceList:
-        """Sources one by one; on a CPU mixed for several sublayers at once, by compiled kernels without autograd."""
-        eps, implementation = self.config.rms_norm_eps, self.config.depth_implementation
-        devices = {embedding.device.type, next(self.layers[-1].parameters()).device.type}
-        if torch.compiler.is_compiling() or devices != {"cpu"} or implementation not in ("auto", "eager"):
-            return SourceList(queries, eps)
-        if not torch.is_grad_enabled():
-            plain = not output_depth_weights and all(map(_is_plain, self.layers))
-            kernels = cpu_kernels(implementation, embedding) if plain else None
-            return SourceList(queries, eps) if kernels is None else kernels.SourceTable(queries, eps, embedding)
-        if self.training and any(layer.gradient_checkpointing for layer in self.layers):
-            return SourceList(queries, eps)  # a checkpoint would keep the mixtures of every layer
-        block_mode = self.config.residual_mode == "block"
-        return SourceGroups(queries, eps, 2 * self.config.layers_per_block if block_mode else SUBLAYERS_TOGETHER)
+    def _read_output(self, depth: DepthState, query, shards, output_depth_weights: bool, output_hidden_states: bool):
+        """The mixture that the model gives out, normed, `[B, T, D]`."""
+        norm = None
+        if shards is None and depth.fuses_norm() and not (output_hidden_states or is_hooked(self.mixed_output)):
+            offset = get_family(self.config.backbone_config).norm_offset
+            norm = norm_to_fuse(self.norm, self._norm_type, offset, depth.mixing.eps, depth.dtype)
+        mixture, weights = depth.read(query, norm)
+        if shards is not None:
+            mixture = shards.gather(mixture)
+        if output_depth_weights:
+            self.depth_weights(weights if shards is None else shards.gather(weights))
+        return mixture if norm is not None else self.norm(self.mixed_output(mixture))
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Not compiled by itself, nor wrapped: compilers and wrappers look for tensors."""
-    return type(layer) is AttnResDecoderLayer and layer._compiled_call_impl is None
-
-
-def mix_layers(
-    config: AttnResConfig,
-    layers: range,
-    queries: torch.Tensor,
-    sources: SourceList,
-    partial: tuple[torch.Tensor, ...],
-    call_layer,
-    output_depth_weights: bool = False,
-) -> tuple[torch.Tensor, ...]:
-    """Walks decoder layers, all or those of a pipeline stage, and commits each source when it is complete.
-
-    Args:
-        config: of the whole model, not in `"standard"` mode.
-        layers: indices of the decoder layers.
-        queries: scaled pseudo-queries `[Q, D]`, those of these layers first.
-        sources: holds what is complete before them; sublayers are counted from the first of these layers.
-        partial: the partial sum `[B, T, D]` of a block that began before them, if one did.
-        call_layer: calls the decoder layer of an index.
-
-    Returns:
-        The partial sum of a block that goes on after them, if one does.
-    """
-    depth_implementation = config.depth_implementation
-    block_mode = config.residual_mode == "block"
-    num_layers, per_block = config.num_hidden_layers, config.layers_per_block
-    shared_sources = sources.shared
-    each_query = sources.each_query
-    for number, layer_idx in enumerate(layers):
-        attention, mlp = 2 * number, 2 * number + 1
-        attention_logits, values = sources.read(attention)
-        mlp_logits, mlp_values = sources.read(mlp)
-        each_logits = (sources.logits(attention), sources.logits(mlp)) if output_depth_weights else ()
-        scores = Scores(each_query[attention], attention_logits, each_query[mlp], mlp_logits, *each_logits)
-        state = (scores, *values)
-        if not shared_sources:
-            state += mlp_values
-        output = call_layer(
-            layer_idx,
-            *state,
-            *partial,
-            shared_sources=shared_sources,
-            depth_implementation=depth_implementation,
-            output_depth_weights=output_depth_weights,
-        )
-        if not block_mode:
-            sources.commit(output[0], first_reader=mlp + 1)  # the MLP itself has scored it
-            sources.commit(output[1], first_reader=mlp + 1)
-        elif (layer_idx + 1) % per_block == 0 or layer_idx + 1 == num_layers:
-            sources.commit(output, first_reader=mlp + 1)
-            partial = ()
-        else:
-            partial = (output,)
-    return partial
+def _index_of(layer: nn.Module, place: int) -> int:
+    """The index that a decoder layer was made for, also within a wrapper: layers before it may have been dropped."""
+    own = (module.layer_idx for module in layer.modules() if isinstance(module, AttnResDecoderLayer))
+    return next(own, place)
 
 
 def _keep(hidden_states: torch.Tensor, positions: int | torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,6 @@ COMMON = {
     "num_key_value_heads": 2,
     "head_dim": 10,
     "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-12,
     "initializer_range": 0.3,
     "pad_token_id": 0,
     "bos_token_id": 1,

@@ -54,9 +54,11 @@ class Oracle:
         model: the plain model.
         queries, gains: [2 * layers + 1, D] each, in the order attention, MLP, ..., output.
         sublayers_per_block: the paper's S, or None for Full.
+        scale_norm_eps: whether the norm after a mixture of n sources has epsilon / n^2, which is to norm n times it.
     """
 
-    def __init__(self, model, queries, gains, sublayers_per_block):
+    def __init__(self, model, queries, gains, sublayers_per_block, scale_norm_eps=False):
+        self.scale_norm_eps = scale_norm_eps
         self.queries, self.gains, self.sublayers_per_block = queries, gains, sublayers_per_block
         self.model = model
         self.eps = model.config.rms_norm_eps
@@ -81,7 +83,7 @@ class Oracle:
             sources = sources_of(sublayer, self.outputs, self.sublayers_per_block)
             mixed, weights = mixture(sources, self.queries[sublayer], self.gains[sublayer], self.eps)
             self.weights.append(weights)
-            return (mixed, *args[1:])
+            return (mixed * len(sources) if self.scale_norm_eps else mixed, *args[1:])
 
         return hook
 

@@ -52,6 +52,13 @@ def edit_tensors(folder, change):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def assert_same_tensors(first, second):
+    first, second = first.state_dict(), second.state_dict()
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_save_and_load_keep_every_bit_and_the_family_names_on_disk(family, tmp_path):
     model = deep_attnres(family, layers_per_block=5)
@@ -64,8 +71,9 @@ def test_save_and_load_keep_every_bit_and_the_family_names_on_disk(family, tmp_p
     for folder in ("whole", "sharded"):
         assert names_on_disk(tmp_path / folder) == names_on_disk(tmp_path / "plain") | depth_names(12)
         loaded = AttnResForCausalLM.from_pretrained(tmp_path / folder)
-        with torch.no_grad():
-            assert torch.equal(loaded(INPUT_IDS).logits, expected)
+        assert_same_tensors(loaded, model)
+        with torch.no_grad():  # how a weight lies in memory can change a matrix product's last bit, as in any model
+            torch.testing.assert_close(loaded(INPUT_IDS).logits, expected, rtol=1e-3, atol=1e-3)
         loaded.save_pretrained(tmp_path / "again")
         assert names_on_disk(tmp_path / "again") == names_on_disk(tmp_path / folder)
 
@@ -81,8 +89,8 @@ def test_a_plain_checkpoint_folder_loads_as_the_lossless_start_and_keeps_its_nam
     assert loaded.config.layers_per_block == 5
     with torch.no_grad():
         logits = loaded(INPUT_IDS).logits
-        assert torch.equal(logits, from_path(INPUT_IDS).logits)
-        assert torch.equal(logits, in_memory(INPUT_IDS).logits)
+        assert_same_tensors(loaded, from_path)
+        assert_same_tensors(loaded, in_memory)
         torch.testing.assert_close(logits, plain(INPUT_IDS).logits, rtol=1e-4, atol=1e-3)
     loaded.save_pretrained(tmp_path / "attnres")
     assert names_on_disk(tmp_path / "attnres") == names_on_disk(tmp_path / "plain") | depth_names(12)

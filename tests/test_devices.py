@@ -7,8 +7,8 @@ from accelerate.utils import send_to_device
 from helpers import random_attnres, random_tokens, relative_error
 
 from attnres import AttnResConfig, AttnResForCausalLM
-from attnres.decoder_layer import Scores
-from attnres.depth_mixer import DepthMixer
+from attnres.decoder_layer import LayerQueries
+from attnres.depth_mixer import DepthMixer, PseudoQuery
 
 MODES = ("block", "full", "standard")
 
@@ -141,14 +141,15 @@ def test_max_memory_puts_what_does_not_fit_on_disk_and_logits_stay(tmp_path, fam
 def test_a_depth_mixer_whose_parts_are_on_two_devices_gives_queries_on_one(part):
     mixer = DepthMixer(3, 8).to("meta")
     setattr(mixer, part, getattr(DepthMixer(3, 8), part))
-    assert mixer().device.type == "meta"
+    sublayers = mixer()[:-1]
+    assert {each.query.device.type for each in sublayers} == {"meta"}
 
 
-def test_scores_follow_a_decoder_layer_to_its_device():
-    query, logits = torch.ones(1, 4), torch.ones(2, 3, 2)
-    moved = send_to_device((Scores(query, logits, query, 0.5), logits), "meta")
-    assert [value.device.type for value in moved[0].values[:3]] == ["meta"] * 3
-    assert moved[0].values[3] == 0.5  # while decoding one token on the CPU logits are numbers
+def test_pseudo_queries_follow_a_decoder_layer_to_its_device():
+    query = torch.ones(4)
+    moved = send_to_device((LayerQueries(PseudoQuery(query), PseudoQuery(query, query)), query), "meta")
+    tensors = [*moved[0].attention, *moved[0].mlp]
+    assert tensors[1] is None and {each.device.type for each in tensors if each is not None} == {"meta"}
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from families import FAMILIES, tiny_config
+from helpers import short_config
 from reference import Oracle
 from transformers import AutoModelForCausalLM
 
@@ -16,16 +17,23 @@ MODES = {
     "block5": ({"layers_per_block": 5}, 10),
     "full": ({"residual_mode": "full"}, None),
 }
-TOLERANCE = 1e-4  # float32, relative
+# Relative, in float64; the families' own norms round to float32 on the way, in the model and in the oracle alike. Where
+# the two meet a rounding from different sides, that number differs by 6e-8, and what it makes of it is the model's.
+TOLERANCE = 1e-5
+LAYERS = 6
 
 
 def relative_error(value, expected):
     return ((value - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
-def well_conditioned_model(family):
-    """A plain model whose float32 gradients are good to 1e-4: no vanishing norms, no decay that forgets everything."""
-    plain = AutoModelForCausalLM.from_config(tiny_config(family, initializer_range=0.1, rms_norm_eps=1e-5)).eval()
+def plain_model(family, seed):
+    """In float64, with experts that take it; embeddings of size 1."""
+    torch.manual_seed(seed)
+    config = short_config(family, LAYERS, initializer_range=0.1)
+    plain = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
+    if any(hasattr(module, "num_experts") for module in plain.modules()):
+        plain.set_experts_implementation("eager")
     with torch.no_grad():
         plain.model.embed_tokens.weight.normal_()
         for name, parameter in plain.named_parameters():
@@ -55,26 +63,27 @@ def oracle_of(plain, model, sublayers_per_block):
         )
         return torch.cat([torch.stack([attention, mlp], 1).flatten(0, 1), output]).requires_grad_(True)
 
-    return Oracle(plain, ordered("query"), ordered("weight"), sublayers_per_block)
+    scaled = model.config.scale_norm_eps
+    return Oracle(plain, ordered("query"), ordered("weight"), sublayers_per_block, scaled)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_all_gradients_equal_the_stacking_oracle(family, mode):
+def test_logits_and_all_gradients_equal_the_stacking_oracle(family, mode, seed):
     options, sublayers_per_block = MODES[mode]
-    torch.manual_seed(13)  # with some the gradient of a router nearly cancels, in both
-    plain = well_conditioned_model(family)
-    model = AttnResForCausalLM.from_backbone(plain, **options)
+    plain = plain_model(family, seed)
+    model = AttnResForCausalLM.from_backbone(plain, **options, scale_norm_eps=seed == 1)
     random_depth_parameters(model)
     oracle = oracle_of(plain, model, sublayers_per_block)
-    input_ids = torch.randint(3, 97, (2, 13))
+    input_ids = torch.randint(3, 97, (2, 7))
 
     expected = oracle(input_ids)
     output = model(input_ids, output_depth_weights=True)
     assert relative_error(output.logits, expected.logits) < TOLERANCE
-    assert len(output.depth_weights) == len(oracle.weights) == 25
+    assert len(output.depth_weights) == len(oracle.weights) == 2 * LAYERS + 1
     for weights, expected_weights in zip(output.depth_weights, oracle.weights, strict=True):
-        torch.testing.assert_close(weights, expected_weights, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-6)
 
     direction = torch.randn_like(expected.logits)
     (expected.logits * direction).sum().backward()
@@ -93,19 +102,7 @@ def test_logits_and_all_gradients_equal_the_stacking_oracle(family, mode):
         errors[name] = relative_error(parameter.grad.reshape(wanted.shape), wanted) if wanted.any() else 0.0
     assert not expected_gradients, f"not compared: {sorted(expected_gradients)}"
     worst = max(errors, key=errors.get)
-    # Its linear attention multiplies rounding errors: over eight seeds up to 5e-4, by whatever code is mixed.
-    assert errors[worst] < (5e-4 if family == "qwen3_next" else TOLERANCE), f"{worst}: {errors[worst]:.1e}"
-
-
-@pytest.mark.parametrize("options", [{"layers_per_block": 5}, {"residual_mode": "full"}], ids=["block5", "full"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_zero_pseudo_queries_compute_what_the_plain_backbone_computes(family, options):
-    torch.manual_seed(5)
-    plain = AutoModelForCausalLM.from_config(tiny_config(family)).eval()
-    model = AttnResForCausalLM.from_backbone(plain, **options)
-    input_ids = torch.randint(3, 97, (2, 13))
-    with torch.no_grad():
-        assert relative_error(model(input_ids).logits, plain(input_ids).logits) < TOLERANCE
+    assert errors[worst] < TOLERANCE, f"{worst}: {errors[worst]:.1e}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

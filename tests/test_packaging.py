@@ -27,7 +27,7 @@ MODEL = {"attnres", *REMOTE_CODE}  # "attnres" are the public names
 # and asks conversion for what transformers loads where a checkpoint has another layout.
 MAY_IMPORT = {
     "plots": set(),
-    "kernels": {"depth_functions"},  # depth_mixer reaches them by name
+    "kernels": set(),  # depth_kernels reaches them by name
     **{name: set(REMOTE_CODE) for name in REMOTE_CODE},
     "__init__": {*REMOTE_CODE, "analysis"},  # whose callback it hands out on demand
     "conversion": MODEL,
@@ -175,7 +175,7 @@ def test_remote_code_file_imports_only_its_like(name):
 def test_remote_code_files_import_each_other_in_one_direction():
     graph = {name: imported_modules(PACKAGE / f"{name}.py") for name in REMOTE_CODE}
     list(TopologicalSorter(graph).static_order())  # raises CycleError, naming the cycle
-    assert not graph["backbones"] and not graph["depth_functions"]
+    assert not graph["backbones"] and not graph["depth_variants"]
 
 
 def test_imports_of_the_package_run_one_way():

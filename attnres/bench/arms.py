@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .. import AttnResForCausalLM
-from ..depth_mixer import DEPTH_IMPLEMENTATIONS, DepthMixer
+from ..depth_kernels import DEPTH_IMPLEMENTATIONS
+from ..depth_mixer import DepthMixer
 from .oracle import Mixing, mix_over_depth, stack_and_mix
 
 PLAIN = "plain"
@@ -196,7 +197,9 @@ def _build_one(arm: Arm, plain: PreTrainedModel, depth: DepthMixer, layers_per_b
         model = copy.deepcopy(plain, shared)  # new parameters with the same data
         mix_over_depth(model, depth, None if arm.full else layers_per_block, mixing)
         return model
-    options = {"layers_per_block": layers_per_block} if arm.residual_mode == "block" else {}
+    options = {"scale_norm_eps": False}  # as the references mix
+    if arm.residual_mode == "block":
+        options["layers_per_block"] = layers_per_block
     model = AttnResForCausalLM.from_backbone(plain, residual_mode=arm.residual_mode, **options)
     weights = dict(plain.named_parameters())
     for name, parameter in model.named_parameters():

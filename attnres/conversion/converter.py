@@ -19,18 +19,29 @@ from tqdm import tqdm
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..configuration_attnres import DEPTH_OPTIONS, AttnResConfig
+from ..depth_variants import VARIANTS
 from ..modeling_attnres import AUTO_MAP, AttnResForCausalLM
 from .checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, Checkpoint, CheckpointError, inside, read_checkpoint
 from .companions import write_companions
 from .files import copy_file, copy_range, replaced_folder
-from .layouts import ATTNRES, KIMI_K3, PRENORM, Source, shape_in, to_k3, to_prenorm, understand
+from .layouts import (
+    ATTNRES,
+    KIMI_K3,
+    PRENORM,
+    TORCH_DTYPES,
+    VARIANT_NAME,
+    Source,
+    depth_names,
+    shape_in,
+    to_k3,
+    to_prenorm,
+    understand,
+)
 from .sharded import find_shards, join_shards
 from .structure import check_structure
 
 DEPTH_SHARD = "model-depth.safetensors"
 SHARDS = "shards"  # what a run that FSDP sharded has saved
-
-TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass
@@ -82,7 +93,8 @@ def convert(
         overwrite: replace an existing `result` once the new one is complete.
         reinit_depth: start with new (zero) pseudo-queries where trained ones do not fit the new depth options.
         progress: show a bar on stderr.
-        depth_options: `residual_mode`, `layers_per_block`, `num_blocks` of the result.
+        depth_options: `residual_mode`, `layers_per_block`, `num_blocks`, `depth_variant`, `scale_norm_eps` of the
+            result.
 
     Raises:
         CheckpointError: the source cannot be read or not be converted, with the reason.
@@ -169,6 +181,8 @@ def _result_config(origin: Source, to: str, depth_options: dict) -> AttnResConfi
     unknown = set(options) - set(DEPTH_OPTIONS)
     if unknown:
         raise TypeError(f"convert got an unexpected option {sorted(unknown)[0]!r}")
+    if to != ATTNRES and (options.get("depth_variant") or origin.config.depth_variant) != "attnres":
+        raise CheckpointError(f"--to {to} has no depth_variant {origin.config.depth_variant!r}: only 'attnres'.")
     if to == PRENORM and options:
         raise CheckpointError(f"{sorted(options)[0]} is an option of an AttnRes result; --to {to} takes none.")
     content = origin.config.to_dict()
@@ -196,7 +210,7 @@ def _depth_change(origin: Source, config: AttnResConfig, to: str, reinit_depth: 
             )
         return "drop"
     old, new = origin.config, config
-    same = old.residual_mode == new.residual_mode and (
+    same = (old.residual_mode, old.depth_variant) == (new.residual_mode, new.depth_variant) and (
         new.residual_mode == "full" or old.layers_per_block == new.layers_per_block
     )
     if same and not reinit_depth:
@@ -207,11 +221,11 @@ def _depth_change(origin: Source, config: AttnResConfig, to: str, reinit_depth: 
             f"layers_per_block={old.layers_per_block}; other depth options need --reinit-depth, which starts them "
             "at zero."
         )
-    return "zero" if reinit_depth else None
+    return "zero" if reinit_depth or old.depth_variant != new.depth_variant else None
 
 
 def depth_is_zero(origin: Source) -> bool:
-    """Whether all pseudo-queries are exactly zero; depth tensors with NaN or Inf are an error."""
+    """Whether all depth tensors are those of the start, pseudo-queries exactly zero; NaN or Inf in them is an error."""
     zero = True
     by_shard: dict[str, list[str]] = {}
     for name in sorted(origin.depth_names):
@@ -224,6 +238,8 @@ def depth_is_zero(origin: Source) -> bool:
                 tensor = file.get_tensor(origin.stored_names[name])
                 if not torch.isfinite(tensor.float()).all():
                     raise CheckpointError(f"{origin.checkpoint.folder}: depth tensor {name} has NaN or Inf.")
+                if name == VARIANT_NAME:
+                    zero = zero and torch.equal(tensor, _initial_extras(origin.config).to(tensor.dtype))
                 zero = zero and not (name.endswith("_res_proj.weight") and tensor.any())
     return zero
 
@@ -319,12 +335,19 @@ def rewrite_shard(
 def _depth_tensors(origin: Source, config: AttnResConfig) -> dict[str, torch.Tensor]:
     """Depth tensors of a lossless start, in the dtype of the weights: zero pseudo-queries, unit gains."""
     dtype = TORCH_DTYPES[origin.checkpoint.float_dtype]
-    return {
+    tensors = {
         name: torch.zeros(1, config.hidden_size, dtype=dtype)
         if name.endswith("_res_proj.weight")
         else torch.ones(config.hidden_size, dtype=dtype)
-        for name in sorted(origin.depth_names)
+        for name in sorted(depth_names(config.num_hidden_layers))
     }
+    extras = _initial_extras(config)
+    return tensors if extras is None else {**tensors, VARIANT_NAME: extras.to(dtype)}
+
+
+def _initial_extras(config: AttnResConfig) -> torch.Tensor | None:
+    initial = VARIANTS[config.depth_variant].initial
+    return None if initial is None else initial(config.num_sublayers + 1, config.hidden_size)
 
 
 def _write_index(folder: Path, weight_map: dict[str, str]):

@@ -10,10 +10,13 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..backbones import FAMILIES, check_supported
 from ..configuration_attnres import AttnResConfig
+from ..depth_variants import VARIANTS
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo
 
 PRENORM, ATTNRES, KIMI_K3 = "prenorm", "attnres", "kimi-k3"
 LAYOUTS = (PRENORM, ATTNRES, KIMI_K3)
+TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+VARIANT_NAME = "model.depth_mixer.variant_norm.weight"  # what a depth variant learns besides pseudo-queries
 K3_BLOCK_SIZE = "attn_res_block_size"
 K3_PREFIX = "language_model."
 
@@ -88,7 +91,8 @@ class Source:
     @property
     def depth_names(self) -> set[str]:
         """The depth tensors that an AttnRes checkpoint of this many layers has."""
-        return depth_names(self.config.num_hidden_layers)
+        names = depth_names(self.config.num_hidden_layers)
+        return names if VARIANTS[self.config.depth_variant].initial is None else names | {VARIANT_NAME}
 
 
 def depth_names(layers: int) -> set[str]:

@@ -3,7 +3,7 @@ numbers."""
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from math import exp
+from math import exp, prod
 from tempfile import TemporaryDirectory
 
 import psutil
@@ -14,13 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..modeling_attnres import AttnResForCausalLM
 from .checkpoint import CheckpointError, inside
-from .layouts import ATTNRES, KIMI_K3, PRENORM, Source, shape_in
+from .layouts import ATTNRES, KIMI_K3, PRENORM, TORCH_DTYPES, Source, shape_in
 from .structure import meta_model
 
-# The result differs by the norms' epsilon only, which acts as if multiplied by n^2. In units of the logits' standard
-# deviation; bfloat16 rounds the two differently on top.
-TOLERANCE = {"F32": 0.02, "F16": 0.1, "BF16": 0.25}
-PERPLEXITY_TOLERANCE = {"F32": 0.01, "F16": 0.02, "BF16": 0.05}
+# In units of the logits' standard deviation, and of the perplexity; both models in float32, whatever the checkpoint's
+# dtype: rounding to bfloat16 on both sides would hide more than it shows.
+EXACT = "exact"  # the same function in another order of summation
+EPSILON = "epsilon"  # the norms' epsilon acts on a mean of n sources on one side, which is n^2 times it on their sum
+TOLERANCE = {EXACT: 1e-3, EPSILON: 0.02}
+PERPLEXITY_TOLERANCE = {EXACT: 1e-3, EPSILON: 0.01}
 PROMPTS = (
     "The residual stream of a transformer is a running sum: every sublayer reads it and adds to it.",
     "def mean(values):\n    return sum(values) / len(values)\n",
@@ -48,10 +50,15 @@ def verify_conversion(origin: Source, result: Source, how: str, progress: bool, 
     free = psutil.virtual_memory().available
     in_memory = how == "full" or needed < MEMORY_SHARE * free
     prompts, described = _prompts(origin)
-    with tqdm(total=2 * len(prompts), desc="verify", disable=not progress) as bar:
+    stored = TORCH_DTYPES[origin.checkpoint.float_dtype]
+    runs = 2 if stored is torch.float32 else 3
+    with tqdm(total=runs * len(prompts), desc="verify", disable=not progress) as bar:
         try:
             expected, mean_square = _run(origin, prompts, in_memory, bar.update, depth_restarts)
             logits, _ = _run(result, prompts, in_memory, bar.update)
+            rounded = None
+            if stored is not torch.float32:
+                rounded, _ = _run(origin, prompts, in_memory, bar.update, depth_restarts, stored)
         except Exception as error:  # whatever a model or the memory does
             raise CheckpointError(
                 f"verification could not run ({' '.join(str(error).split())[:300] or type(error).__name__}); "
@@ -64,22 +71,40 @@ def verify_conversion(origin: Source, result: Source, how: str, progress: bool, 
         "prompts": described,
         "tokens": sum(prompt.shape[1] for prompt in prompts),
         "in_memory": in_memory,
-        "dtype": origin.checkpoint.float_dtype,
+        "dtype": "F32",
+        "stored_dtype": origin.checkpoint.float_dtype,
         "source_pseudo_queries": "set to zero" if depth_restarts and origin.layout != PRENORM else "as they are",
         **_differences(expected, logits, prompts),
         "epsilon_effect": None if mean_square is None else _effective_epsilon(result) / mean_square,
     }
-    dtype = report["dtype"]
-    report["tolerance_p999_over_std"] = TOLERANCE[dtype]
-    report["tolerance_perplexity"] = PERPLEXITY_TOLERANCE[dtype]
+    if rounded is not None:
+        of_rounding = _differences(expected, rounded, prompts)
+        report["source_rounded_to_stored_dtype"] = {
+            key: of_rounding[key] for key in ("relative_logit_error", "top1_agreement", "result_perplexity")
+        }
+    kind = EXACT if _same_epsilon(origin, result) else EPSILON
+    report["kind"] = kind
+    report["tolerance_p999_over_std"] = TOLERANCE[kind]
+    report["tolerance_perplexity"] = PERPLEXITY_TOLERANCE[kind]
     _judge(report)
     return report
+
+
+def _sums(source: Source) -> bool:
+    """Whether the norms' epsilon acts on the sum of the sources, as in a plain model."""
+    config = source.config
+    return source.layout == PRENORM or config.residual_mode == "standard" or config.scale_norm_eps
+
+
+def _same_epsilon(origin: Source, result: Source) -> bool:
+    options = [(each.config.residual_mode, each.config.layers_per_block) for each in (origin, result)]
+    return _sums(origin) == _sums(result) and (_sums(origin) or options[0] == options[1])
 
 
 def _effective_epsilon(result: Source) -> float:
     """The norms' epsilon as it acts on a mean of n sources: n^2 times what it is on their sum."""
     config = result.config
-    if result.layout == PRENORM or config.residual_mode == "standard":
+    if _sums(result):
         return config.rms_norm_eps
     sources = 1 + (config.num_sublayers if config.residual_mode == "full" else config.num_blocks)
     return sources**2 * config.rms_norm_eps
@@ -111,12 +136,18 @@ def _differences(expected: list[torch.Tensor], logits: list[torch.Tensor], promp
     return {
         "max_logit_difference": difference.max().item(),
         "mean_logit_difference": difference.mean().item(),
+        "relative_logit_error": _relative_error(expected, logits),
         "p999_logit_difference": difference.kthvalue(rank).values.item(),
         "logit_std": torch.cat([a.flatten() for a in expected]).std().item(),
         "top1_agreement": top1.float().mean().item(),
         "source_perplexity": _perplexity(expected, prompts),
         "result_perplexity": _perplexity(logits, prompts),
     }
+
+
+def _relative_error(expected: list[torch.Tensor], logits: list[torch.Tensor]) -> float:
+    squares = sum((b - a).double().square().sum() for a, b in zip(expected, logits, strict=True))
+    return (squares / sum(a.double().square().sum() for a in expected)).sqrt().item()
 
 
 def _perplexity(logits: list[torch.Tensor], prompts: list[torch.Tensor]) -> float:
@@ -149,14 +180,16 @@ def _run(
     in_memory: bool,
     progress: Callable[[int], None],
     zero_queries: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[list[torch.Tensor], float | None]:
     """Logits `[1, T, V]` in float32 per prompt; of a plain model also the smallest hidden states' mean square, which is
     the median over the tokens of the layer where it is smallest."""
     logits, mean_squares = [], []
-    with _loaded(source, in_memory) as model:
+    with _loaded(source, in_memory, dtype) as model:
         if zero_queries and getattr(model, "depth_mixer", None) is not None:
-            for depth_score in model.depth_mixer.children():
-                depth_score.query.zero_()
+            for name, parameter in model.depth_mixer.named_parameters():
+                if name.endswith(".query"):
+                    parameter.zero_()
         for prompt in prompts:
             output = model(prompt, use_cache=False, output_hidden_states=source.layout == PRENORM)
             logits.append(output.logits.float())
@@ -167,19 +200,19 @@ def _run(
 
 
 @contextmanager
-def _loaded(source: Source, in_memory: bool):
+def _loaded(source: Source, in_memory: bool, dtype: torch.dtype):
     """The model of a checkpoint; without room for it, its decoder layers stay on disk until they are called."""
     folder = source.checkpoint.folder
     model_class = AutoModelForCausalLM if source.layout == PRENORM else AttnResForCausalLM
     if source.layout == KIMI_K3:  # names and shapes are not those of any model class
-        yield _load_translated(source)
+        yield _load_translated(source, dtype)
     elif in_memory:
-        yield model_class.from_pretrained(folder, dtype="auto", local_files_only=True, use_safetensors=True).eval()
+        yield model_class.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True).eval()
     else:
         with TemporaryDirectory(dir=folder.parent, prefix=".attnres-offload-") as offload_folder:
             yield model_class.from_pretrained(
                 folder,
-                dtype="auto",
+                dtype=dtype,
                 local_files_only=True,
                 use_safetensors=True,
                 device_map=_layers_on_disk(source),
@@ -194,7 +227,7 @@ def _layers_on_disk(source: Source) -> dict[str, str]:
     return {**dict.fromkeys(others, "cpu"), **places, "lm_head": "cpu"}
 
 
-def _load_translated(source: Source) -> AttnResForCausalLM:
+def _load_translated(source: Source, dtype: torch.dtype) -> AttnResForCausalLM:
     tensors = {}
     for shard in source.checkpoint.shards:
         with safe_open(inside(source.checkpoint.folder, shard), "pt") as file:
@@ -202,16 +235,18 @@ def _load_translated(source: Source) -> AttnResForCausalLM:
                 if source.tensor(name).shard == shard:
                     tensor = file.get_tensor(stored)
                     tensors[name] = tensor.reshape(shape_in(ATTNRES, name, tuple(tensor.shape)))
-    return AttnResForCausalLM.from_pretrained(None, config=source.config, state_dict=tensors, dtype="auto").eval()
+    return AttnResForCausalLM.from_pretrained(None, config=source.config, state_dict=tensors, dtype=dtype).eval()
 
 
 def _bytes_in_memory(source: Source) -> int:
-    return sum(tensor.bytes for tensor in source.checkpoint.tensors.values())
+    """In float32."""
+    return 4 * sum(prod(tensor.shape) for tensor in source.checkpoint.tensors.values())
 
 
 def report_table(report: dict) -> str:
     """The report as a short table for the terminal."""
     rows = (
+        ("relative logit error, in float32", f"{report['relative_logit_error']:.1e}"),
         ("logit difference, largest", f"{report['max_logit_difference']:.2e}"),
         ("logit difference, mean", f"{report['mean_logit_difference']:.2e}"),
         ("logit difference, 99.9 percentile", f"{report['p999_logit_difference']:.2e}"),
@@ -219,8 +254,28 @@ def report_table(report: dict) -> str:
         ("same most likely token", f"{report['top1_agreement']:.1%}"),
         ("perplexity, source", f"{report['source_perplexity']:.4f}"),
         ("perplexity, result", f"{report['result_perplexity']:.4f}"),
-        ("effective epsilon / hidden states' mean square", _epsilon_text(report)),
+        *_rounding_rows(report),
+        *_epsilon_rows(report),
         ("prompts", f"{report['prompts']}, {report['tokens']} tokens"),
     )
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+
+
+def _rounding_rows(report: dict) -> list[tuple[str, str]]:
+    rounding = report.get("source_rounded_to_stored_dtype")
+    if rounding is None:
+        return []
+    error, agreement = rounding["relative_logit_error"], rounding["top1_agreement"]
+    label = f"source rounded to {report['stored_dtype']}"
+    return [(label, f"relative logit error {error:.1e}, same most likely token {agreement:.1%}")]
+
+
+def _epsilon_rows(report: dict) -> list[tuple[str, str]]:
+    if report["kind"] == EXACT:
+        return []
+    accepted = f"relative logit error {report['relative_logit_error']:.1e} accepted"
+    return [
+        ("norm epsilon", f"acts on the mean of n sources instead of their sum: {accepted}"),
+        ("effective epsilon / hidden states' mean square", _epsilon_text(report)),
+    ]

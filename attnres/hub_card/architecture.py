@@ -28,6 +28,7 @@ CONVERSION = (
     ("Same most likely token", "top1_agreement", "{:.2%}"),
     ("Perplexity of the source", "source_perplexity", "{:.4f}"),
     ("Perplexity of the result", "result_perplexity", "{:.4f}"),
+    ("Relative error of the logits, in float32", "relative_logit_error", "{:.1e}"),
     ("Effective epsilon of the norms, over the hidden states' mean square", "epsilon_effect", "{:.1e}"),
 )
 
@@ -112,7 +113,7 @@ def _queries(facts: dict, layers: int) -> str:
         return "none"
     state = {
         "pseudo-queries are zero": "exactly zero: every mixture is a plain mean, and the model computes what its plain "
-        "backbone computes (up to the norms' epsilon) until they are trained",
+        "backbone computes until they are trained",
         "trained": "trained",
     }[facts["depth_tensors"]]
     return f"{2 * layers + 1}, {state}"

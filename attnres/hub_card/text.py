@@ -96,7 +96,7 @@ def _limitations(facts: dict, measured: Measured, not_run: bool) -> str:
         "training text. Its safety and its biases were not examined for this card.",
     ]
     if facts["depth_tensors"] == "pseudo-queries are zero":
-        lines.append("The pseudo-queries are zero: so far depth mixing changes nothing but the norms' epsilon.")
+        lines.append("The pseudo-queries are zero: so far depth mixing changes nothing.")
     if not measured.rows:
         lines.append("No benchmark has been run on these weights, so nothing is known of how good it is.")
     else:

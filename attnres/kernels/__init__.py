@@ -1,4 +1,6 @@
-"""Fused implementations of the mixing over depth. They know nothing of the package; `depth_mixer` picks them by name.
+"""The fused operator `attnres::mix` and its back ends. They know nothing of the package; `depth_kernels` picks them.
 
-Nothing is imported here: `attnres.kernels.mix_triton` needs Triton, which not every platform has.
+Nothing is imported here: `triton_backend` needs Triton and `cpu_backend` numba, which not every platform has.
 """
+
+ABI = 2  # of the operator; `depth_kernels.KERNEL_ABI` must be the same

@@ -480,6 +480,8 @@ def _config_of(model) -> AttnResConfig:
 
 
 def _check_losses(config: AttnResConfig):
+    if config.depth_variant != "attnres":
+        raise ValueError(f"depth_variant must be 'attnres' in a pipeline, got {config.depth_variant!r}.")
     backbone = config.backbone_config
     wanted = getattr(backbone, "output_router_logits", False) and load_balancing_loss(backbone) is not None
     if wanted and backbone.router_aux_loss_coef:

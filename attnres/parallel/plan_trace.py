@@ -11,16 +11,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from unittest.mock import patch
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 from transformers.integrations import moe
 
-from .. import AttnResForCausalLM, depth_functions, depth_mixer
+from .. import AttnResForCausalLM
+from ..torch_internals import FakeTensorMode, TorchDispatchMode
 from .plan_model import EMBEDDING, HEAD, NORM, local_shape, parallel_styles
 
 ATTENTION = "attnres_plan"
@@ -158,10 +156,8 @@ def _fake(
     config.depth_implementation = "triton"
     try:
         with ExitStack() as stack:
-            # They keep the same: sources and weights. What is fused on CPUs only would keep something else.
-            stack.enter_context(patch.dict(depth_mixer.DEPTH_IMPLEMENTATIONS, triton=depth_functions.mixture))
             for target, name, replacement in _stand_ins(module, kernels):
-                stack.enter_context(patch.object(target, name, replacement))
+                stack.enter_context(_replaced(target, name, replacement))
             with torch.device("meta"):
                 model = AttnResForCausalLM(config)
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -176,8 +172,6 @@ def _fake(
             f"a {config.backbone_config.model_type} model with these numbers does not run with tensor={tensor}, "
             f"expert={expert} ({reason})"
         ) from None
-    finally:
-        depth_functions._kept_constant.cache_clear()  # which would give fake numbers to real models
 
 
 def _materialise(model: nn.Module, styles: dict[str, str], tensor: int, expert: int, dtype: torch.dtype):
@@ -206,11 +200,11 @@ def _follow(model: AttnResForCausalLM, trace: Trace, alive: list) -> Callable[[]
     def enter(layer: int):
         def hook(module, arguments):
             where["inside"] = layer
-            tensors = [each for each in arguments if isinstance(each, torch.Tensor)]
+            tensors = [each for each in arguments if isinstance(each, torch.Tensor)]  # partial sum and sources
             storages = [each.untyped_storage() for each in tensors]
             alive.extend(storages)
             trace.inputs[layer] = {each._cdata: each.nbytes() for each in storages}
-            whole = tensors[-1].shape  # [B, T, D]; logits and pseudo-queries come first
+            whole = tensors[-1].shape  # [B, T, D]
             trace.streams |= {
                 storage._cdata: storage.nbytes()
                 for each, storage in zip(tensors, storages, strict=True)
@@ -436,6 +430,16 @@ _KERNELS = {
     "torch_chunk_gated_delta_rule": _linear_attention,
     "causal_conv1d_fn": _convolution,
 }
+
+
+@contextmanager
+def _replaced(target, name: str, replacement: Callable):
+    original = getattr(target, name)
+    setattr(target, name, replacement)
+    try:
+        yield
+    finally:
+        setattr(target, name, original)
 
 
 def _stand_ins(module: AttnResForCausalLM, kernels: bool):

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from ..backbones import create_masks, get_family, rotary_inputs, scale_logits
-from ..depth_mixer import DepthMixer, mix
-from ..depth_sources import SourceList
-from ..modeling_attnres import AttnResForCausalLM, AttnResPreTrainedModel, mix_layers
+from ..decoder_layer import LayerQueries
+from ..depth_mixer import DepthMixer, DepthState, Mixing
+from ..modeling_attnres import AttnResForCausalLM, AttnResPreTrainedModel
 from .store import BlockStore
 from .traffic import Route
 
@@ -22,37 +22,38 @@ class StageDepthMixer(DepthMixer):
         if not is_last:
             del self.output_norm
 
-    def forward(self) -> torch.Tensor:
-        """Scaled pseudo-queries sqrt(D) w * g, `[Q, D]`, float32: attention, MLP, ..., Q = 2 n; last stage: output."""
-        if hasattr(self, "output_norm"):
-            return super().forward()
-        sublayers = torch.stack([self.attention_norm(), self.mlp_norm()], dim=1).flatten(0, 1)
-        return sublayers * sublayers.shape[-1] ** 0.5
 
-
-class StageSources(SourceList):
-    """The sources that a stage reads: fetched, received, completed. Those that are new to its rank go to the store.
+class StageState(DepthState):
+    """The depth state of a stage: the sources it fetches, receives and completes. Those that are new to its rank go to
+    the store.
 
     Args:
-        queries, eps: as in `SourceList`; the pseudo-queries of this stage.
+        mixing: how the model mixes.
         publish: is called with the index and the value of each source that is new to the rank.
     """
 
-    def __init__(self, queries: torch.Tensor, eps: float, publish):
-        super().__init__(queries, eps)
-        self.complete: list[torch.Tensor] = []
+    def __init__(self, mixing: Mixing, publish):
+        super().__init__(mixing)
         self._publish = publish
 
     def adopt(self, source: torch.Tensor):
         """Adds a source `[B, T, D]` that the rank has already."""
-        self.complete.append(source)
-        super().commit(source, 0)
+        self.sources = (*self.sources, source)
 
-    def commit(self, source: torch.Tensor, first_reader: int):
-        self._publish(len(self.complete), source)
-        self.complete.append(source)
-        if first_reader < len(self.queries):  # else only later stages read it
-            super().commit(source, first_reader)
+    def receive(self, source: torch.Tensor):
+        """Adds a source `[B, T, D]` that is new to the rank."""
+        self._publish(len(self.sources), source)
+        self.adopt(source)
+
+    def complete(self):
+        super().complete()
+        self._publish(len(self.sources) - 1, self.sources[-1])
+
+    def _take(self, new, layer):
+        count = len(self.sources)
+        super()._take(new, layer)
+        for index in range(count, len(self.sources)):
+            self._publish(index, self.sources[index])
 
 
 class AttnResStage(AttnResPreTrainedModel):
@@ -119,26 +120,31 @@ class AttnResStage(AttnResPreTrainedModel):
             if torch.is_grad_enabled() and not embedding.requires_grad:
                 embedding.requires_grad_()  # frozen: gradients cross all the same, as every stage expects them
 
-        if self.config.residual_mode == "standard":
-            hidden_states = embedding if self.is_first else received[0]
-            for layer_idx in route.layers:
-                hidden_states = call_layer(layer_idx, hidden_states)
-            return self._logits(hidden_states) if self.is_last else (hidden_states,)
+        mixing = Mixing.of(self.config)
+        depth = StageState(mixing, self._publish)
+        queries = None
+        if mixing.layers_per_block is None:
+            depth.partial = embedding if self.is_first else received[0]
+        else:
+            queries = self.model["depth_mixer"]()
+            for index in route.fetched:
+                depth.adopt(self.store.fetch(self.micro_batch, index))
+            for source in received[: len(route.received)]:
+                depth.receive(source)
+            if self.is_first:
+                depth.receive(embedding)
+            depth.partial = next(iter(received[len(route.received) :]), None)
 
-        queries = self.model["depth_mixer"]()
-        sources = StageSources(queries, self.config.rms_norm_eps, self._publish)
-        for index in route.fetched:
-            sources.adopt(self.store.fetch(self.micro_batch, index))
-        for source in received[: len(route.received)]:
-            sources.commit(source, first_reader=0)
-        if self.is_first:
-            sources.commit(embedding, first_reader=0)
-        partial = received[len(route.received) :]
-        partial = mix_layers(self.config, route.layers, queries, sources, partial, call_layer)
-        if not self.is_last:
-            return (*sources.complete[route.sent.start :], *partial)
-        logits, values = sources.read(2 * len(route.layers))
-        return self._logits(mix(values, logits, self.config.depth_implementation))
+        def call(layer_idx: int, layer: nn.Module, *state):
+            row = 2 * (layer_idx - route.layers.start)
+            own = None if queries is None else LayerQueries(*queries[row : row + 2])
+            return call_layer(layer, own, *state, mixing=mixing)
+
+        depth.walk(((index, self.model["layers"][str(index)]) for index in route.layers), call)
+        if self.is_last:
+            return self._logits(depth.read(queries and queries[-1])[0])
+        crossing = () if depth.partial is None else (depth.partial,)
+        return crossing if queries is None else (*depth.sources[route.sent.start :], *crossing)
 
     def enable_input_require_grads(self):
         """Nothing to do for checkpointing: all that a stage mixes requires gradients already."""
@@ -151,8 +157,7 @@ class AttnResStage(AttnResPreTrainedModel):
         rotary_emb = getattr(self.model, "rotary_emb", None)
         rotary = rotary_inputs(backbone, kinds, rotary_emb, embedding, position_ids)
 
-        def call_layer(layer_idx: int, *state: torch.Tensor, **options):
-            layer = layers[str(layer_idx)]
+        def call_layer(layer: nn.Module, *state, **options):
             return layer(
                 *state,
                 attention_mask=masks[layer.layer_type],

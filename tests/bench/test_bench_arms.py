@@ -10,7 +10,7 @@ from reference import Oracle
 from attnres.bench import arms
 from attnres.bench.arms import build, check, convert, select
 from attnres.bench.workloads import hollow
-from attnres.depth_mixer import DEPTH_IMPLEMENTATIONS
+from attnres.depth_kernels import DEPTH_IMPLEMENTATIONS
 
 CPU = torch.device("cpu")
 ALL = ("plain", "standard", "block", "full", "stacked", "stacked-full")

@@ -7,14 +7,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-path = Path(__file__).parents[2] / "attnres" / "kernels" / "mix_kernels.py"  # without the package, which takes seconds
-specification = importlib.util.spec_from_file_location("mix_kernels", path)
+path = Path(__file__).parents[2] / "attnres" / "kernels" / "triton_kernels.py"  # without the package: takes seconds
+specification = importlib.util.spec_from_file_location("triton_kernels", path)
 kernels = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(kernels)
 
 TARGETS = {"cubin": GPUTarget("cuda", 90, 32), "hsaco": GPUTarget("hip", "gfx942", 64)}
-TILE = {"D": 97, "WIDTH": 4, "LANES": 16, "VECTOR": 8}
-INTEGERS = {"start": "i32", "n": "i32", "eps": "fp32"}
+ROW = {"D": 97, "BLOCK": 128}
+NUMBERS = dict.fromkeys(("start", "n", "num_rows"), "i32")
+NUMBERS |= dict.fromkeys(("eps", "norm_offset", "norm_eps", "scale"), "fp32")
 
 
 def compile_kernel(kernel, types, **constants):
@@ -36,20 +37,21 @@ def compile_kernel(kernel, types, **constants):
         print(kind)
 
 
-for query in (None, "*fp32"):
-    common = {"sources": ("*bf16",) * 3, "weights": "*fp32", "query": query, **INTEGERS}
-    forward = {**common, "logits": "*fp32", "mixture": "*bf16"}
+common = {"sources": ("*bf16",) * 3, "query": "*fp32", "weights": "*fp32", **NUMBERS}
+for norm, float32 in ((None, None), ("*bf16", "*fp32")):  # with a norm, what is optional is there
+    forward = {**common, "norm_weight": norm, "output": "*bf16", "carry": float32}
     backward = {
         **common,
         "gradients": (None, "*bf16", "*bf16"),
-        "mixture_gradient": "*bf16",
-        "weights_gradient": query,
-        "logits_gradient": "*fp32",
-        "query_slope": query,
+        "norm_weight": norm,
+        "mixture": float32,
+        "output_gradient": "*bf16",
+        "weights_gradient": float32,
+        "query_parts": "*fp32",
+        "norm_parts": float32,
     }
-    compile_kernel(kernels.mix_forward, forward, FIRST=True, LAST=True, **TILE)
-    compile_kernel(kernels.mix_backward, backward, LAST=True, **TILE)
-compile_kernel(kernels.mix_forward, {**forward, "carry": "*fp32"}, FIRST=False, LAST=True, **TILE)
-compile_kernel(kernels.mix_backward, backward, LAST=False, **TILE)
-sums = {"source": "*bf16", "query_slope": "*fp32", "partial_gradients": "*fp32", "num_rows": "i32"}
-compile_kernel(kernels.query_backward, sums, D=97, ROWS=64, TILE_ROWS=16, TILE_COLUMNS=128)
+    compile_kernel(kernels.mix_forward, forward, FIRST=norm is None, LAST=True, WIDTH=4, **ROW)
+    compile_kernel(kernels.mix_backward, backward, WIDTH=4, **ROW)
+compile_kernel(kernels.mix_forward, forward, FIRST=True, LAST=False, WIDTH=4, **ROW)
+for first in (True, False):
+    compile_kernel(kernels.add_sources, {**common, "mixture": "*fp32"}, FIRST=first, **ROW)

@@ -25,8 +25,6 @@ from transformers.integrations import moe
 from attnres import AttnResConfig, AttnResForCausalLM
 from attnres.bench.memory import saved_bytes
 from attnres.cli import main
-from attnres.depth_functions import mixture
-from attnres.depth_mixer import DEPTH_IMPLEMENTATIONS
 from attnres.parallel.plan import Options, run
 from attnres.parallel.plan_layout import Layout, layouts
 from attnres.parallel.plan_memory import Plan, Prefill, Work, in_flight, prefill_memory
@@ -119,11 +117,9 @@ def test_the_standard_mode_has_no_depth_mixer():
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
-def test_activations_are_what_autograd_saves(family, autocast, any_size_of_experts, monkeypatch):
-    """On an accelerator, whose kernels keep what this implementation keeps; CPUs fuse norms, and keep other states."""
-    monkeypatch.setitem(DEPTH_IMPLEMENTATIONS, "triton", mixture)
+def test_activations_are_what_autograd_saves(family, autocast, any_size_of_experts):
+    """Here with the CPU's kernels: all back ends of the operator keep the same."""
     config = config_of(family)
-    config.depth_implementation = "triton"
     model, ids = AttnResForCausalLM(config).train(), random_tokens(BATCH, TOKENS)
     masks = {layer.layer_type: None for layer in model.model.layers}
 

@@ -1,0 +1,160 @@
+"""Scores, mixes and norms the sources in one pass over them, with kernels that numba compiles for CPUs.
+
+All arithmetic is float32. For a number of threads, results repeat bit by bit, and those of a token do not depend on the
+others.
+
+Shapes: B batch, T tokens, D hidden size, n sources, P parts of the tokens.
+"""
+
+import ctypes
+import functools
+import importlib
+from struct import Struct
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@functools.cache
+def _kernels(dtype: torch.dtype):
+    """The module, imported only now as not everyone has numba, and its two kernels."""
+    module = importlib.import_module("attnres.kernels.cpu_kernels")
+    return module, *module.kernels(dtype)
+
+
+@functools.cache
+def _struct(addresses: int) -> Struct:
+    return Struct(f"={_kernels(torch.float32)[0].LAYOUT}{addresses}q")
+
+
+def _run(module, kernel, parts: int, fields: tuple, addresses: list[int]):
+    # A string of bytes that the kernel counts its parts in: never shared between calls.
+    table = ctypes.create_string_buffer(_struct(len(addresses)).pack(0, parts, *fields, *addresses))
+    module.run(kernel, ctypes.addressof(table), parts)
+
+
+def forward(
+    sources: list[torch.Tensor],
+    query: torch.Tensor,
+    eps: float,
+    norm_weight: torch.Tensor | None,
+    norm_offset: float,
+    norm_eps: float,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output `[B, T, D]` in the dtype of the sources, rounded once, and depth weights `[B, T, n]`, float32.
+
+    `query` is float32 and holds the gain of the key norm; the norm multiplies by `norm_weight + norm_offset`.
+    """
+    first, count = sources[0], len(sources)
+    shape, dtype = first.shape, first.dtype
+    size, numbers = shape[-1], first.numel()
+    module, kernel, _ = _kernels(dtype)
+    output = torch.empty(shape, dtype=dtype)
+    weights = torch.empty((*shape[:-1], count), dtype=torch.float32)
+    if not numbers:
+        return output, weights
+    sources = [source if source.is_contiguous() else source.contiguous() for source in sources]
+    query, gain = query.contiguous(), None if norm_weight is None else norm_weight.contiguous()
+    tokens = numbers // size
+    parts = module.parts((count + 1) * numbers, tokens)
+    addresses = (query.data_ptr(), 0 if gain is None else gain.data_ptr(), output.data_ptr(), weights.data_ptr())
+    fields = (count, size, tokens, *addresses, 0, 0, 0, eps, norm_offset, norm_eps, scale)
+    _run(module, kernel, parts, fields, [source.data_ptr() for source in sources] + [0] * count)
+    return output, weights
+
+
+def backward(
+    grad_output: torch.Tensor | None,
+    grad_weights: torch.Tensor | None,
+    sources: list[torch.Tensor],
+    query: torch.Tensor,
+    eps: float,
+    weights: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    norm_offset: float,
+    norm_eps: float,
+    scale: float,
+    needs: list[bool],
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor | None]:
+    """Gradients of the sources (empty where `needs` is False), of the query, and of the norm weight if there is one."""
+    first, count = sources[0], len(sources)
+    size, numbers, dtype = first.shape[-1], first.numel(), first.dtype
+    module, _, kernel = _kernels(dtype)
+    gradients = [torch.empty(first.shape, dtype=dtype) if need else first.new_empty(0) for need in needs]
+    given = torch.zeros(first.shape, dtype=dtype) if grad_output is None else grad_output.to(dtype).contiguous()
+    changes = None if grad_weights is None else grad_weights.to(torch.float32).contiguous()
+    sources = [source.contiguous() for source in sources]
+    query, weights = query.contiguous(), weights.contiguous()
+    gain = None if norm_weight is None else norm_weight.contiguous()
+    tokens = numbers // max(size, 1)
+    parts = module.parts((2 * count + 1) * numbers, tokens)
+    sums = torch.zeros(1 if gain is None else 2, parts, size)
+    if numbers:
+        fields = (
+            *(count, size, tokens, query.data_ptr(), 0 if gain is None else gain.data_ptr(), given.data_ptr()),
+            *(
+                weights.data_ptr(),
+                0 if changes is None else changes.data_ptr(),
+                sums[0].data_ptr(),
+                sums[-1].data_ptr(),
+            ),
+            *(eps, norm_offset, norm_eps, scale),
+        )
+        addresses = [source.data_ptr() for source in sources]
+        addresses += [gradient.data_ptr() if need else 0 for gradient, need in zip(gradients, needs, strict=True)]
+        _run(module, kernel, parts, fields, addresses)
+    of_query, *of_gain = sums.sum(1).unbind()
+    return gradients, of_query, of_gain[0] if of_gain else None
+
+
+@functools.cache
+def problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot be used there, in one line, or None.
+
+    The first call runs them on small random sources and compares results and gradients with the formula.
+    """
+    if device.type != "cpu":
+        return f"these kernels run on CPUs, not on {device.type}"
+    if dtype not in DTYPES:
+        return f"the CPU kernels take {', '.join(map(str, DTYPES))}, not {dtype}"
+    try:
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller computes without gradients
+            return _compare(dtype)
+    except ImportError as error:
+        return f"mixing on the CPU is slower than it could be ({' '.join(str(error).split())}); pip install numba"
+    except Exception as error:  # whatever a compiler raises
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _compare(dtype: torch.dtype) -> str | None:
+    generator = torch.Generator("cpu").manual_seed(0)
+    n, size, rows, eps, offset, norm_eps, scale = 6, 131, (1, 3), 1e-5, 1.0, 1e-6, 2.0
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+
+    sources, query, gain = random(n, *rows, size).to(dtype), random(size).float() / 8, random(size).to(dtype)
+    sides = random(*rows, size).to(dtype), random(*rows, n).float()
+
+    *exact, q, g = (tensor.double().requires_grad_() for tensor in (*sources, query, gain))
+    values = torch.stack(exact, dim=2)
+    weights = torch.softmax((values * q).sum(-1) * torch.rsqrt(values.square().mean(-1) + eps), dim=-1)
+    mixture = scale * (weights.unsqueeze(-1) * values).sum(2)
+    output = (g + offset) * mixture * torch.rsqrt(mixture.square().mean(-1, keepdim=True) + norm_eps)
+    of_exact = torch.autograd.grad((output, weights), (*exact, q, g), [side.double() for side in sides])
+
+    norm = gain, offset, norm_eps, scale
+    found = forward(list(sources), query, eps, *norm)
+    of_sources, of_query, of_gain = backward(*sides, list(sources), query, eps, found[1], *norm, [True] * n)
+    names = ["output", "weights", *(f"gradient of source {i}" for i in range(n))]
+    names += ["gradient of the query", "gradient of the norm weight"]
+    for name, value, truth in zip(
+        names, (*found, *of_sources, of_query, of_gain), (output, weights, *of_exact), strict=True
+    ):
+        error = ((value.double() - truth).abs().max() / truth.abs().max()).item()
+        tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+        if not error < tolerance:
+            return f"{name} in {dtype} is off by {error:.1e} of its largest value (tolerance {tolerance})"
+    return None

@@ -1,0 +1,141 @@
+"""Which code mixes: how it is chosen, and what happens where kernels are missing, wrong or of another version."""
+
+import copy
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from helpers import compiles, random_attnres, random_tokens, relative_error
+
+from attnres import depth_kernels, kernels
+
+
+@pytest.fixture(autouse=True)
+def fresh_choice():
+    for function in (depth_kernels._warn_once, depth_kernels._find_backend):
+        function.cache_clear()
+    yield
+    for function in (depth_kernels._warn_once, depth_kernels._find_backend):
+        function.cache_clear()
+
+
+def twins(implementation, mode="block", **options):
+    eager = random_attnres("qwen3_moe", mode, **options)
+    eager.set_depth_implementation("eager")
+    other = copy.deepcopy(eager)
+    other.set_depth_implementation(implementation)
+    return eager, other
+
+
+@pytest.mark.parametrize("mode", ["block", "full"])
+@pytest.mark.parametrize("implementation", ["auto", "triton"])
+def test_logits_weights_and_gradients_are_those_of_eager(mode, implementation):
+    if implementation == "triton":
+        pytest.importorskip("triton")
+    eager, fused = twins(implementation, mode)
+    tokens = random_tokens(2, 5)
+    outputs = [model(tokens, labels=tokens, output_depth_weights=True) for model in (eager, fused)]
+    assert relative_error(outputs[1].logits, outputs[0].logits) < 1e-5
+    for found, expected in zip(outputs[1].depth_weights, outputs[0].depth_weights, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    for output in outputs:
+        output.loss.backward()
+    for (name, expected), found in zip(eager.named_parameters(), fused.parameters(), strict=True):
+        if expected.grad is not None:
+            assert relative_error(found.grad, expected.grad) < 1e-3, name
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_recomputes_the_same_gradients(use_reentrant):
+    model, tokens = random_attnres("qwen3_moe").train(), random_tokens(1, 5)
+    checkpointed = copy.deepcopy(model)
+    enable = getattr(checkpointed, "activation_checkpointing_enable", None)  # transformers 5.23 renamed it
+    (enable or checkpointed.gradient_checkpointing_enable)({"use_reentrant": use_reentrant})
+    checkpointed.enable_input_require_grads()
+    for each in (model, checkpointed):
+        each(tokens, labels=tokens).loss.backward()
+    for (name, expected), found in zip(model.named_parameters(), checkpointed.parameters(), strict=True):
+        if expected.grad is not None:
+            assert relative_error(found.grad, expected.grad) < 1e-5, name
+
+
+@compiles
+@pytest.mark.parametrize("implementation", ["auto", "eager", "triton"])
+def test_a_compiler_sees_one_graph(implementation):
+    if implementation == "triton":
+        pytest.importorskip("triton")
+    model = random_attnres("llama")
+    model.set_depth_implementation(implementation)
+    tokens = random_tokens(1, 5)
+    expected = model(tokens, use_cache=False).logits
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert relative_error(compiled(tokens, use_cache=False).logits, expected) < 1e-5
+
+
+def check_falls_back(implementation, match):
+    eager, other = twins(implementation)
+    tokens = random_tokens(1, 5)
+    with pytest.warns(UserWarning, match=match) as caught:
+        found = other(tokens).logits
+        other(tokens)
+    assert len(caught) == 1
+    assert relative_error(found, eager(tokens).logits) < 1e-6
+
+
+@pytest.mark.parametrize("implementation", ["auto", "triton"])
+def test_kernels_of_another_abi_are_not_called_and_one_warning_says_so(implementation, monkeypatch):
+    monkeypatch.setattr(kernels, "ABI", depth_kernels.KERNEL_ABI + 1)
+    check_falls_back(implementation, f"have ABI {kernels.ABI}, these files need ABI {depth_kernels.KERNEL_ABI}")
+
+
+def test_kernels_that_fail_their_self_check_are_not_used(monkeypatch):
+    from attnres.kernels import cpu_backend
+
+    monkeypatch.setattr(cpu_backend, "problem", lambda device, dtype: "output is off by 3.0e-01")
+    check_falls_back("auto", 'mixes by "eager" instead: output is off')
+
+
+def test_a_device_without_triton_kernels_mixes_by_eager(monkeypatch):
+    backend = pytest.importorskip("attnres.kernels.triton_backend")
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    backend.problem.cache_clear()
+    check_falls_back("triton", "run on cuda or xpu, not on cpu")
+    backend.problem.cache_clear()
+
+
+def test_without_triton_the_warning_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "attnres.kernels.triton_backend", None)
+    check_falls_back("triton", r"pip install attnres\[triton\]")
+
+
+def test_without_numba_the_warning_names_it(monkeypatch):
+    from attnres.kernels import cpu_backend
+
+    monkeypatch.setitem(sys.modules, "attnres.kernels.cpu_kernels", None)
+    for function in (cpu_backend._kernels, cpu_backend.problem):
+        function.cache_clear()
+    check_falls_back("auto", "pip install numba")
+    for function in (cpu_backend._kernels, cpu_backend.problem):
+        function.cache_clear()
+
+
+def test_the_default_is_chosen_without_a_word_and_double_precision_mixes_by_the_equation():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        eager, auto = twins("auto")
+        auto(random_tokens(1, 5))
+        eager, auto = eager.double(), auto.double()
+        for each in (eager, auto):
+            each.set_experts_implementation("eager")
+        assert torch.equal(auto(random_tokens(1, 5)).logits, eager(random_tokens(1, 5)).logits)
+
+
+def test_eager_needs_no_kernels():
+    code = (
+        "import sys, torch; from attnres.depth_mixer import *; "
+        "state = DepthState(Mixing(1e-6, 2), [torch.ones(1, 2, 3)] * 2); state.read(PseudoQuery(torch.ones(3))); "
+        "sys.exit(any(name.startswith('attnres.kernels.') for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
