@@ -47,8 +47,8 @@ class LayerQueries:
 
 
 def _checkpoint_unpacked(checkpoint, function, queries: LayerQueries | None, *state):
-    """`checkpoint(function, queries, *state)` with pseudo-queries one by one: activation checkpointing has to find every
-    tensor that is to get a gradient among the arguments."""
+    """`checkpoint(function, queries, *state)` with pseudo-queries one by one: activation checkpointing has to find
+    every tensor that is to get a gradient among the arguments."""
     if queries is None:
         return checkpoint(function, None, *state)
 
