@@ -20,6 +20,7 @@ from .processes import Team
 LENGTH_NAMES = (
     "max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len", "model_max_length",
 )  # fmt: skip
+PORTION = 64  # tokens that are generated before rows that ended are left out
 UNLIMITED = 10**9  # tokenizers say a huge number where they know of no limit
 
 
@@ -282,25 +283,60 @@ class CausalLM(HFLM):
         return _without_nan(logits)
 
     def _model_generate(self, context, max_length, stop, **generation_kwargs):
+        """Tokens `[R, T]`: the context and what follows it, in portions after each of which rows that ended are left
+        out: lm-eval goes on with all of them until the last one stops."""
         max_length = min(max_length, self._max_length)
+        mask = generation_kwargs.pop("attention_mask", torch.ones_like(context))
+        context, mask, state = self._after_prefix(context, mask)
+        start, pad = context.shape[1], self.tokenizer.pad_token_id
+        self.counts["tokens"] += context.numel() - len(self._prefix) * len(context)
+        ended: dict[int, torch.Tensor] = {}
+        rows, tokens = list(range(len(context))), context
+        while rows:
+            width = tokens.shape[1]
+            portion = min(width + PORTION, max_length) if self._layers else max_length
+            with _plain_greedy(self.model):
+                output = super()._model_generate(
+                    tokens, portion, stop, attention_mask=mask, past_key_values=state, return_dict_in_generate=True,
+                    logits_processor=LogitsProcessorList([_RefuseNaN()]), **generation_kwargs,
+                )  # fmt: skip
+            tokens, state = output.sequences, output.past_key_values
+            self.counts["tokens"] += (tokens.shape[1] - width) * len(rows)
+            over = tokens.shape[1] < portion or portion == max_length  # all have ended, or may not go on
+            going = [place for place in range(len(rows)) if not over and not self._ended(tokens[place, start:], stop)]
+            ended |= {row: tokens[place] for place, row in enumerate(rows) if place not in going}
+            if going and len(going) < len(rows):
+                state.reorder_cache(torch.tensor(going, device=self.device))
+            mask = torch.cat([mask, mask.new_ones(len(rows), tokens.shape[1] - width)], dim=1)[going]
+            rows, tokens = [rows[place] for place in going], tokens[going]
+        longest = max(len(row) for row in ended.values())
+        return torch.stack(
+            [torch.nn.functional.pad(ended[row], (0, longest - len(ended[row])), value=pad) for row in sorted(ended)]
+        )
+
+    def _ended(self, answer: torch.Tensor, stop: list[str]) -> bool:
+        """Whether an answer holds the end token or a text at which lm-eval cuts it off."""
+        text = self.tok_decode(answer.tolist(), skip_special_tokens=False)
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        return any(part in text for part in stop if part) or any(token in ends for token in answer.tolist())
+
+    def _after_prefix(self, context, mask) -> tuple[torch.Tensor, torch.Tensor, Cache | None]:
+        """Prefix, padding, prompt, as wide as before, so that the answer starts where lm-eval looks for it.
+
+        Returns:
+            tokens `[R, T]`, mask `[R, T]`, and the state after the prefix.
+        """
         start = len(self._prefix)
-        if start:
-            # Prefix, padding, prompt: as wide as before, so that the answer starts where lm-eval looks for it.
-            seen = generation_kwargs["attention_mask"].bool()
-            prompts = [tuple(row[kept].tolist()) for row, kept in zip(context, seen, strict=True)]
-            if any(prompt[:start] != self._prefix for prompt in prompts):
-                raise ValueError("lm-eval encoded a batch of prompts otherwise than each alone")
-            tokens, mask = self._padded([prompt[start:] for prompt in prompts], "left")
-            same = torch.tensor([self._prefix], device=self.device).expand(len(prompts), -1)
-            context = torch.cat([same, tokens], dim=1)
-            generation_kwargs["attention_mask"] = torch.cat([torch.ones_like(same), mask], dim=1)
-            generation_kwargs["past_key_values"] = self._state_after(self._prefix, len(prompts))
-        with _plain_greedy(self.model):
-            output = super()._model_generate(
-                context, max_length, stop, logits_processor=LogitsProcessorList([_RefuseNaN()]), **generation_kwargs
-            )
-        self.counts["tokens"] += output.numel() - start * len(output)
-        return output
+        if not start:
+            return context, mask, None
+        prompts = [tuple(row[seen.bool()].tolist()) for row, seen in zip(context, mask, strict=True)]
+        if any(prompt[:start] != self._prefix for prompt in prompts):
+            raise ValueError("lm-eval encoded a batch of prompts otherwise than each alone")
+        tokens, own = self._padded([prompt[start:] for prompt in prompts], "left")
+        same = torch.tensor([self._prefix], device=self.device).expand(len(prompts), -1)
+        state = self._state_after(self._prefix, len(prompts))
+        return torch.cat([same, tokens], dim=1), torch.cat([torch.ones_like(same), own], dim=1), state
 
 
 def _units(context: tuple[int, ...], numbers: list[int], requests: Sequence, size: int) -> Iterator[Unit]:

@@ -12,6 +12,7 @@ from tiny_eval import byte_tokenizer
 from transformers import AutoModelForCausalLM
 
 from attnres import AttnResConfig, AttnResForCausalLM
+from attnres.eval import lm as lm_module
 from attnres.eval.batches import Batch, Unit, plan
 from attnres.eval.lm import CausalLM
 
@@ -88,15 +89,42 @@ def written(requests, model, batch_size, own):
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3", "gemma2", "kimi_linear", "llama-attnres"])
-def test_generated_answers_are_those_of_lm_eval(name, seed):
+def test_generated_answers_are_those_of_lm_eval_although_ended_rows_are_left_out(name, seed, monkeypatch):
+    monkeypatch.setattr(lm_module, "PORTION", 3)
     model = model_of(name, seed)
-    options = {"until": ["\n\n"], "max_gen_toks": 13, "do_sample": False}
-    requests = instances("generate_until", [(text, options) for text in [*QUESTIONS, "What?", "Where to?"]])
+    options = {"until": ["\n\n"], "max_gen_toks": 41, "do_sample": False}
+    arguments = [(text, options) for text in [*QUESTIONS, "What?", "Where to?"]]
+    whole = written(instances("generate_until", arguments), model, 3, own=False)
+    # What two of them write in the middle ends them there, and some of the others elsewhere.
+    options |= {"until": [whole[0][5:9], whole[-1][20:23]]}
+    requests = instances("generate_until", arguments)
 
-    assert written(requests, model, 3, own=True) == written(requests, model, 3, own=False)
+    expected = written(requests, model, 3, own=False)
+
+    assert any(len(text) < len(free) for text, free in zip(expected, whole, strict=True))
+    assert written(requests, model, 3, own=True) == expected
 
 
-def count_tokens(model, monkeypatch):
+def test_rows_that_ended_cost_nothing_more(monkeypatch):
+    model = model_of("llama", 0)
+    model.generation_config.eos_token_id = None
+    lm = CausalLM(model, byte_tokenizer(eos_token="<end>"), LENGTH, 3)
+    assert lm._layers
+    counts = count_tokens(model)
+    monkeypatch.setattr(lm_module, "PORTION", 5)
+    # One ends in the first portion, one in the second, one goes on to the limit of 20.
+    monkeypatch.setattr(CausalLM, "_ended", lambda self, answer, stop: len(answer) >= 5 * ends.pop(0))
+    ends = [1, 2, 9, 2, 9, 9]
+
+    with torch.no_grad():
+        output = lm._model_generate(torch.arange(1, 34).reshape(3, 11), 31, ["never written"], do_sample=False)
+
+    assert output.shape == (3, 31)
+    assert output[0, 16:].tolist() == [lm.tokenizer.pad_token_id] * 15
+    assert counts["decoder"] == 3 * 11 + 3 * 4 + 2 * 5 + 1 * 10
+
+
+def count_tokens(model):
     """Tokens that go through the decoder, and those whose logits are computed."""
     counts = {"decoder": 0, "head": 0}
     backbone, head = model.get_decoder(), model.get_output_embeddings()
@@ -108,11 +136,11 @@ def count_tokens(model, monkeypatch):
     return counts
 
 
-def test_shared_tokens_are_computed_once_and_only_scored_ones_have_logits(monkeypatch):
+def test_shared_tokens_are_computed_once_and_only_scored_ones_have_logits():
     model = model_of("llama", 0)
     lm = CausalLM(model, byte_tokenizer(eos_token="<end>"), LENGTH, 100)
     assert lm._shares
-    counts = count_tokens(model, monkeypatch)
+    counts = count_tokens(model)
     choices = [(question, answer) for question in QUESTIONS for answer in (" 1", "22", "3")]
 
     lm.loglikelihood(instances("loglikelihood", choices), disable_tqdm=True)
@@ -124,11 +152,11 @@ def test_shared_tokens_are_computed_once_and_only_scored_ones_have_logits(monkey
     assert counts["head"] == 1 + len(QUESTIONS) + len(QUESTIONS) * 2
 
 
-def test_a_generated_row_reads_its_examples_once(monkeypatch):
+def test_a_generated_row_reads_its_examples_once():
     model = model_of("llama", 0)
     lm = CausalLM(model, byte_tokenizer(eos_token="<end>"), LENGTH, 2)
     assert lm._shares
-    counts = count_tokens(model, monkeypatch)
+    counts = count_tokens(model)
     options = {"until": ["\n\n"], "max_gen_toks": 1, "do_sample": False}
 
     lm.generate_until(instances("generate_until", [(text, options) for text in QUESTIONS]), disable_tqdm=True)

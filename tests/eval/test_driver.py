@@ -7,6 +7,7 @@ import platform
 import shutil
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -251,12 +252,12 @@ def test_whole_prompt_is_read_although_the_token_limit_does_not_fit(monkeypatch)
 
     def generate(self, context, max_length, stop, **_):
         seen.append((context.shape[1], max_length))
-        return torch.cat([context, context[:, :1]], 1)
+        return SimpleNamespace(sequences=torch.cat([context, context[:, :1].expand(-1, 24)], 1), past_key_values=None)
 
     monkeypatch.setattr(HFLM, "_model_generate", generate)
     request = type("Request", (), {"args": ("x" * 40, {"until": ["\n"], "max_gen_toks": 1024})})
     lm.generate_until([request])
-    assert seen == [(40, 64)] and dict(lm.counts) == {"prompts_cut": 0, "answers_short": 1, "tokens": 41}
+    assert seen == [(40, 64)] and dict(lm.counts) == {"prompts_cut": 0, "answers_short": 1, "tokens": 64}
 
 
 @pytest.mark.parametrize("special", [{}, {"eos_token": "<end>"}, {"unk_token": "<what>"}], ids=str)
