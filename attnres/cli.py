@@ -144,14 +144,20 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def compare(options: argparse.Namespace):
-    """Pairs two evaluations item by item, prints the table and writes it with a figure."""
+    """Pairs evaluations item by item, prints the tables and writes them with a figure."""
     _require("scipy", "matplotlib", extra="eval")
     from .eval import compare as comparison
 
-    result = comparison.compare(options.first, options.second, bootstrap=options.bootstrap, seed=options.seed)
-    comparison.write(result, options.out)
-    print(comparison.as_markdown(result))
-    print(f"attnres: wrote comparison.json, comparison.md and forest.png to {options.out}", file=sys.stderr)
+    settings = {"bootstrap": options.bootstrap, "seed": options.seed, "equivalence": options.equivalence}
+    if len(options.folders) == 2:
+        result = comparison.compare(*options.folders, **settings)
+        shown = comparison.as_markdown(result)
+    else:
+        result = comparison.compare_all(options.folders, **settings)
+        shown = comparison.matrix_as_markdown(result)
+    written = comparison.write(result, options.out)
+    print(shown)
+    print(f"attnres: wrote {', '.join(written)} to {options.out}", file=sys.stderr)
 
 
 def bench(options: argparse.Namespace):
@@ -558,15 +564,26 @@ def _limit(value: str) -> int | float:
 def _add_compare(commands):
     parser = commands.add_parser(
         "compare",
-        help="pair two evaluations item by item: differences, intervals, tests, figure",
+        help="pair evaluations item by item: differences, intervals, tests, figure",
         description=(
-            "Compares what `attnres eval` wrote for two models, row by row on the same items: exact McNemar test for "
-            "right and wrong answers, else a paired bootstrap; Holm's correction over the rows; the paper's difference "
-            "beside it. Refuses rows whose items or settings differ."
+            "Compares what `attnres eval` wrote for two or more models, each with each, row by row on the same items: "
+            "exact McNemar test for right and wrong answers, else a paired bootstrap; Holm's correction over the rows; "
+            "the paper's difference beside it. Refuses rows whose items or settings differ."
         ),
     )
-    parser.add_argument("first", metavar="DIR_A", help="folder of the evaluation that is subtracted: the baseline")
-    parser.add_argument("second", metavar="DIR_B", help="folder of the other evaluation")
+    parser.add_argument(
+        "folders",
+        metavar="DIR",
+        nargs="+",
+        help="folders of evaluations, at least two; the earlier one is subtracted: the baseline first",
+    )
+    parser.add_argument(
+        "--equivalence",
+        metavar="POINTS",
+        type=float,
+        help="also test whether the models are the same within this margin (two one-sided tests), as a conversion and "
+        "its original should be",
+    )
     parser.add_argument("--out", metavar="DIR", default="compare-out", help="folder of results (default: %(default)s)")
     parser.add_argument(
         "--bootstrap", metavar="N", type=int, default=10_000, help="resamples, 100 to 1000000 (default: %(default)s)"
