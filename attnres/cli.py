@@ -135,6 +135,7 @@ def evaluate(options: argparse.Namespace) -> int:
         trust_remote_code=options.trust_remote_code,
         allow_code_execution=options.allow_code_execution,
         chat_template=options.chat_template,
+        load_in_4bit=options.load_in_4bit,
     )
     if outcome["writes"]:
         print((Path(options.out) / "results.md").read_text(encoding="utf-8"))
@@ -529,7 +530,16 @@ def _add_eval(commands):
     )
     parser.add_argument("--tokenizer", metavar="NAME", help="folder or hub id (default: the model's own)")
     parser.add_argument("--revision", metavar="NAME", help="of a model on the hub (default: its main branch)")
-    parser.add_argument("--chat-template", action="store_true", help="wrap prompts in the tokenizer's chat template")
+    parser.add_argument(
+        "--apply-chat-template",
+        "--chat-template",
+        dest="chat_template",
+        action="store_true",
+        help="wrap prompts in the tokenizer's chat template, examples as turns of the conversation",
+    )
+    parser.add_argument(
+        "--load-in-4bit", action="store_true", help="quantise the weights while loading (needs bitsandbytes; NF4)"
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
     parser.add_argument(
         "--allow-code-execution",

@@ -210,12 +210,15 @@ def _differing_conditions(results: list[dict]) -> list[str]:
         one, other = (str(result["settings"].get(name)).split(":")[0] for result in results)
         if one != other:
             marks.append(f"OTHER {what}, which move scores: {_short(one)} and {_short(other)}")
+    quantised = [_short(result["model"].get("quantization") or "none") for result in results]
+    if quantised[0] != quantised[1]:
+        marks.append(f"OTHER QUANTISATION: {quantised[0]} and {quantised[1]}")
     found = [sorted(map(str, result.get("batch_sizes_found") or [])) for result in results]
     if found[0] != found[1]:
         sizes = " and ".join(_short(", ".join(each) or "none") for each in found)
         marks.append(f"OTHER BATCH SIZES FOUND, which move scores: {first['row']} {sizes}")
     weights = [result["model"].get("weights") for result in results]
-    if weights[0] == weights[1] is not None:
+    if weights[0] == weights[1] is not None and quantised[0] == quantised[1]:
         marks.append("THE SAME WEIGHTS on both sides: differences are noise of the machine")
     return marks
 

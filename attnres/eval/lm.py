@@ -10,7 +10,14 @@ from functools import cached_property
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .batches import Batch, Unit, plan
@@ -439,11 +446,19 @@ def with_padding(tokenizer):
     return tokenizer
 
 
-def load_model(folder: str, dtype: str, device_map, trust_remote_code: bool, device: str):
+def load_model(folder: str, dtype: str, device_map, trust_remote_code: bool, device: str, load_in_4bit: bool = False):
     """A causal LM by transformers; on one device unless there is a device map."""
+    options = {}
+    if load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, output_loading_info=True
+            folder,
+            dtype=dtype,
+            device_map=device_map or {"": device},  # a quantised model cannot be moved afterwards
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
         )
     except Exception as error:  # a damaged checkpoint can fail anywhere in transformers
         raise ValueError(f"{folder}: transformers cannot load it as a causal language model ({_line(error)})") from None
@@ -453,7 +468,7 @@ def load_model(folder: str, dtype: str, device_map, trust_remote_code: bool, dev
             f"{folder}: its weight files lack {len(missing)} tensors of a {type(model).__name__}, as {missing[0]}; "
             "transformers made them up, so nothing is evaluated. Check the files, and model_type in config.json."
         )
-    return (model if device_map else model.to(device)).eval()
+    return model.eval()
 
 
 def check_device(name: str) -> None:

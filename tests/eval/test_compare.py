@@ -231,9 +231,10 @@ def test_a_folder_is_not_compared_with_itself(folders):
         ({"model": {"weights": "a"}}, "THE SAME WEIGHTS on both sides"),
         ({"settings": SETTINGS | {"device": "cuda:1"}}, "OTHER DEVICES, which move scores: cpu and cuda"),
         ({"settings": SETTINGS | {"device_map": "auto"}}, "OTHER DEVICE MAPS, which move scores: None and auto"),
+        ({"model": {"weights": "a", "quantization": "bitsandbytes"}}, "OTHER QUANTISATION: none and bitsandbytes"),
         ({"batch_sizes_found": [64, 8]}, "OTHER BATCH SIZES FOUND, which move scores: mmlu none and 64, 8"),
     ],
-    ids=("packages", "weights", "device", "map", "batch-sizes"),
+    ids=("packages", "weights", "device", "map", "4-bit", "batch-sizes"),
 )
 def test_what_a_reader_must_know_stands_above_the_table(folders, changes, mark):
     for folder in folders:
