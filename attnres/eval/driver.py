@@ -294,7 +294,7 @@ def _load_all(rows: list[Row], settings: Settings, mirror, say) -> dict[str, lis
     for row in rows:
         try:
             with quiet_lm_eval():
-                loaded[row.name] = load_tasks(row, settings.seed, settings.seeds, mirror)
+                loaded[row.name] = load_tasks(row, settings.seed, settings.seeds, mirror, settings.chat_template)
         except MissingData as error:
             missing.setdefault(str(error), row.name)
         except (ConnectionError, FileNotFoundError, RuntimeError) as error:
