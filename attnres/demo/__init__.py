@@ -21,8 +21,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_
 from transformers import logging as transformers_logging
 
 from attnres import AttnResConfig, AttnResForCausalLM
-from attnres.eval import compare, evaluate
-from attnres.eval.sample import root as sample_items
 from attnres.hub_card import build as build_card
 
 from . import corpus as text
@@ -30,6 +28,8 @@ from .evaluation import (
     compare_logits,
     complete,
     evaluate_with_lm_eval,
+    interval_over_files,
+    loss_by_position,
     mean_depth_weights,
     write_documents,
 )
@@ -116,9 +116,10 @@ def prepare_data(settings: Settings, folder: Path) -> dict:
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed))
     held_out = text.limit_documents(corpus.held_out, settings.document_bytes, settings.held_out_bytes)
     write_documents(held_out, folder / "held-out.jsonl")
+    file_bytes = [len(document.text.encode()) for document in held_out]
     counts.update(
         evaluated_files=len(held_out),
-        evaluated_bytes=sum(len(document.text.encode()) for document in held_out),
+        evaluated_bytes=sum(file_bytes),
     )
     _say(
         f"tokenizer: byte-level BPE with {len(tokenizer)} entries; {train.numel():,} training tokens, none seen twice; "
@@ -130,6 +131,7 @@ def prepare_data(settings: Settings, folder: Path) -> dict:
         "train": train[order],
         "held_out": text.pack(held_out, tokenizer, settings.held_out_sequences, settings.sequence_length),
         "documents": folder / "held-out.jsonl",
+        "file_bytes": file_bytes,
     }
 
 
@@ -197,6 +199,9 @@ def _run_in(folder: Path, settings: Settings) -> dict:
         "corpus": data["corpus"],
         "lossless_start": lossless,
         "arms": {arm: _evaluate(arm, model, histories, data, settings) for arm, model in models.items()},
+        "loss_by_position": {
+            arm: loss_by_position(model, data["held_out"], settings.eval_batch_size) for arm, model in models.items()
+        },
         "completions": {arm: complete(model, tokenizer, settings) for arm, model in models.items()},
         "curves": {arm: history.curves() for arm, history in histories.items()},
         "depth_weights": {
@@ -205,28 +210,19 @@ def _run_in(folder: Path, settings: Settings) -> dict:
         },
         "layers_per_block": scratch.config.layers_per_block,
     }
+    _add_intervals(results["arms"], data["file_bytes"], settings)
     draw_figures(results, folder)
-    results["sample_comparison"] = _compare_on_samples(settings, folder)
     _make_card(data["documents"], folder)
     return results
 
 
-def _compare_on_samples(settings: Settings, folder: Path) -> dict:
-    """Plain and from-scratch on the sample suite: the paper's tasks over miniature items, to show that it all works."""
-    outputs = {arm: folder / "sample" / arm for arm in (PLAIN, SCRATCH)}
-    with TemporaryDirectory() as cache:
-        for arm, out in outputs.items():
-            evaluate(
-                str(folder / arm),  # not the model in memory: its card takes results of the very files
-                settings.sample_rows,
-                out=out,
-                data_dir=None if settings.sample_rows == "sample" else sample_items(cache),
-                device="cpu",
-            )
-    comparison = compare.compare(outputs[PLAIN], outputs[SCRATCH])
-    comparison = replace(comparison, first=PLAIN, second=SCRATCH)  # not the folders of a demo that is not finished
-    compare.write(comparison, folder / "sample")
-    return {"table": compare.as_markdown(comparison), **comparison.as_dict}
+def _add_intervals(arms: dict, sizes: list[int], settings: Settings):
+    """Intervals over files, of every arm and of its difference from the plain one on the same files."""
+    plain = arms[PLAIN]["file_bits"]
+    for row in arms.values():
+        differences = [bits - other for bits, other in zip(row["file_bits"], plain, strict=True)]
+        for name, bits in (("interval", row["file_bits"]), ("minus_plain_interval", differences)):
+            row[name] = interval_over_files(bits, sizes, settings.resamples, settings.seed)
 
 
 def _make_card(documents: Path, folder: Path):
@@ -234,9 +230,7 @@ def _make_card(documents: Path, folder: Path):
     with TemporaryDirectory() as temporary, documents.open(encoding="utf-8") as lines:
         text = Path(temporary) / "held-out.txt"
         text.write_text(json.loads(next(lines))["text"], encoding="utf-8")
-        build_card(
-            folder / SCRATCH, folder / CARD, [folder / "sample" / SCRATCH], text=text, language="en", progress=True
-        )
+        build_card(folder / SCRATCH, folder / CARD, text=text, language="en", progress=True)
 
 
 def _train_plain(data: dict, settings: Settings, folder: Path) -> tuple[dict[str, History], HalfWay]:

@@ -3,11 +3,13 @@
 import io
 import json
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, set_seed
@@ -29,6 +31,29 @@ def held_out_loss(model: PreTrainedModel, sequences: torch.Tensor, batch_size: i
     ]
     model.train(training)
     return (torch.stack(losses).sum() / len(sequences)).item()
+
+
+@torch.no_grad()
+def loss_by_position(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int) -> list[float]:
+    """Mean loss of each token over `[N, T]`, in nats, by the tokens before it: 1 to T - 1."""
+    total = torch.zeros(sequences.shape[1] - 1, dtype=torch.double)
+    for batch in sequences.split(batch_size):
+        logits = model(input_ids=batch, output_router_logits=False, use_cache=False).logits[:, :-1]
+        total += torch.nn.functional.cross_entropy(logits.mT, batch[:, 1:], reduction="none").double().sum(dim=0)
+    return (total / len(sequences)).tolist()
+
+
+def doublings(length: int) -> list[tuple[int, int]]:
+    """First and last of 1, 2 to 3, 4 to 7, ... below `length`: what a context gains shows in its doublings."""
+    return [(1 << power, min((2 << power) - 1, length - 1)) for power in range((length - 1).bit_length())]
+
+
+def interval_over_files(bits: Sequence[float], sizes: Sequence[int], resamples: int, seed: int) -> tuple[float, float]:
+    """95 % percentile interval of bits per byte, whole files redrawn: tokens of one file are no independent items."""
+    bits, sizes = np.asarray(bits, dtype=float), np.asarray(sizes, dtype=float)
+    drawn = np.random.default_rng(seed).integers(0, len(bits), (resamples, len(bits)))
+    low, high = np.quantile(bits[drawn].sum(axis=1) / sizes[drawn].sum(axis=1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 @torch.no_grad()
@@ -69,10 +94,8 @@ def complete(model: PreTrainedModel, tokenizer, settings: Settings) -> str:
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
 
-def evaluate_with_lm_eval(
-    model: PreTrainedModel, tokenizer, documents: Path, settings: Settings, name: str
-) -> dict[str, float]:
-    """Bits and perplexity per byte of whole documents, by lm-eval's rolling likelihood.
+def evaluate_with_lm_eval(model: PreTrainedModel, tokenizer, documents: Path, settings: Settings, name: str) -> dict:
+    """Bits and perplexity per byte of whole documents, by lm-eval's rolling likelihood; `file_bits` of each of them.
 
     Args:
         documents: JSON lines with a `text` each.
@@ -128,14 +151,17 @@ def evaluate_with_lm_eval(
             tasks=[task],
             task_manager=TaskManager(include_defaults=False),
             bootstrap_iters=0,
-            log_samples=False,
+            log_samples=True,
             random_seed=settings.seed,
             numpy_random_seed=settings.seed,
             torch_random_seed=settings.seed,
             fewshot_random_seed=settings.seed,
         )
     scores = results["results"][TASK]
-    return {metric: scores[f"{metric},none"] for metric in ("bits_per_byte", "byte_perplexity")}
+    samples = sorted(results["samples"][TASK], key=lambda sample: sample["doc_id"])
+    file_bits = [-sample["bits_per_byte"][0] / math.log(2) for sample in samples]  # beside the number of bytes
+    metrics = {metric: scores[f"{metric},none"] for metric in ("bits_per_byte", "byte_perplexity")}
+    return {**metrics, "file_bits": file_bits}
 
 
 def write_documents(documents: Sequence, path: Path):

@@ -4,8 +4,11 @@ import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 
 from attnres import __version__, plots
+
+from .evaluation import doublings
 
 PLAIN, HALF_WAY, CONVERTED, SCRATCH = "plain", "half-way", "converted", "from-scratch"
 CARD = "hub"
@@ -26,15 +29,35 @@ def versions() -> dict[str, str]:
 
 def table(results: dict) -> str:
     """The arms as a Markdown table."""
-    header = "| arm | steps | tokens | held-out loss | bits per byte | minus plain | parameters | training s |"
+    header = (
+        "| arm | steps | tokens | held-out loss | bits per byte | 95 % interval | minus plain | 95 % interval "
+        "| parameters | training s |"
+    )
     baseline = results["arms"][PLAIN]["bits_per_byte"]
     rows = [
         f"| {arm} | {row['steps']} | {row['tokens']:,} | {row['held_out_loss']:.4f} "
-        f"| {row['bits_per_byte']:.4f} | {row['bits_per_byte'] - baseline:+.4f} | {row['parameters']:,} "
+        f"| {row['bits_per_byte']:.4f} | {_interval(row['interval'], '.3f')} "
+        f"| {row['bits_per_byte'] - baseline:+.4f} | {_interval(row['minus_plain_interval'], '+.3f')} "
+        f"| {row['parameters']:,} "
         f"| {'' if row['training_seconds'] is None else row['training_seconds']} |"
         for arm, row in results["arms"].items()
     ]
-    return "\n".join([header, "|---|--:|--:|--:|--:|--:|--:|--:|", *rows])
+    return "\n".join([header, f"|---|{'--:|' * 9}", *rows])
+
+
+def _interval(interval: tuple[float, float], form: str) -> str:
+    return f"{interval[0]:{form}} to {interval[1]:{form}}"
+
+
+def position_table(results: dict) -> str:
+    """Loss by the number of tokens before, for every arm, as a Markdown table."""
+    spans = doublings(results["settings"]["sequence_length"])
+    names = [str(first) if first == last else f"{first} to {last}" for first, last in spans]
+    lines = [f"| tokens before | {' | '.join(names)} |", f"|---|{'--:|' * len(names)}"]
+    for arm, losses in results["loss_by_position"].items():
+        means = (fmean(losses[first - 1 : last]) for first, last in spans)
+        lines.append(f"| {arm} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
+    return "\n".join(lines)
 
 
 def describe_lossless(lossless: dict) -> str:
@@ -90,13 +113,12 @@ def conclude(results: dict, out: Path) -> str:
 
 {_legend(results)}
 
+Held-out loss (nats per token) by the number of tokens before:
+
+{position_table(results)}
+
 {completions}
-The paper's tasks on miniature items, plain (first) against from-scratch (second):
-
-{results["sample_comparison"]["table"]}
-
-{results["seconds"]:.0f} s in all. In {out}: a checkpoint per arm, results.md, results.json and the figures; in
-{out / "sample"}: the evaluation on the miniature items.
+{results["seconds"]:.0f} s in all. In {out}: a checkpoint per arm, results.md, results.json and the figures.
 
 The from-scratch arm as it would go to the Hub, code, figures and model card included: open {out / CARD / "README.md"}
 
@@ -136,11 +158,9 @@ Lossless start: {describe_lossless(lossless)}.
 
 ![Depth weights](depth-weights.png)
 
-## The paper's tasks on miniature items, plain against from-scratch
+## Held-out loss by the number of tokens before
 
-{results["sample_comparison"]["table"]}
-
-![Differences by row](sample/forest.png)
+{position_table(results)}
 
 ## Completions
 
@@ -167,4 +187,5 @@ def _legend(results: dict) -> str:
 
 Lower is better. Held-out loss: nats per token on {settings["held_out_sequences"]} sequences of held-out text.
 Bits per byte: lm-eval's rolling likelihood of {corpus["evaluated_files"]} held-out files, {evaluated_bytes:,} bytes.
-"minus plain" is the difference in bits per byte. One run with one seed: small differences are noise."""
+"minus plain" is the difference in bits per byte. Intervals: the files redrawn; they say nothing of other seeds.
+One run with one seed: small differences are noise."""

@@ -38,7 +38,7 @@ class Settings:
     document_bytes: int = 16_384
     held_out_bytes: int = 200_000
     new_tokens: int = 48
-    sample_rows: str = "sample"  # of attnres.eval's miniature items: all rows, or some by name
+    resamples: int = 10_000  # of the files, for intervals
 
     @property
     def half_way_step(self) -> int:
@@ -69,5 +69,4 @@ QUICK = replace(
     document_bytes=4_096,
     held_out_bytes=16_384,
     new_tokens=16,
-    sample_rows="arc_challenge,gsm8k",
 )

@@ -1,11 +1,13 @@
-"""Two evaluations compared on the same items: `DIR/<row>/result.json` and `samples.jsonl` of each.
+"""Evaluations compared on the same items: `DIR/<row>/result.json` and `samples.jsonl` of each.
 
 Every difference is second minus first, in per cent points.
 """
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from os import PathLike
 from pathlib import Path
 from statistics import fmean
@@ -21,12 +23,16 @@ SAMPLE_FIELDS = {
     "doc_id": int, "seed": (int, None), "metrics": dict,
 }  # fmt: skip
 MOST_RESAMPLES = 1_000_000
+ALPHA = 0.05
 SHARED_SETTINGS = ("dtype", "batch_size", "seed", "seeds", "max_length", "chat_template")
 
 
 @dataclass(frozen=True)
 class RowComparison:
-    """One row. Scores, difference and interval in per cent; wins are items on which only the second model is better."""
+    """One row. Scores, difference and interval in per cent; wins are items on which only the second model is better.
+
+    `p_equivalence` is that of the hypothesis that the models differ by the margin or more; None without a margin.
+    """
 
     row: str
     title: str
@@ -47,6 +53,12 @@ class RowComparison:
     method: str
     paper_difference: float | None
     prompts_cut: tuple[int, int]
+    p_equivalence: float | None
+    equivalence_method: str | None
+
+    @property
+    def equivalent(self) -> bool:
+        return self.p_equivalence is not None and self.p_equivalence < ALPHA
 
 
 @dataclass(frozen=True)
@@ -62,13 +74,35 @@ class Comparison:
     rows: list[RowComparison]
     marks: list[str]
     left_out: list[str]
+    margin: float | None = None
 
     @property
     def as_dict(self) -> dict:
         return asdict(self)
 
 
-def compare(first: str | PathLike, second: str | PathLike, *, bootstrap: int = 10_000, seed: int = 0) -> Comparison:
+@dataclass(frozen=True)
+class Matrix:
+    """Every pair of several evaluations, on the rows that all have; Holm's correction is over all pairs and rows."""
+
+    folders: list[str]
+    pairs: list[Comparison]
+    left_out: list[str]
+
+    @property
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def compare(
+    first: str | PathLike,
+    second: str | PathLike,
+    *,
+    bootstrap: int = 10_000,
+    seed: int = 0,
+    equivalence: float | None = None,
+    rows: Sequence[str] | None = None,
+) -> Comparison:
     """Pairs two evaluations item by item.
 
     Args:
@@ -76,6 +110,8 @@ def compare(first: str | PathLike, second: str | PathLike, *, bootstrap: int = 1
         second: folder of the other one.
         bootstrap: resamples where values are not 0 and 1.
         seed: of the resampling.
+        equivalence: margin in points, above 0 and below 100, within which the models count as the same.
+        rows: only these; by default all that both have.
 
     Raises:
         ValueError: nothing to compare, a file is corrupt, or the items of a row are not the same.
@@ -84,10 +120,12 @@ def compare(first: str | PathLike, second: str | PathLike, *, bootstrap: int = 1
     first, second = Path(first), Path(second)
     if not 100 <= bootstrap <= MOST_RESAMPLES:
         raise ValueError(f"bootstrap must be 100 to {MOST_RESAMPLES} resamples, got {bootstrap}")
+    if equivalence is not None and not 0 < equivalence < 100:
+        raise ValueError(f"--equivalence must be a margin above 0 and below 100 points, got {equivalence:g}")
     names = [_rows(folder) for folder in (first, second)]
     if first.samefile(second):
         raise ValueError(f"{second}: the same folder as the first; name the folders of two evaluations")
-    shared = [name for name in _ordered(names[0]) if name in names[1]]
+    shared = [name for name in _ordered(names[0]) if name in names[1] and (rows is None or name in rows)]
     if not shared:
         raise ValueError(f"no row is in both {first} ({_listed(names[0])}) and {second} ({_listed(names[1])})")
     marks, measured, models = [], [], []
@@ -98,11 +136,32 @@ def compare(first: str | PathLike, second: str | PathLike, *, bootstrap: int = 1
         marks += [SAMPLE] * any(result["suite"] == "sample" for result in results)
         marks += _differing_conditions(results)
         models = models or [result["model"] for result in results]
-        measured.append(_row(name, first, second, results, bootstrap, seed))
+        measured.append(_row(name, first, second, results, bootstrap, seed, equivalence))
     adjusted = statistics.holm([row["p"] for row in measured])
-    rows = [RowComparison(**row, p_holm=p) for row, p in zip(measured, adjusted, strict=True)]
+    compared = [RowComparison(**row, p_holm=p) for row, p in zip(measured, adjusted, strict=True)]
     left_out = [name for name in _ordered({*names[0], *names[1]}) if name not in shared]
-    return Comparison(str(first), str(second), tuple(models), rows, list(dict.fromkeys(marks)), left_out)
+    marks = list(dict.fromkeys(marks))
+    return Comparison(str(first), str(second), tuple(models), compared, marks, left_out, equivalence)
+
+
+def compare_all(folders: Sequence[str | PathLike], **options) -> Matrix:
+    """Compares every evaluation with every later one; options are those of `compare`.
+
+    Raises:
+        ValueError: as `compare`, or there are fewer than two folders.
+        OSError: likewise.
+    """
+    if len(folders) < 2:
+        raise ValueError(f"a comparison takes at least two folders, got {len(folders)}")
+    names = {str(folder): set(_rows(Path(folder))) for folder in folders}
+    shared = set.intersection(*names.values())
+    if not shared:
+        raise ValueError(f"no row is in all of: {'; '.join(f'{name} ({_listed(own)})' for name, own in names.items())}")
+    pairs = [compare(first, second, rows=shared, **options) for first, second in combinations(folders, 2)]
+    adjusted = iter(statistics.holm([row.p for pair in pairs for row in pair.rows]))
+    pairs = [replace(pair, rows=[replace(row, p_holm=next(adjusted)) for row in pair.rows]) for pair in pairs]
+    left_out = _ordered(set.union(*names.values()) - shared)
+    return Matrix([str(folder) for folder in folders], [replace(pair, left_out=[]) for pair in pairs], left_out)
 
 
 def _rows(folder: Path) -> list[str]:
@@ -151,12 +210,15 @@ def _differing_conditions(results: list[dict]) -> list[str]:
         one, other = (str(result["settings"].get(name)).split(":")[0] for result in results)
         if one != other:
             marks.append(f"OTHER {what}, which move scores: {_short(one)} and {_short(other)}")
+    quantised = [_short(result["model"].get("quantization") or "none") for result in results]
+    if quantised[0] != quantised[1]:
+        marks.append(f"OTHER QUANTISATION: {quantised[0]} and {quantised[1]}")
     found = [sorted(map(str, result.get("batch_sizes_found") or [])) for result in results]
     if found[0] != found[1]:
         sizes = " and ".join(_short(", ".join(each) or "none") for each in found)
         marks.append(f"OTHER BATCH SIZES FOUND, which move scores: {first['row']} {sizes}")
     weights = [result["model"].get("weights") for result in results]
-    if weights[0] == weights[1] is not None:
+    if weights[0] == weights[1] is not None and quantised[0] == quantised[1]:
         marks.append("THE SAME WEIGHTS on both sides: differences are noise of the machine")
     return marks
 
@@ -165,7 +227,9 @@ def _short(value) -> str:
     return str(value)[:60]
 
 
-def _row(row: str, first: Path, second: Path, results: list[dict], bootstrap: int, seed: int) -> dict:
+def _row(
+    row: str, first: Path, second: Path, results: list[dict], bootstrap: int, seed: int, margin: float | None
+) -> dict:
     score = results[0]["score"]
     sides = [_values(folder / row / records.SAMPLES, score["metric"], score["filter"]) for folder in (first, second)]
     for folder, result in zip((first, second), results, strict=True):
@@ -186,6 +250,9 @@ def _row(row: str, first: Path, second: Path, results: list[dict], bootstrap: in
             test = test._replace(
                 p=statistics.mcnemar(befores, afters).p, method=f"exact McNemar; interval: {test.method}"
             )
+    same = (None, None)
+    if margin is not None:
+        same = statistics.equivalence(befores, afters, margin / 100, subtasks, **resampling)
     wins = sum(after > before for _, before, after in pairs)
     losses = sum(after < before for _, before, after in pairs)
     paper = TABLE_3.get(row)
@@ -206,6 +273,8 @@ def _row(row: str, first: Path, second: Path, results: list[dict], bootstrap: in
         "losses": losses,
         "ties": len(pairs) - wins - losses,
         "method": test.method,
+        "p_equivalence": same[0],
+        "equivalence_method": same[1],
         "prompts_cut": tuple(result["prompts_cut"] for result in results),
         "paper_difference": None if paper is None else round(paper.attnres - paper.baseline, 2),
     }
@@ -277,30 +346,85 @@ def _questions(before: dict, after: dict) -> list[tuple[str, float, float]]:
     ]
 
 
-def as_markdown(comparison: Comparison) -> str:
-    """The table for people."""
+def as_markdown(comparison: Comparison, tests: int | None = None) -> str:
+    """The table for people.
+
+    Args:
+        tests: rows over which p was adjusted, where they are more than those of the table.
+    """
+    margin = comparison.margin
+    titles = ["Row", "Items", "First", "Second", "Difference", "95 % interval", "p", "p (Holm)", "Wins", "Losses"]
+    titles += ["Paper"] if margin is None else ["Paper", f"Same within {margin:g}"]
     lines = [f"> **{mark}**\n" for mark in comparison.marks]
     lines += [
         f"First: {comparison.first}. Second: {comparison.second}. Differences are second minus first, in points.\n",
-        "| Row | Items | First | Second | Difference | 95 % interval | p | p (Holm) | Wins | Losses | Paper |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        f"| {' | '.join(titles)} |",
+        f"|---{'|---:' * (len(titles) - 1)}|",
     ]
     for row in comparison.rows:
         paper = "" if row.paper_difference is None else f"{row.paper_difference:+.1f}"
+        same = "" if margin is None else f" {'yes' if row.equivalent else 'not shown'}, p {row.p_equivalence:.2g} |"
         lines.append(
             f"| {row.title} | {row.items} | {row.first:.2f} | {row.second:.2f} | {row.difference:+.2f} "
             f"| {row.low:+.2f} to {row.high:+.2f} | {row.p:.2g} | {row.p_holm:.2g} "
-            f"| {row.wins} | {row.losses} | {paper} |"
+            f"| {row.wins} | {row.losses} | {paper} |{same}"
         )
     lines.append(
         "\nPaper: AttnRes minus baseline after 1.4T tokens, one run each; its sampling error is not published."
     )
-    lines.append("p: two-sided; Holm: adjusted for the number of rows.")
+    lines.append(f"p: two-sided; Holm: adjusted for {tests or len(comparison.rows)} tests.")
+    if margin is not None:
+        every = all(row.equivalent for row in comparison.rows)
+        lines.append(
+            f"Same within {margin:g} points: two one-sided tests at {100 * ALPHA:g} % each. All rows: "
+            f"{'yes' if every else 'not shown'} (which needs every row, so nothing is adjusted)."
+        )
     lines.append("")
-    lines += [f"- {row.title}: {row.metric}, {row.filter}; {row.method}{_cut(row)}" for row in comparison.rows]
+    for row in comparison.rows:
+        same = f"; sameness: {row.equivalence_method}" if row.equivalence_method else ""
+        lines.append(f"- {row.title}: {row.metric}, {row.filter}; {row.method}{same}{_cut(row)}")
     if comparison.left_out:
         lines.append(f"\nNot compared, only one side has them: {', '.join(comparison.left_out)}.")
     return "\n".join([*lines, ""])
+
+
+def matrix_as_markdown(matrix: Matrix) -> str:
+    """Scores of all, differences of every pair, then each pair's table."""
+    count = len(matrix.folders)
+    pairs = dict(zip(combinations(range(count), 2), matrix.pairs, strict=True))
+    tests = sum(len(pair.rows) for pair in matrix.pairs)
+    same = ", and after = those shown to be the same" if matrix.pairs[0].margin is not None else ""
+    heads = " | ".join(str(number) for number in range(1, count + 1))
+    lines = [f"{number}. {folder}" for number, folder in enumerate(matrix.folders, 1)]
+    lines += ["", f"| Row | Items | {heads} |", f"|---{'|---:' * (count + 1)}|"]
+    for place, row in enumerate(matrix.pairs[0].rows):
+        scores = [row.first] + [pairs[0, other].rows[place].second for other in range(1, count)]
+        lines.append(f"| {row.title} | {row.items} | {' | '.join(f'{score:.2f}' for score in scores)} |")
+    lines += [
+        "",
+        "Mean difference over the rows in points, column minus line; in brackets the rows on which the column is "
+        f"better and worse (p after Holm over {tests} tests below {ALPHA:g}){same}:\n",
+        f"| | {heads} |",
+        f"|---{'|---:' * count}|",
+    ]
+    for line in range(count):
+        cells = [_cell(pairs, line, column) for column in range(count)]
+        lines.append(f"| {line + 1} | {' | '.join(cells)} |")
+    if matrix.left_out:
+        lines.append(f"\nNot compared, not all have them: {', '.join(matrix.left_out)}.")
+    for (first, second), pair in pairs.items():
+        lines += ["", f"## {second + 1} minus {first + 1}", "", as_markdown(pair, tests)]
+    return "\n".join([*lines, ""])
+
+
+def _cell(pairs: dict[tuple[int, int], Comparison], line: int, column: int) -> str:
+    if line == column:
+        return ""
+    pair, sign = (pairs[line, column], 1) if line < column else (pairs[column, line], -1)
+    clear = [sign * row.difference for row in pair.rows if row.p_holm < ALPHA]
+    same = f" ={sum(row.equivalent for row in pair.rows)}" if pair.margin is not None else ""
+    mean = sign * fmean(row.difference for row in pair.rows) + 0.0  # no minus zero
+    return f"{mean:+.2f} (+{sum(each > 0 for each in clear)} -{sum(each < 0 for each in clear)}{same})"
 
 
 def _cut(row: RowComparison) -> str:
@@ -308,27 +432,38 @@ def _cut(row: RowComparison) -> str:
     return f"; prompts cut to the context: {first} and {second}" if first or second else ""
 
 
-def write(comparison: Comparison, out: str | PathLike) -> None:
-    """Writes comparison.json, comparison.md and forest.png.
+def write(comparison: Comparison | Matrix, out: str | PathLike) -> list[str]:
+    """Writes comparison.json, comparison.md and forest.png; of several evaluations, a figure of each beside the first.
+
+    Returns:
+        the names of the files.
 
     Raises:
         OSError: the folder cannot be written.
     """
     out = Path(out)
     try:
-        _write(comparison, out)
+        records.write_json(out / "comparison.json", comparison.as_dict)
+        if isinstance(comparison, Comparison):
+            figures = {"forest.png": comparison}
+            records.write_text(out / "comparison.md", [as_markdown(comparison)])
+        else:
+            beside = comparison.pairs[: len(comparison.folders) - 1]
+            figures = {f"forest-{number}.png": pair for number, pair in enumerate(beside, 2)}
+            records.write_text(out / "comparison.md", [matrix_as_markdown(comparison)])
+        for name, pair in figures.items():
+            _draw(pair, out / name)
     except OSError as error:
         raise OSError(f"{out}: cannot write the comparison there, {error.strerror or error}") from None
+    return ["comparison.json", "comparison.md", *figures]
 
 
-def _write(comparison: Comparison, out: Path) -> None:
+def _draw(comparison: Comparison, path: Path) -> None:
     from ..plots import forest
 
-    records.write_json(out / "comparison.json", comparison.as_dict)
-    records.write_text(out / "comparison.md", [as_markdown(comparison)])
     rows = comparison.rows
     forest(
-        out / "forest.png",
+        path,
         [row.title for row in rows],
         [row.difference for row in rows],
         [(row.low, row.high) for row in rows],

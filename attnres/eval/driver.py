@@ -47,6 +47,7 @@ def evaluate(
     trust_remote_code: bool = False,
     allow_code_execution: bool = False,
     chat_template: bool = False,
+    load_in_4bit: bool = False,
     lm=None,
     progress: bool = True,
 ) -> dict:
@@ -65,6 +66,8 @@ def evaluate(
         seed: of the examples that are drawn.
         seeds: orders of the choices where a row averages over several (GPQA-Diamond), instead of eight.
         allow_code_execution: run model-written programs (HumanEval, MBPP); otherwise these rows are skipped.
+        chat_template: wrap prompts in the tokenizer's template, examples as turns of a conversation.
+        load_in_4bit: quantise the weights while loading (bitsandbytes, NF4).
         lm: a ready lm_eval LM instead of a model. Results are reused only if it has an `identity`.
 
     Returns:
@@ -78,7 +81,7 @@ def evaluate(
     """
     settings = Settings(
         dtype, batch_size, limit, seed, seeds, max_length, chat_template, trust_remote_code,
-        device or _device_kind(lm), device_map,
+        device or _device_kind(lm), device_map, load_in_4bit,
     )  # fmt: skip
     team = join(settings.device)
     if team is not None and team.rank != 0:
@@ -291,7 +294,7 @@ def _load_all(rows: list[Row], settings: Settings, mirror, say) -> dict[str, lis
     for row in rows:
         try:
             with quiet_lm_eval():
-                loaded[row.name] = load_tasks(row, settings.seed, settings.seeds, mirror)
+                loaded[row.name] = load_tasks(row, settings.seed, settings.seeds, mirror, settings.chat_template)
         except MissingData as error:
             missing.setdefault(str(error), row.name)
         except (ConnectionError, FileNotFoundError, RuntimeError) as error:

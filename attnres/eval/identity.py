@@ -16,6 +16,7 @@ TOKENIZER = re.compile(r"tokeniz|vocab|merges|special_tokens|added_tokens|spiece
 PACKAGES = (
     "lm_eval", "torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy", "evaluate",
     "math-verify", "sympy", "antlr4-python3-runtime", "flash-linear-attention", "triton", "kernels",
+    "bitsandbytes",
 )  # fmt: skip
 BLOB_NAME = re.compile(r"[0-9a-f]{64}")
 
@@ -38,18 +39,28 @@ def checkpoint_folder(model: str, revision: str | None = None) -> Path:
     return folder
 
 
+def read_config(folder: Path) -> dict:
+    """What config.json holds.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({' '.join(str(error).split())[:120]}).") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(config).__name__}.")
+    return config
+
+
 def is_kimi_k3(folder: Path, trust_remote_code: bool) -> bool:
     """Whether a checkpoint has Kimi K3's layout, which transformers would load without its depth mixing.
 
     Where the checkpoint brings its own model and the user trusts it, that decides.
     """
-    config_path = folder / "config.json"
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config_path}: not valid JSON ({' '.join(str(error).split())[:120]}).") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{config_path}: must hold a JSON object, got {type(config).__name__}.")
+    config = read_config(folder)
     if trust_remote_code and "AutoModelForCausalLM" in (config.get("auto_map") or {}):
         return False
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config

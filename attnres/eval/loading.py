@@ -38,34 +38,39 @@ class LoadedTask:
         return self.name if self.seed is None else f"{self.name}_seed{self.seed}"
 
 
-def load_tasks(row: Row, seed: int, seeds: int | None = None, mirror: Mirror | None = None) -> list[LoadedTask]:
+def load_tasks(
+    row: Row, seed: int, seeds: int | None = None, mirror: Mirror | None = None, chat: bool = False
+) -> list[LoadedTask]:
     """All leaf tasks of a row with their data.
 
     Args:
         seed: of the choice of examples where a task draws them.
         seeds: orders of the choices, instead of the row's.
         mirror: where the data are, to name it in errors.
+        chat: whether prompts are wrapped in a chat template.
 
     Raises:
         MissingData: items are missing or not what the task reads.
     """
     loaded = []
-    for config in task_configs(row, resolve=True):
+    for config in task_configs(row, resolve=True, chat=chat):
         for number in range(seeds or row.seeds) if row.seeds > 1 else [None]:
             loaded.append(LoadedTask(config["task"], number, _build(config, row, number, seed, mirror)))
     return loaded
 
 
-def task_configs(row: Row, resolve: bool = False) -> list[dict]:
+def task_configs(row: Row, resolve: bool = False, chat: bool = False) -> list[dict]:
     """The YAML configurations of a row's leaf tasks, without their data.
 
     Args:
         resolve: load the functions that they name, too.
+        chat: those for a chat template, where the row has others for it.
     """
     from lm_eval.tasks._yaml_loader import load_yaml
 
     manager = _manager(row.folder)
-    names = [leaf for name in row.tasks for leaf in _leaves(manager, name)]
+    tasks = row.chat_tasks if chat and row.chat_tasks else row.tasks
+    names = [leaf for name in tasks for leaf in _leaves(manager, name)]
     return [load_yaml(manager.task_index[name].yaml_path, resolve_func=resolve) for name in names]
 
 

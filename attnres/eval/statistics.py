@@ -1,4 +1,4 @@
-"""Paired statistics from plain arrays: exact McNemar, stratified bootstrap, Holm.
+"""Paired statistics from plain arrays: exact McNemar, stratified bootstrap, equivalence, Holm.
 
 Notation: b items that only the second model got right (wins), c that only the first did (losses), N pairs; the
 difference is (b - c) / N.
@@ -92,20 +92,7 @@ def paired_bootstrap(
     """
     first, second = _paired(first, second)
     differences = second - first
-    groups = [differences] if strata is None else _grouped(differences, strata)
-    weights = [1 / len(groups) if macro else len(group) / len(differences) for group in groups]
-    generator = np.random.default_rng(seed)
-    drawn = np.zeros(resamples)
-    for group, weight in zip(groups, weights, strict=True):
-        mean, size = group.mean(), len(group)
-        widen = np.sqrt(size / (size - 1)) if size > 1 else 1.0
-        # In portions: 10,000 times 10,000 items are 800 MB.
-        portion = max(1, 4_000_000 // size)
-        for start in range(0, resamples, portion):
-            count = min(portion, resamples - start)
-            means = group[generator.integers(0, size, (count, size))].mean(axis=1)
-            drawn[start : start + count] += weight * (mean + widen * (means - mean))
-    observed = float(sum(weight * group.mean() for group, weight in zip(groups, weights, strict=True)))
+    observed, drawn = _redrawn(differences, strata, resamples, seed, macro)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
     # Twice the smaller tail. Exact zeros count on both sides: where all pairs are equal, p is 1.
@@ -120,6 +107,58 @@ def paired_bootstrap(
     return Test(observed, float(low), float(high), p, method)
 
 
+def equivalence(
+    first: Sequence[float],
+    second: Sequence[float],
+    margin: float,
+    strata: Sequence[Hashable] | None = None,
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+    macro: bool = False,
+) -> tuple[float, str]:
+    """Two one-sided tests (TOST) of a difference of `margin` or more in either direction; the larger p, and the method.
+
+    0/1 values, and values of which no pair differs: Tango's score tests (1998), which also where all items agree know
+    that there are N of them only. Others, and means of subtasks: shares of the redrawn differences at or beyond the
+    margin.
+
+    Args:
+        margin: above 0 and below 1, in the unit of the values, which lie between 0 and 1.
+
+    Raises:
+        ValueError: as `paired_bootstrap`, or the margin is none.
+    """
+    if not 0 < margin < 1:
+        raise ValueError(f"a margin of equivalence lies between 0 and 1 (100 points), got {margin}")
+    first, second = _paired(first, second)
+    differences = second - first
+    binary = is_binary(first) and is_binary(second)
+    if (binary and not macro) or not differences.any():
+        wins, losses = int(np.sum(differences > 0)), int(np.sum(differences < 0))
+        # The second test is the first with the models exchanged.
+        p = max(tango(wins, losses, len(differences), margin), tango(losses, wins, len(differences), margin))
+        return p, "Tango's score tests"
+    _, drawn = _redrawn(differences, strata, resamples, seed, macro)
+    beyond = max(int(np.sum(drawn <= -margin)), int(np.sum(drawn >= margin)))
+    return (beyond + 1) / (resamples + 1), f"paired bootstrap, {resamples} resamples"
+
+
+def tango(wins: int, losses: int, total: int, margin: float) -> float:
+    """One-sided p of Tango's score test that the second model is worse by `margin` or more.
+
+    The share of losses is estimated by maximum likelihood under that hypothesis, a quadratic equation (Tango, 1998).
+    """
+    from scipy.stats import norm
+
+    # The hypothesis: share of wins - share of losses = -margin.
+    linear = -wins - losses + (2 * total - losses + wins) * margin
+    constant = -wins * margin * (1 - margin)
+    share = (np.sqrt(linear**2 - 8 * total * constant) - linear) / (4 * total)  # of wins; losses: that plus the margin
+    variance = total * (2 * share + margin * (1 - margin))
+    return float(norm.sf((wins - losses + total * margin) / np.sqrt(variance)))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p values, in the order given: those below alpha are significant at alpha over all rows together."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
@@ -128,6 +167,27 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
+
+
+def _redrawn(
+    differences: np.ndarray, strata: Sequence[Hashable] | None, resamples: int, seed: int, macro: bool
+) -> tuple[float, np.ndarray]:
+    """The mean difference, and that of every redrawn sample `[resamples]`."""
+    groups = [differences] if strata is None else _grouped(differences, strata)
+    weights = [1 / len(groups) if macro else len(group) / len(differences) for group in groups]
+    generator = np.random.default_rng(seed)
+    drawn = np.zeros(resamples)
+    for group, weight in zip(groups, weights, strict=True):
+        mean, size = group.mean(), len(group)
+        widen = np.sqrt(size / (size - 1)) if size > 1 else 1.0
+        # In portions: 10,000 times 10,000 items are 800 MB.
+        portion = max(1, 4_000_000 // size)
+        for start in range(0, resamples, portion):
+            count = min(portion, resamples - start)
+            means = group[generator.integers(0, size, (count, size))].mean(axis=1)
+            drawn[start : start + count] += weight * (mean + widen * (means - mean))
+    observed = float(sum(weight * group.mean() for group, weight in zip(groups, weights, strict=True)))
+    return observed, drawn
 
 
 def is_binary(values) -> bool:

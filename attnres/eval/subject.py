@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,6 +14,7 @@ from .identity import (
     checkpoint_identity,
     is_kimi_k3,
     model_identity,
+    read_config,
     tokenizer_identity,
     tokenizer_source,
 )
@@ -34,6 +36,7 @@ class Settings:
     trust_remote_code: bool
     device: str
     device_map: str | None
+    load_in_4bit: bool
 
 
 @dataclass
@@ -87,7 +90,12 @@ class Origin:
         network = self.model
         if isinstance(network, Path):
             network = load_model(
-                str(folder or network), settings.dtype, settings.device_map, settings.trust_remote_code, settings.device
+                str(folder or network),
+                settings.dtype,
+                settings.device_map,
+                settings.trust_remote_code,
+                settings.device,
+                settings.load_in_4bit,
             )
         length = context_length(network.config, self.tokenizer, settings.max_length, self.name)
         with quiet_lm_eval():
@@ -108,9 +116,13 @@ def find(model, tokenizer, revision: str | None, settings: Settings) -> Origin:
         if settings.device_map is None:
             check_device(settings.device)
         folder = checkpoint_folder(str(model), revision)
+        if settings.load_in_4bit:
+            check_quantizable(folder)
         tokenizer_folder = folder if tokenizer is None else tokenizer_source(str(tokenizer))
         tokenizer = load_tokenizer(str(tokenizer_folder), settings.trust_remote_code)
         origin = Origin(str(model), folder, tokenizer, tokenizer_folder)
+    elif settings.load_in_4bit:
+        raise ValueError("--load-in-4bit: a model in memory is loaded already; leave it out")
     elif revision is not None:
         raise ValueError(f"a model in memory has no revisions, got {revision!r}; leave it out")
     elif tokenizer is None:
@@ -120,6 +132,19 @@ def find(model, tokenizer, revision: str | None, settings: Settings) -> Origin:
     if settings.chat_template and not getattr(origin.tokenizer, "chat_template", None):
         raise ValueError(f"{origin.name}: its tokenizer has no chat template")
     return origin
+
+
+def check_quantizable(folder: Path) -> None:
+    """Says before a model is hashed that it cannot be quantised.
+
+    Raises:
+        ValueError: so it is, and why.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("--load-in-4bit needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    if quantization := read_config(folder).get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ValueError(f"{folder}: is quantised already ({method}); leave --load-in-4bit out")
 
 
 def describe(
@@ -169,6 +194,7 @@ def describe(
             "model_type": network.config.model_type,
             "parameters": network.num_parameters(),
             "dtype": str(network.dtype).removeprefix("torch."),
+            "quantization": _quantization(network.config),
             "device": str(network.device),
             "max_length": loaded.max_length,
             "processes": 1 if team is None else team.size,
@@ -177,6 +203,13 @@ def describe(
 
     subject = Subject(origin.name, identity, load)
     return subject
+
+
+def _quantization(config) -> str | None:
+    """The method, such as "bitsandbytes"; None where the weights are as `dtype` says."""
+    found = getattr(config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return None if method is None else str(getattr(method, "value", method))
 
 
 def check_kimi_k3(folder: Path) -> None:

@@ -38,6 +38,7 @@ class Row:
         seeds: how many orders of the choices are averaged.
         code: runs programs that the model wrote.
         note: anything else in which the row is ours.
+        chat_tasks: instead of `tasks` where prompts are wrapped in a chat template.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Row:
     seeds: int = 1
     code: bool = False
     note: str = ""
+    chat_tasks: tuple[str, ...] = ()
 
     @property
     def protocol(self) -> list[dict[str, str]]:
@@ -141,7 +143,7 @@ ROWS = {
         ),
         Row(
             "humaneval", "HumanEval", ("humaneval",), "humaneval", 0, KIMI_FAMILY,
-            "pass@1", "create_test", GENERATION, KIMI_FAMILY, code=True,
+            "pass@1", "create_test", GENERATION, KIMI_FAMILY, code=True, chat_tasks=("humaneval_instruct",),
         ),
         Row(
             "mbpp", "MBPP", ("mbpp",), "mbpp", 3, NO_SHOTS_PUBLISHED,

@@ -10,15 +10,15 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from attnres.eval import evaluate
-from attnres.eval.lm import CausalLM
+from attnres.eval.lm import CausalLM, _without_nan
 
 mode, checkpoint, mirror, out = sys.argv[1:]
 
 if os.environ["RANK"] == "1":
     if mode == "nan":
-        HFLM._model_call = lambda self, inps, **_: torch.full((*inps.shape, 257), torch.nan)
+        CausalLM._log_softmax = lambda self, logits: _without_nan(torch.full_like(logits, torch.nan))
     elif mode == "lost":
-        CausalLM.generate_until = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        HFLM.generate_until = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
 outcome = evaluate(
     checkpoint, "gsm8k,arc_challenge", out=out, data_dir=mirror, max_length=900, batch_size=2, progress=False

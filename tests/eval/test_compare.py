@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 from tiny_eval import byte_tokenizer, tiny_llama
 
 from attnres.cli import main
-from attnres.eval import evaluate
-from attnres.eval.compare import as_markdown, compare
+from attnres.eval import evaluate, statistics
+from attnres.eval.compare import as_markdown, compare, compare_all, matrix_as_markdown
 
 SETTINGS = {"dtype": "float32", "batch_size": 8, "device": "cpu", "device_map": None}
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -230,9 +231,10 @@ def test_a_folder_is_not_compared_with_itself(folders):
         ({"model": {"weights": "a"}}, "THE SAME WEIGHTS on both sides"),
         ({"settings": SETTINGS | {"device": "cuda:1"}}, "OTHER DEVICES, which move scores: cpu and cuda"),
         ({"settings": SETTINGS | {"device_map": "auto"}}, "OTHER DEVICE MAPS, which move scores: None and auto"),
+        ({"model": {"weights": "a", "quantization": "bitsandbytes"}}, "OTHER QUANTISATION: none and bitsandbytes"),
         ({"batch_sizes_found": [64, 8]}, "OTHER BATCH SIZES FOUND, which move scores: mmlu none and 64, 8"),
     ],
-    ids=("packages", "weights", "device", "map", "batch-sizes"),
+    ids=("packages", "weights", "device", "map", "4-bit", "batch-sizes"),
 )
 def test_what_a_reader_must_know_stands_above_the_table(folders, changes, mark):
     for folder in folders:
@@ -304,3 +306,76 @@ def test_the_command_writes_table_data_and_figure_with_their_marks(folders, fact
     assert (out / "forest.png").read_bytes().startswith(PNG)
     assert printed.startswith(f"> **{mark}") if mark else "**" not in printed
     assert bool(content["marks"]) == bool(mark)
+
+
+def write_models(tmp_path, *accuracies, items=211, rows=("mmlu", "gsm8k")):
+    folders = [tmp_path / f"model-{number}" for number in range(len(accuracies))]
+    for folder, accuracy in zip(folders, accuracies, strict=True):
+        for place, row in enumerate(rows):
+            draws = np.random.default_rng(place).random(items)
+            write_row(folder, row, [("t", None, float(draw < accuracy)) for draw in draws])
+    return folders
+
+
+def test_several_evaluations_become_a_matrix_whose_pairs_are_those_of_two(tmp_path):
+    folders = write_models(tmp_path, 0.5, 0.52, 0.7)
+    write_row(folders[1], "math", [("t", None, 1.0)] * 3)
+
+    matrix = compare_all(folders)
+
+    assert [(pair.first, pair.second) for pair in matrix.pairs] == [
+        (str(folders[one]), str(folders[other])) for one, other in ((0, 1), (0, 2), (1, 2))
+    ]
+    assert matrix.left_out == ["math"]
+    p_values = [row.p for pair in matrix.pairs for row in pair.rows]
+    assert [row.p_holm for pair in matrix.pairs for row in pair.rows] == statistics.holm(p_values)
+    for pair in matrix.pairs:
+        alone = compare(pair.first, pair.second, rows=["mmlu", "gsm8k"])
+        assert [replace(row, p_holm=0) for row in alone.rows] == [replace(row, p_holm=0) for row in pair.rows]
+
+
+def test_the_matrix_is_antisymmetric_and_says_where_a_model_is_clearly_better(tmp_path):
+    folders = write_models(tmp_path, 0.5, 0.5, 0.7)
+    text = matrix_as_markdown(compare_all(folders, equivalence=5))
+    lines = [line.split("|")[2:-1] for line in text.splitlines() if line.startswith(("| 1 |", "| 2 |", "| 3 |"))]
+    cells = [[cell.strip() for cell in line] for line in lines]
+    assert [cells[place][place] for place in range(3)] == [""] * 3
+    assert cells[0][1] == cells[1][0] == "+0.00 (+0 -0 =2)"
+    assert cells[0][2].endswith("(+2 -0 =0)") and cells[2][0].endswith("(+0 -2 =0)")
+    assert float(cells[0][2].split()[0]) == -float(cells[2][0].split()[0]) > 10
+
+
+def test_sameness_is_shown_or_not_per_row_and_for_all(tmp_path):
+    folders = write_models(tmp_path, 0.5, 0.5, items=164)
+    same = compare(*folders, equivalence=2)
+    assert all(row.equivalent and row.p_equivalence < 0.05 for row in same.rows)
+    assert "All rows: yes" in as_markdown(same) and "Tango" in as_markdown(same)
+    narrow = compare(*folders, equivalence=1)
+    assert not any(row.equivalent for row in narrow.rows)
+    assert "All rows: not shown" in as_markdown(narrow)
+    without = compare(*folders)
+    assert [row.p_equivalence for row in without.rows] == [None, None] and "Same within" not in as_markdown(without)
+
+
+def test_the_command_takes_any_number_of_folders(tmp_path, capsys):
+    folders = write_models(tmp_path, 0.5, 0.5, 0.7)
+    assert main(["compare", *map(str, folders), "--equivalence", "5", "--out", str(tmp_path / "out")]) == 0
+    assert "## 3 minus 2" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"comparison.json", "comparison.md", "forest-2.png", "forest-3.png"}
+    assert (tmp_path / "out" / "forest-3.png").read_bytes().startswith(PNG)
+    assert len(json.loads((tmp_path / "out" / "comparison.json").read_text())["pairs"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "message"),
+    [
+        (1, [], "at least two folders, got 1"),
+        (2, ["--equivalence", "0"], "--equivalence must be a margin above 0 and below 100 points, got 0"),
+        (3, ["--equivalence", "nan"], "got nan"),
+    ],
+)
+def test_a_mistake_in_the_folders_or_the_margin_is_one_line(tmp_path, capsys, count, options, message):
+    folders = write_models(tmp_path, *[0.5] * count)
+    assert main(["compare", *map(str, folders), *options, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()

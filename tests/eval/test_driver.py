@@ -7,6 +7,7 @@ import platform
 import shutil
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import PreTrainedConfig
 import attnres
 from attnres import cli
 from attnres.eval import driver, evaluate, identity, records, sample, subject
+from attnres.eval import lm as lm_module
 from attnres.eval.lm import CausalLM, context_length, with_padding
 
 ROWS = "gsm8k,arc_challenge"
@@ -251,12 +253,12 @@ def test_whole_prompt_is_read_although_the_token_limit_does_not_fit(monkeypatch)
 
     def generate(self, context, max_length, stop, **_):
         seen.append((context.shape[1], max_length))
-        return torch.cat([context, context[:, :1]], 1)
+        return SimpleNamespace(sequences=torch.cat([context, context[:, :1].expand(-1, 24)], 1), past_key_values=None)
 
     monkeypatch.setattr(HFLM, "_model_generate", generate)
     request = type("Request", (), {"args": ("x" * 40, {"until": ["\n"], "max_gen_toks": 1024})})
     lm.generate_until([request])
-    assert seen == [(40, 64)] and dict(lm.counts) == {"prompts_cut": 0, "answers_short": 1, "tokens": 41}
+    assert seen == [(40, 64)] and dict(lm.counts) == {"prompts_cut": 0, "answers_short": 1, "tokens": 64}
 
 
 @pytest.mark.parametrize("special", [{}, {"eos_token": "<end>"}, {"unk_token": "<what>"}], ids=str)
@@ -307,6 +309,69 @@ def test_context_length_is_never_guessed():
 def test_chat_template_that_is_not_there_is_refused(run, checkpoint):
     with pytest.raises(ValueError, match="no chat template"):
         run(str(checkpoint), chat_template=True)
+
+
+def test_examples_are_turns_of_the_conversation_in_the_models_template(run, monkeypatch):
+    tokenizer = byte_tokenizer(eos_token="<end>")
+    tokenizer.chat_template = (
+        "{% for message in messages %}[{{ message.role }}]{{ message.content }}[/]{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    prompts = []
+    monkeypatch.setattr(
+        HFLM, "generate_until", lambda self, requests, **_: [prompts.append(each.args[0]) or "" for each in requests]
+    )
+
+    plain = run(tiny_llama(length=9000), tokenizer=tokenizer, suite="gsm8k")["rows"]["gsm8k"]
+    asked, prompts[:] = list(prompts), []
+    templated = run(tiny_llama(length=9000), tokenizer=tokenizer, suite="gsm8k", chat_template=True)
+
+    assert len(prompts) == len(asked) == 5 and not any("[user]" in prompt for prompt in asked)
+    for prompt in prompts:
+        assert prompt.count("[user]") == 9 and prompt.count("[assistant]") == 9  # 8 shots and the question
+        assert prompt.endswith("[assistant]")
+    assert not templated["reused"] and plain["settings"]["chat_template"] is False
+
+
+def test_4_bit_is_asked_of_transformers_with_nf4_on_the_device(checkpoint, monkeypatch, tmp_path):
+    seen = {}
+    load = lm_module.AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(folder, quantization_config=None, **options):
+        seen.update(options, quantization=quantization_config)
+        return load(folder, **options)
+
+    monkeypatch.setattr(lm_module.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(lm_module, "BitsAndBytesConfig", dict)
+    lm_module.load_model(str(checkpoint), "auto", None, False, "cpu", load_in_4bit=True)
+    assert seen["quantization"] == {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    assert seen["device_map"] == {"": "cpu"}
+    lm_module.load_model(str(checkpoint), "auto", None, False, "cpu")
+    assert seen["quantization"] is None
+
+
+@pytest.mark.parametrize(
+    ("installed", "config", "message"),
+    [
+        (False, {}, "pip install bitsandbytes"),
+        (
+            True,
+            {"quantization_config": {"quant_method": "fp8"}},
+            "is quantised already (fp8); leave --load-in-4bit out",
+        ),
+    ],
+)
+def test_what_cannot_be_quantised_is_one_line_before_anything_is_loaded(
+    checkpoint, mirror_root, monkeypatch, tmp_path, capsys, installed, config, message
+):
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    monkeypatch.setattr(subject, "find_spec", lambda name: installed or None)
+    arguments = ["eval", model, "--suite", "gsm8k", "--data-dir", mirror_root, "--out", tmp_path / "out"]
+    assert cli.main([*map(str, arguments), "--load-in-4bit"]) == cli.USER_ERROR
+    error = capsys.readouterr().err
+    assert message in error and "loading" not in error
 
 
 def test_sample_items_are_marked_under_any_name(tmp_path):

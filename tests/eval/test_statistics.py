@@ -4,9 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, ttest_rel
+from scipy.optimize import minimize_scalar
+from scipy.special import xlogy
+from scipy.stats import binomtest, norm, ttest_rel
 
-from attnres.eval.statistics import holm, mcnemar, newcombe, paired_bootstrap, wilson
+from attnres.eval.statistics import equivalence, holm, mcnemar, newcombe, paired_bootstrap, tango, wilson
 
 
 def pairs_of(both, only_first, only_second, neither):
@@ -128,3 +130,60 @@ def test_holm_keeps_the_error_over_all_rows():
 def test_pairs_that_are_none_are_refused(first, second, message):
     with pytest.raises(ValueError, match=message):
         mcnemar(first, second)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tangos_test_takes_the_likeliest_share_of_losses_under_the_hypothesis(seed):
+    generator = np.random.default_rng(seed)
+    total = int(generator.integers(30, 300))
+    wins, losses = generator.integers(0, total // 4, 2).tolist()
+    margin = float(generator.uniform(0.01, 0.2))
+
+    def unlikely(share):
+        others = total - wins - losses
+        return -(xlogy(wins, share) + xlogy(losses, share + margin) + xlogy(others, 1 - 2 * share - margin))
+
+    bounds = (1e-12, (1 - margin) / 2 - 1e-12)
+    share = minimize_scalar(unlikely, bounds=bounds, method="bounded", options={"xatol": 1e-13}).x
+    deviation = np.sqrt(total * (2 * share + margin - margin**2))
+    assert tango(wins, losses, total, margin) == pytest.approx(
+        norm.sf((wins - losses + total * margin) / deviation), rel=1e-4
+    )
+
+
+def test_equal_answers_are_shown_to_be_the_same_only_where_there_are_enough():
+    for count, margin, same in ((10, 0.05, False), (164, 0.02, True), (164, 0.01, False), (1009, 0.01, True)):
+        values = np.random.default_rng(count).integers(0, 2, count)
+        p, method = equivalence(values, values, margin)
+        assert (p < 0.05) == same
+        assert method == "Tango's score tests"
+        fractions = np.random.default_rng(count).random(count)
+        assert equivalence(fractions, fractions, margin) == (p, method)
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_a_difference_beyond_the_margin_is_never_the_same(direction):
+    generator = np.random.default_rng(0)
+    first = generator.random(997)
+    second = first + direction * generator.uniform(0.03, 0.05, 997)
+    assert equivalence(first, second, 0.03, resamples=200)[0] == 1
+    assert equivalence(first, second, 0.05, resamples=200)[0] == 1 / 201
+    before, after = np.zeros(997), (np.arange(997) % 20 == 0).astype(float)
+    before, after = (before, after)[::direction]
+    assert equivalence(before, after, 0.03)[0] > 0.5 and equivalence(before, after, 0.1)[0] < 1e-6
+
+
+def test_two_one_sided_tests_keep_their_level_at_the_margin():
+    """Models whose true difference is the margin are called the same in at most about 5 % of the cases."""
+    generator = np.random.default_rng(1)
+    margin, found = 0.05, 0
+    for _ in range(400):
+        kind = generator.choice(3, 301, p=[0.1 + margin, 0.1, 0.8 - margin])
+        found += equivalence(kind != 0, kind != 1, margin)[0] < 0.05
+    assert found / 400 < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 400)
+
+
+@pytest.mark.parametrize("margin", [0, -0.1, 1])
+def test_a_margin_that_is_none_is_refused(margin):
+    with pytest.raises(ValueError, match="margin of equivalence"):
+        equivalence([0, 1], [1, 1], margin)
