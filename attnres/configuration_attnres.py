@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from .backbones import check_supported
+from .configuration_kimi_k3 import KIMI_K3, KIMI_K3_LAYERS_PER_BLOCK
 from .depth_mixer import DEPTH_IMPLEMENTATIONS
 
 RESIDUAL_MODES = ("block", "full", "standard")
@@ -111,6 +112,17 @@ class AttnResConfig(PreTrainedConfig):
                 "Options of loading, such as dtype, go with a folder or hub id, not with a model in memory."
             )
         return cls(backbone_config=deepcopy(config), dtype=config.dtype, **depth_options)
+
+    @classmethod
+    def kimi_k3(cls, **depth_options) -> "AttnResConfig":
+        """The configuration of Kimi K3's text model: 2.78 T parameters, blocks of 12 decoder layers.
+
+        Args:
+            depth_options: `residual_mode`, `layers_per_block`, `num_blocks`.
+        """
+        if not {"layers_per_block", "num_blocks"} & set(depth_options):
+            depth_options["layers_per_block"] = KIMI_K3_LAYERS_PER_BLOCK
+        return cls.from_backbone(_as_config(KIMI_K3), **depth_options)
 
     @property
     def num_blocks(self) -> int:
