@@ -67,6 +67,7 @@ def demo(options: argparse.Namespace):
 def convert(options: argparse.Namespace):
     """Converts a checkpoint folder and prints what was measured."""
     from .conversion import convert as convert_folder
+    from .conversion.engines import serving_text
     from .conversion.inspection import shown_size
     from .conversion.verification import report_table
 
@@ -79,6 +80,8 @@ def convert(options: argparse.Namespace):
         link=options.link,
         overwrite=options.overwrite,
         reinit_depth=options.reinit_depth,
+        keep_packed=options.keep_packed,
+        engine=options.engine,
         progress=True,
         residual_mode=options.residual_mode,
         layers_per_block=options.layers_per_block,
@@ -95,6 +98,8 @@ def convert(options: argparse.Namespace):
         print("the tensors of the shards, joined")
     else:
         print("not verified" if outcome.report is None else report_table(outcome.report))
+    if options.engine is not None:
+        print(serving_text(options.engine, str(outcome.result)))
 
 
 def inspect_checkpoint(options: argparse.Namespace):
@@ -420,6 +425,18 @@ def _add_convert(commands):
     parser.add_argument("--overwrite", action="store_true", help="replace DST once the new one is complete")
     parser.add_argument(
         "--reinit-depth", action="store_true", help="start with zero pseudo-queries where trained ones do not fit"
+    )
+    parser.add_argument(
+        "--for",
+        dest="engine",
+        choices=("llama.cpp", "vllm", "sglang", "mlx"),
+        help="with --to kimi-k3: write what this engine loads, equal functions where it insists on another form, and "
+        "print the command that serves it",
+    )
+    parser.add_argument(
+        "--keep-packed",
+        action="store_true",
+        help="leave MXFP4 weights as they are instead of writing them in bfloat16; for carrying over, not for loading",
     )
     parser.set_defaults(command=convert)
 

@@ -38,7 +38,14 @@ from transformers.utils.output_capturing import OutputRecorder
 from .configuration_kimi_k3 import SITU, KimiK3Config
 
 # Parts of a mixture of experts on disk, where it is called block_sparse_moe; a dense MLP is called mlp.
-MOE_PARTS = ("gate", "experts", "shared_experts", "routed_expert_down_proj", "routed_expert_norm", "routed_expert_up_proj")
+MOE_PARTS = (
+    "gate",
+    "experts",
+    "shared_experts",
+    "routed_expert_down_proj",
+    "routed_expert_norm",
+    "routed_expert_up_proj",
+)
 
 
 class GatedActivation(nn.Module):

@@ -261,7 +261,9 @@ def test_padding_on_the_left_changes_nothing(use_cache):
 
 @pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
 def test_every_implementation_of_the_experts_computes_the_same(implementation):
-    model = AttnResForCausalLM(AttnResConfig(backbone_config=tiny_config("kimi_k3", num_hidden_layers=4, layer_types=None)))
+    model = AttnResForCausalLM(
+        AttnResConfig(backbone_config=tiny_config("kimi_k3", num_hidden_layers=4, layer_types=None))
+    )
     tokens = random_tokens(2, 9)
     model.set_experts_implementation("eager")
     expected = model(tokens).logits

@@ -8,13 +8,12 @@ from tempfile import TemporaryDirectory
 
 import psutil
 import torch
-from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..modeling_attnres import AttnResForCausalLM
-from .checkpoint import CheckpointError, inside
-from .layouts import ATTNRES, KIMI_K3, PRENORM, Source, shape_in
+from .checkpoint import CheckpointError
+from .layouts import ATTNRES, KIMI_K3, PRENORM, Source
 from .structure import meta_model
 
 # The result differs by the norms' epsilon only, which acts as if multiplied by n^2. In units of the logits' standard
@@ -171,7 +170,7 @@ def _loaded(source: Source, in_memory: bool):
     """The model of a checkpoint; without room for it, its decoder layers stay on disk until they are called."""
     folder = source.checkpoint.folder
     model_class = AutoModelForCausalLM if source.layout == PRENORM else AttnResForCausalLM
-    if source.layout == KIMI_K3:  # names and shapes are not those of any model class
+    if source.layout == KIMI_K3 or source.packed:  # names, shapes or data are not those of any model class
         yield _load_translated(source)
     elif in_memory:
         yield model_class.from_pretrained(folder, dtype="auto", local_files_only=True, use_safetensors=True).eval()
@@ -195,13 +194,7 @@ def _layers_on_disk(source: Source) -> dict[str, str]:
 
 
 def _load_translated(source: Source) -> AttnResForCausalLM:
-    tensors = {}
-    for shard in source.checkpoint.shards:
-        with safe_open(inside(source.checkpoint.folder, shard), "pt") as file:
-            for name, stored in source.stored_names.items():
-                if source.tensor(name).shard == shard:
-                    tensor = file.get_tensor(stored)
-                    tensors[name] = tensor.reshape(shape_in(ATTNRES, name, tuple(tensor.shape)))
+    tensors = {piece.name: piece.tensor(source.checkpoint) for piece in source.pieces(ATTNRES)}
     return AttnResForCausalLM.from_pretrained(None, config=source.config, state_dict=tensors, dtype="auto").eval()
 
 
