@@ -162,10 +162,10 @@ def understand(checkpoint: Checkpoint, layout: str | None = None) -> Source:
         count = len(names)
         names = {kimi_k3.canonical_name(name, backbone): stored for name, stored in names.items()}
         if len(names) != count:
-            raise CheckpointError(
-                f"{checkpoint.folder}: has the MLP of a dense layer twice, as mlp and block_sparse_moe."
-            )
+            raise CheckpointError(f"{checkpoint.folder}: has a dense layer's MLP twice, as mlp and block_sparse_moe.")
         packed = kimi_k3.packed_pairs(checkpoint, names)
+        if packed:  # transformers would want to unpack them itself
+            attnres_config.__dict__.pop("quantization_config", None)
     return Source(checkpoint, found, attnres_config, names, left_out, packed)
 
 

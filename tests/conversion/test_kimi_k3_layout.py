@@ -259,9 +259,7 @@ def test_a_damaged_pair_is_refused_by_its_name(damage, tmp_path):
 
 
 def test_a_text_model_with_plain_residuals_is_read_as_such(tmp_path):
-    tensors = as_released(built(released_config(**EVERYTHING), None))
-    folder = write_release(
-        tmp_path / "released", tensors, {**released_config(**EVERYTHING), "attn_res_block_size": None}
-    )
-    convert(folder, tmp_path / "plain", verify="full")
+    tensors = as_released(built(released_config(**ALL), None))
+    text = {**released_config(**ALL), "attn_res_block_size": None}
+    convert(write_release(tmp_path / "released", tensors, text), tmp_path / "plain", verify="full")
     assert AttnResForCausalLM.from_pretrained(tmp_path / "plain").config.residual_mode == "standard"
