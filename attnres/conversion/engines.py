@@ -12,6 +12,7 @@ from .checkpoint import CheckpointError
 UNBOUNDED = float(2**20)
 
 FULL_RANK_GATE, SITU, UNTIED_HEAD = "full-rank gate", "SiTU", "untied head"
+EXPERT_SIZE = "size of experts, in a dense model too"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ ENGINES = {
         version="0c1e57098 (llama-cpp-python 0.3.36)",
         multimodal=True,
         architecture="KimiK3ForConditionalGeneration",
-        insists_on=frozenset({FULL_RANK_GATE, SITU, UNTIED_HEAD}),
+        insists_on=frozenset({FULL_RANK_GATE, SITU, UNTIED_HEAD, EXPERT_SIZE}),
         refuses=(
             ("linear_num_heads != num_attention_heads: it has one number of heads", _other_heads),
             (f"{_GROUPS}: its graph chooses among all experts", _has_groups),
@@ -78,11 +79,11 @@ ENGINES = {
         differs=(
             _EPS_OF_NORMS,
             "the norm of queries and keys in linear attention with rms_norm_eps instead of 1e-6",
-            "flash attention, which rounds to float16; --flash-attn off does not",
+            "attention in float16, unless flash attention is off and the cache is in float32",
         ),
         commands=(
             "python convert_hf_to_gguf.py {folder} --outfile {folder}.gguf --outtype bf16",
-            "llama-server --model {folder}.gguf --flash-attn off",
+            "llama-server --model {folder}.gguf --flash-attn off --cache-type-k f32 --cache-type-v f32",
         ),
     ),
     "vllm": Engine(

@@ -9,7 +9,7 @@ from ..configuration_attnres import AttnResConfig
 from ..configuration_kimi_k3 import SITU as SITU_ACTIVATION
 from ..configuration_kimi_k3 import KimiK3Config
 from .checkpoint import Checkpoint, CheckpointError
-from .engines import ENGINES, FULL_RANK_GATE, SITU, UNBOUNDED, UNTIED_HEAD, check_engine
+from .engines import ENGINES, EXPERT_SIZE, FULL_RANK_GATE, SITU, UNBOUNDED, UNTIED_HEAD, check_engine
 from .mxfp4 import FORMAT, PACKED, SCALE
 
 BLOCK_SIZE = "attn_res_block_size"
@@ -317,6 +317,8 @@ def _adapt(text: dict, backbone: PreTrainedConfig, name: str):
         text["linear_attn_config"]["use_full_rank_gate"] = True
     if unties_head(backbone, name):
         text["tie_word_embeddings"] = False
+    if text["num_experts"] is None and EXPERT_SIZE in engine.insists_on:
+        text["moe_intermediate_size"] = text["intermediate_size"]
     if text["num_experts_per_token"] == 1 and backbone.model_type == "kimi_k3":
         text["moe_renormalize"] = False  # of a single expert the official code takes the score as it is
 
