@@ -93,8 +93,8 @@ def test_logits_and_all_gradients_equal_the_stacking_oracle(family, mode):
         errors[name] = relative_error(parameter.grad.reshape(wanted.shape), wanted) if wanted.any() else 0.0
     assert not expected_gradients, f"not compared: {sorted(expected_gradients)}"
     worst = max(errors, key=errors.get)
-    # Its linear attention multiplies rounding errors: over eight seeds up to 5e-4, by whatever code is mixed.
-    assert errors[worst] < (5e-4 if family == "qwen3_next" else TOLERANCE), f"{worst}: {errors[worst]:.1e}"
+    # Their linear attention multiplies rounding errors: over eight seeds up to 5e-4, by whatever code is mixed.
+    assert errors[worst] < (5e-4 if family in ("qwen3_next", "kimi_k3") else TOLERANCE), f"{worst}: {errors[worst]:.1e}"
 
 
 @pytest.mark.parametrize("options", [{"layers_per_block": 5}, {"residual_mode": "full"}], ids=["block5", "full"])
