@@ -99,7 +99,7 @@ def convert(options: argparse.Namespace):
     else:
         print("not verified" if outcome.report is None else report_table(outcome.report))
     if options.engine is not None:
-        print(serving_text(options.engine, str(outcome.result)))
+        print(serving_text(options.engine, str(outcome.result), outcome.to_layout))
 
 
 def inspect_checkpoint(options: argparse.Namespace):
@@ -431,7 +431,7 @@ def _add_convert(commands):
         dest="engine",
         choices=("llama.cpp", "vllm", "sglang", "mlx"),
         help="with --to kimi-k3: write what this engine loads, equal functions where it insists on another form, and "
-        "print the command that serves it",
+        "print the command that serves it; vllm also for other backbones, which it runs by transformers' code",
     )
     parser.add_argument(
         "--keep-packed",

@@ -167,6 +167,16 @@ class AttnResConfig(PreTrainedConfig):
                 "layers_per_block=3."
             )
 
+    @property
+    def _attn_implementation(self):
+        """The backbone's, whose modules read it: engines set it on what `get_text_config` gives them."""
+        backbone = self.__dict__.get("backbone_config")
+        return (self if backbone is None else backbone)._attn_implementation_internal
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value):
+        PreTrainedConfig._attn_implementation.fset(self, value)
+
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         """The backbone configuration: caches, masks, generation and parallel plans read this one."""
         return self if self.__dict__.get("backbone_config") is None else self.backbone_config

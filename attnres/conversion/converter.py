@@ -22,7 +22,7 @@ from . import kimi_k3
 from .checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, CheckpointError, inside, read_checkpoint
 from .companions import write_companions
 from .files import copy_file, replaced_folder
-from .layouts import ATTNRES, KIMI_K3, PRENORM, Source, to_prenorm, understand
+from .layouts import ATTNRES, KIMI_K3, PRENORM, Source, stack_layers, stacked_names, to_prenorm, understand
 from .pieces import TORCH_DTYPES, Piece, write_pieces
 from .sharded import find_shards, join_shards
 from .structure import check_structure
@@ -83,8 +83,8 @@ def convert(
         reinit_depth: start with new (zero) pseudo-queries where trained ones do not fit the new depth options.
         keep_packed: leave MXFP4 weights as they are, instead of writing them in bfloat16. Such a folder holds a
             checkpoint and is not loaded; nothing is verified, as nothing is computed anew.
-        engine: with `to="kimi-k3"`, which engine is to load the result: `"llama.cpp"`, `"vllm"`, `"sglang"` or
-            `"mlx"`.
+        engine: which engine is to load the result: with `to="kimi-k3"` `"llama.cpp"`, `"vllm"`, `"sglang"` or `"mlx"`,
+            otherwise `"vllm"`, by transformers' own code.
         progress: show a bar on stderr.
         depth_options: `residual_mode`, `layers_per_block`, `num_blocks` of the result.
 
@@ -100,8 +100,10 @@ def convert(
         return _join(source, result, overwrite, progress, others)
     origin = understand(read_checkpoint(source), from_layout)
     to = ATTNRES if to is None else to
-    if engine is not None and to != KIMI_K3:
-        raise CheckpointError(f"--for {engine} is of --to kimi-k3, which engines load; got --to {to}.")
+    if engine is not None and to != KIMI_K3 and (to, engine) != (ATTNRES, "vllm"):
+        raise CheckpointError(
+            f"--for {engine} needs --to kimi-k3, got {to}; only vllm runs other layouts, by transformers' own code."
+        )
     keep_packed = keep_packed and bool(origin.packed)
     quantised = kimi_k3.quantisation(origin.checkpoint.config) if keep_packed else None
     config = _result_config(origin, to, depth_options, engine)
@@ -111,6 +113,11 @@ def convert(
     new_depth = _depth_change(origin, config, to, reinit_depth)
     plan = _plan_shards(origin, to, new_depth is not None, keep_packed, engine)
     depth_tensors = _depth_tensors(origin, config) if new_depth == "zero" else {}
+    if to == ATTNRES and engine is not None and depth_tensors:
+        stacked = stacked_names(config.num_hidden_layers)
+        depth_tensors = {
+            target: stack_layers(*(depth_tensors[name] for name in names)) for target, names in stacked.items()
+        }
     if to == KIMI_K3 and kimi_k3.is_multimodal(config.backbone_config, engine):
         depth_tensors = {kimi_k3.PREFIX + name: tensor for name, tensor in depth_tensors.items()}
     _check_space(result, plan, link)

@@ -129,10 +129,16 @@ def check_engine(name: str, config: PreTrainedConfig):
             raise CheckpointError(f"{name} ({engine.version}) does not compute {reason}; another engine may.")
 
 
-def serving_text(name: str, folder: str) -> str:
+# vLLM runs what is no architecture of its own by transformers' code.
+TRANSFORMERS_COMMAND = "vllm serve {folder} --model-impl transformers --trust-remote-code"
+
+
+def serving_text(name: str, folder: str, layout: str) -> str:
     """What the user runs, and what to expect of the numbers."""
     engine = ENGINES[name]
+    own = layout == "kimi-k3"
+    commands, differs = (engine.commands, engine.differs) if own else ((TRANSFORMERS_COMMAND,), ())
     lines = [f"to serve it by {name} ({engine.version}):"]
-    lines += [f"  {command.format(folder=folder)}" for command in engine.commands]
-    lines += [f"{name} computes {difference}" for difference in engine.differs]
+    lines += [f"  {command.format(folder=folder)}" for command in commands]
+    lines += [f"{name} computes {difference}" for difference in differs]
     return "\n".join(lines)

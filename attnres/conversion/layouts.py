@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..backbones import check_supported
+from ..checkpoint_names import OUTPUT_NAMES, PER_LAYER_NAMES
 from ..configuration_attnres import AttnResConfig
 from . import kimi_k3
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo
@@ -62,7 +63,8 @@ class Source:
 
         Args:
             keep_packed: whether packed weights stay so.
-            engine: for which equal functions are written, in the Kimi K3 layout.
+            engine: in the Kimi K3 layout, for which equal functions are written; otherwise, for which depth tensors are
+                stacked.
             dropped: canonical names of tensors that do not come along.
         """
         backbone, pieces = self.config.backbone_config, []
@@ -81,11 +83,25 @@ class Source:
             pieces = self._equal_pieces(pieces, engine)
             prefix = kimi_k3.PREFIX if kimi_k3.is_multimodal(backbone, engine) else ""
             return [replace(piece, name=prefix + piece.name) for piece in pieces]
+        if layout == ATTNRES and engine is not None:
+            pieces = self._stacked_pieces(pieces)
         if self.layout == KIMI_K3:
             return [replace(piece, name=kimi_k3.saved_name(piece.name, backbone)) for piece in pieces]
         # A plain or AttnRes checkpoint keeps its own names.
         names = {stored: stored for stored in self.stored_names.values()}
         return [replace(piece, name=piece.name if piece.make else names[piece.stored[0]]) for piece in pieces]
+
+    def _stacked_pieces(self, pieces: list[Piece]) -> list[Piece]:
+        """Depth tensors as they are in memory, for an engine that does not stack them itself."""
+        by_name = {piece.name: piece for piece in pieces}
+        stacked = []
+        for target, names in stacked_names(self.config.num_hidden_layers).items():
+            parts = [by_name[name] for name in names if name in by_name]
+            if parts:
+                shape = (len(parts), *parts[0].shape) if len(names) > 1 else parts[0].shape
+                stored = tuple(part.stored[0] for part in parts)
+                stacked.append(Piece(target, shape, parts[0].dtype, stored, stack_layers))
+        return [piece for piece in pieces if piece.name not in self.depth_names] + stacked
 
     def _equal_pieces(self, pieces: list[Piece], engine: str | None) -> list[Piece]:
         """The gate as one matrix and the embeddings as a head, where the engine wants them."""
@@ -118,6 +134,22 @@ def depth_names(layers: int) -> set[str]:
     kinds = ("self_attention_res_proj", "self_attention_res_norm", "mlp_res_proj", "mlp_res_norm")
     names = {f"model.layers.{layer}.{kind}.weight" for layer in range(layers) for kind in kinds}
     return names | {"model.output_attn_res_proj.weight", "model.output_attn_res_norm.weight"}
+
+
+def stacked_names(layers: int) -> dict[str, list[str]]:
+    """Names of the depth tensors in memory, and on disk those of every layer that each is stacked of."""
+    per_layer = {
+        f"model.depth_mixer.{target}": [f"model.layers.{layer}.{name}.weight" for layer in range(layers)]
+        for name, target in PER_LAYER_NAMES.items()
+    }
+    return per_layer | {
+        f"model.depth_mixer.{target}": [f"model.{name}.weight"] for name, target in OUTPUT_NAMES.items()
+    }
+
+
+def stack_layers(*tensors: torch.Tensor) -> torch.Tensor:
+    """One tensor of the layers' own; that of the output as it is."""
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0]
 
 
 def understand(checkpoint: Checkpoint, layout: str | None = None) -> Source:

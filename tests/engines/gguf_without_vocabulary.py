@@ -1,4 +1,4 @@
-"""llama.cpp's own converter on a folder that has no tokenizer: python gguf_without_vocabulary.py LLAMA_CPP MODEL GGUF."""
+"""llama.cpp's own converter on a folder without a tokenizer: python gguf_without_vocabulary.py LLAMA_CPP MODEL GGUF."""
 
 import runpy
 import sys
