@@ -376,7 +376,7 @@ def _add_demo(commands):
 def _add_convert(commands):
     parser = commands.add_parser(
         "convert",
-        help="convert a checkpoint folder: PreNorm, AttnRes, Kimi K3 layout",
+        help="convert a checkpoint folder: PreNorm, AttnRes, Kimi K3 and flash-linear-attention layouts",
         description=(
             "Converts a checkpoint folder without loading the model: weight files are carried over, one small file "
             "with the depth tensors is added. DST appears when it is complete and verified, or not at all."
@@ -407,7 +407,7 @@ def _add_convert(commands):
     parser.add_argument(
         "--from",
         dest="from_layout",
-        choices=("attnres", "prenorm", "kimi-k3"),
+        choices=("attnres", "prenorm", "kimi-k3", "fla"),
         help="layout that SRC must have (default: what its config.json says)",
     )
     parser.add_argument(

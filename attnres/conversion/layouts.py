@@ -13,13 +13,13 @@ from transformers import PreTrainedConfig
 from ..backbones import check_supported
 from ..checkpoint_names import OUTPUT_NAMES, PER_LAYER_NAMES
 from ..configuration_attnres import AttnResConfig
-from . import kimi_k3
+from . import fla, kimi_k3
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo
 from .mxfp4 import dequantise, unpacked_shape
 from .pieces import Piece
 
-PRENORM, ATTNRES, KIMI_K3 = "prenorm", "attnres", "kimi-k3"
-LAYOUTS = (PRENORM, ATTNRES, KIMI_K3)
+PRENORM, ATTNRES, KIMI_K3, FLA = "prenorm", "attnres", "kimi-k3", "fla"
+LAYOUTS = (PRENORM, ATTNRES, KIMI_K3, FLA)
 GATE_PART = re.compile(r"\.self_attn\.g_[ab]_proj\.weight$")
 
 
@@ -85,6 +85,8 @@ class Source:
             return [replace(piece, name=prefix + piece.name) for piece in pieces]
         if layout == ATTNRES and engine is not None:
             pieces = self._stacked_pieces(pieces)
+        if self.layout == FLA:
+            return pieces
         if self.layout == KIMI_K3:
             return [replace(piece, name=kimi_k3.saved_name(piece.name, backbone)) for piece in pieces]
         # A plain or AttnRes checkpoint keeps its own names.
@@ -159,15 +161,12 @@ def understand(checkpoint: Checkpoint, layout: str | None = None) -> Source:
         CheckpointError: an unknown or unsupported kind of model, with the reason.
     """
     config = checkpoint.config
-    if "attnres_block_size" in config:
-        raise CheckpointError(
-            f"{checkpoint.folder}: is of flash-linear-attention's own model classes (attnres_block_size), whose layers "
-            "are no transformers family's; convert a transformers checkpoint."
-        )
     model_type = kimi_k3.text_config(config).get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{checkpoint.folder / 'config.json'}: model_type must be a string, got {model_type!r}.")
-    found = ATTNRES if model_type == AttnResConfig.model_type else KIMI_K3 if kimi_k3.is_k3(config) else PRENORM
+    found = ATTNRES if model_type == AttnResConfig.model_type else PRENORM
+    if found == PRENORM:
+        found = FLA if fla.is_fla(config) else KIMI_K3 if kimi_k3.is_k3(config) else PRENORM
     if layout is not None and layout != found:
         raise CheckpointError(f"{checkpoint.folder}: is a {found} checkpoint, not a {layout} one as --from says.")
     names, left_out = {name: name for name in checkpoint.tensors}, []
@@ -176,6 +175,9 @@ def understand(checkpoint: Checkpoint, layout: str | None = None) -> Source:
             kimi_k3.check_quantisation(checkpoint)
             attnres_config = kimi_k3.read_config(checkpoint)
             names, left_out = kimi_k3.own_names(checkpoint, attnres_config)
+        elif found == FLA:
+            attnres_config = fla.read_config(checkpoint)
+            names = fla.own_names(list(names))
         else:
             if found == PRENORM:
                 check_supported(model_type)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..modeling_attnres import AttnResForCausalLM
 from .checkpoint import CheckpointError
-from .layouts import ATTNRES, KIMI_K3, PRENORM, Source
+from .layouts import ATTNRES, PRENORM, Source
 from .structure import meta_model
 
 # The result differs by the norms' epsilon only, which acts as if multiplied by n^2. In units of the logits' standard
@@ -170,7 +170,9 @@ def _loaded(source: Source, in_memory: bool):
     """The model of a checkpoint; without room for it, its decoder layers stay on disk until they are called."""
     folder = source.checkpoint.folder
     model_class = AutoModelForCausalLM if source.layout == PRENORM else AttnResForCausalLM
-    if source.layout == KIMI_K3 or source.packed:  # names, shapes or data are not those of any model class
+    if (
+        source.layout not in (PRENORM, ATTNRES) or source.packed
+    ):  # names, shapes or data are not those of any model class
         yield _load_translated(source)
     elif in_memory:
         yield model_class.from_pretrained(folder, dtype="auto", local_files_only=True, use_safetensors=True).eval()

@@ -272,7 +272,7 @@ def test_quantised_shards_are_carried_over(save_plain, tmp_path):
     [
         ({"model_type": "olmo2"}, "post-norm only"),
         ({"model_type": "inkling2"}, "different depth mechanism"),
-        ({"model_type": "transformer", "attnres_block_size": 4}, "flash-linear-attention"),
+        ({"model_type": "rwkv7", "attnres_block_size": 4}, "flash-linear-attention's 'rwkv7' is none of the families"),
         ({"model_type": "gpt2"}, "not known to be PreNorm-additive"),
         ({"model_type": 3}, "model_type must be a string"),
         ({}, "model_type must be a string"),
