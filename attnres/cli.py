@@ -838,7 +838,8 @@ def _add_plan(commands):
         "config",
         metavar="CONFIG",
         nargs="?",
-        help="folder, config.json or hub id, of an AttnRes or a plain model (default: the paper's 48B-A3B)",
+        help="folder, config.json or hub id, of an AttnRes or a plain model; or kimi-k3, the release of 2.78 T "
+        "parameters (default: the paper's 48B-A3B)",
     )
     parser.add_argument("--world", metavar="N", type=_at_least_1, help="devices (default: the product of the below)")
     parser.add_argument("--data", metavar="N", type=_at_least_1, help="replicas, each with batches of its own")

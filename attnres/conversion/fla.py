@@ -86,8 +86,8 @@ def _family(folder, config: dict, norm_eps: float) -> dict:
     has_bias, has_norm, window = (bool(config.get(key)) for key in ("qkv_bias", "qk_norm", "window_size"))
     if has_norm and norm_eps != QK_NORM_EPS:
         raise CheckpointError(
-            f"{folder}: qk_norm has an epsilon of {QK_NORM_EPS:g} there, norm_eps in the qwen3 family; norm_eps must be "
-            f"that too, got {norm_eps!r}."
+            f"{folder}: qk_norm has an epsilon of {QK_NORM_EPS:g} there, that of all norms in the qwen3 family; "
+            f"norm_eps must be that too, got {norm_eps!r}."
         )
     families = {
         (False, False, False): {"model_type": "llama"},
