@@ -141,11 +141,33 @@ def test_unpacked_it_goes_back_to_the_released_layout_to_the_byte(released, tmp_
     assert text["linear_attn_config"].items() <= written["text_config"]["linear_attn_config"].items()
 
 
+def test_a_trained_model_goes_to_the_released_layout_and_back_to_the_byte(tmp_path):
+    model = built(released_config(**ALL), 2).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    tokens, losses = random_tokens(4, 16), []
+    for _ in range(5):
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path / "trained", max_shard_size="100KB")
+    convert(tmp_path / "trained", tmp_path / "k3", to="kimi-k3", verify="full")
+    convert(tmp_path / "k3", tmp_path / "back", verify="full")
+    assert_same_tensors(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "trained"))
+    again = AttnResForCausalLM.from_pretrained(tmp_path / "back")
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
+
+
 def test_packed_it_goes_there_and_back_to_the_byte(released, tmp_path):
     folder, _, unpacked = released
     outcome = convert(folder, tmp_path / "ours", keep_packed=True)
     assert outcome.report is None
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["quantization_config"] == MXFP4
+    with pytest.raises(ValueError, match="has packed weights .*attnres convert SRC DST unpacks them"):
+        AttnResForCausalLM.from_pretrained(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "back", to="kimi-k3", keep_packed=True)
     originals = {name: each for name, each in tensors_of(folder).items() if name.startswith("language_model.")}
     assert_same_tensors(tensors_of(tmp_path / "back"), originals)
