@@ -44,7 +44,7 @@ LLAMA_CPP_PYTHON := 0.3.36
 	@$(@D)/bin/python -m pip download -qq --no-deps --no-binary llama-cpp-python -d $(@D)/source \
 	    llama-cpp-python==$(LLAMA_CPP_PYTHON)
 	@tar -xzf $(@D)/source/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz -C $(@D)/source
-	@$(@D)/bin/python -m pip install -qq $(@D)/source/llama_cpp_python-$(LLAMA_CPP_PYTHON) 'mlx[cpu]' mlx-lm==0.32.2
+	@$(@D)/bin/python -m pip install -qq $(@D)/source/llama_cpp_python-$(LLAMA_CPP_PYTHON) 'mlx[cpu]==0.32.4' mlx-lm==0.32.2
 	@touch $@
 
 # The stamp goes first and comes back last: after an interrupted installation the next one starts from an empty venv.

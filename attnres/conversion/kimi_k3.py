@@ -64,6 +64,12 @@ LINEAR_KEYS = {
 }
 OWN_LINEAR_KEYS = {"use_full_rank_gate": "linear_use_full_rank_gate", "gate_lower_bound": "linear_gate_lower_bound"}
 
+# Keys of the whole checkpoint, and those that are not used: nothing is rotated.
+NOT_OF_THE_BACKBONE = {
+    *("model_type", "architectures", "auto_map", "quantization_config", "transformers_version", BLOCK_SIZE),
+    *("rope_theta", "rope_scaling", "rope_parameters", "head_dim", "num_nextn_predict_layers"),
+}
+
 # What transformers' Kimi Linear does not compute as Kimi K3 does: such a model gets the backbone of our own.
 OWN_FEATURES = (
     lambda config: config.hidden_act != "silu",
@@ -116,8 +122,7 @@ def read_config(checkpoint: Checkpoint) -> AttnResConfig:
             f"{folder}: has layers for multi-token prediction (num_nextn_predict_layers="
             f"{text['num_nextn_predict_layers']}), which are not converted; set it to 0 and remove their tensors."
         )
-    dropped = ("model_type", BLOCK_SIZE, "auto_map", "architectures", "quantization_config", "transformers_version")
-    k3 = KimiK3Config(**{key: value for key, value in text.items() if key not in dropped})
+    k3 = KimiK3Config(**{key: value for key, value in text.items() if key not in NOT_OF_THE_BACKBONE})
     k3.architectures = None
     backbone = k3
     if not any(has_feature(k3) for has_feature in OWN_FEATURES):

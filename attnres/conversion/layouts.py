@@ -90,8 +90,7 @@ class Source:
         if self.layout == KIMI_K3:
             return [replace(piece, name=kimi_k3.saved_name(piece.name, backbone)) for piece in pieces]
         # A plain or AttnRes checkpoint keeps its own names.
-        names = {stored: stored for stored in self.stored_names.values()}
-        return [replace(piece, name=piece.name if piece.make else names[piece.stored[0]]) for piece in pieces]
+        return [piece if piece.make else replace(piece, name=piece.stored[0]) for piece in pieces]
 
     def _stacked_pieces(self, pieces: list[Piece]) -> list[Piece]:
         """Depth tensors as they are in memory, for an engine that does not stack them itself."""

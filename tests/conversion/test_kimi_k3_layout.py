@@ -79,7 +79,8 @@ def pack(tensors, seed=0):
 def write_release(folder, tensors, text, shards=3, **root):
     """A folder as released, in several files that cut through pairs and layers."""
     folder.mkdir()
-    text = {**text, "architectures": ["KimiLinearForCausalLM"], "model_type": "kimi_linear"}
+    unused = {"rope_theta": 10000.0, "rope_scaling": None, "head_dim": 74, "num_nextn_predict_layers": 0}
+    text = {**unused, **text, "architectures": ["KimiLinearForCausalLM"], "model_type": "kimi_linear"}
     config = {"architectures": ["KimiK3ForConditionalGeneration"], "model_type": "kimi_k3", "text_config": text, **root}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tiktoken.model").write_text("vocabulary")
