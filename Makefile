@@ -1,13 +1,14 @@
 # make demo    the main job; options in ARGS       make setup       .venv with pinned versions
 # make test    all tests but slow and GPU ones     make test-floor  the same on the oldest supported versions
 # make check   lint and formatting                 make clean       removes what these targets make
+# make test-engines    what engines compute; builds llama.cpp, which takes some minutes
 PYTHON ?= python3
 ARGS ?=
 
 # The tests' models are tiny: one thread per worker is fastest. A worker holds torch (about 1 GB), hence the limit.
 PYTEST := pytest -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: setup demo test test-floor check clean
+.PHONY: setup demo test test-floor test-engines check clean
 
 setup: .venv/.installed
 
@@ -20,16 +21,31 @@ test: .venv/.installed
 test-floor: .venv-floor/.installed
 	@OMP_NUM_THREADS=1 .venv-floor/bin/$(PYTEST)
 
+test-engines: .venv/.installed .venv-engines/.installed
+	@OMP_NUM_THREADS=1 LLAMA_CPP=$(CURDIR)/.venv-engines/source/llama_cpp_python-$(LLAMA_CPP_PYTHON)/vendor/llama.cpp \
+	    LLAMA_CPP_PYTHON=$(CURDIR)/.venv-engines/bin/python MLX_PYTHON=$(CURDIR)/.venv-engines/bin/python \
+	    .venv/bin/$(PYTEST) -m engines
+
 check: .venv/.installed
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 
 clean:
-	rm -rf .venv .venv-floor build dist demo-out .demo-out.* .pytest_cache .ruff_cache .hypothesis attnres.egg-info
+	rm -rf .venv .venv-floor .venv-engines build dist demo-out .demo-out.* .pytest_cache .ruff_cache .hypothesis attnres.egg-info
 	find attnres tests -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.installed: requirements/current.txt
 .venv-floor/.installed: requirements/floor.txt
+
+# The converter of llama.cpp is in its source only, so that is kept beside what is built from it.
+LLAMA_CPP_PYTHON := 0.3.36
+.venv-engines/.installed:
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip download -qq --no-deps --no-binary llama-cpp-python -d $(@D)/source \
+	    llama-cpp-python==$(LLAMA_CPP_PYTHON)
+	@tar -xzf $(@D)/source/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz -C $(@D)/source
+	@$(@D)/bin/python -m pip install -qq $(@D)/source/llama_cpp_python-$(LLAMA_CPP_PYTHON) 'mlx[cpu]==0.32.4' mlx-lm==0.32.2
+	@touch $@
 
 # The stamp goes first and comes back last: after an interrupted installation the next one starts from an empty venv.
 # torch comes before the rest so that nothing can pull in another build of it. Building without isolation uses the pinned

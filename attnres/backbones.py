@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.masking_utils import (
@@ -19,6 +19,14 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+from .configuration_kimi_k3 import KimiK3Config
+from .modeling_kimi_k3 import KimiK3ForCausalLM, KimiK3Model
+
+# A family of ours, which transformers does not have.
+AutoConfig.register(KimiK3Config.model_type, KimiK3Config, exist_ok=True)
+AutoModel.register(KimiK3Config, KimiK3Model, exist_ok=True)
+AutoModelForCausalLM.register(KimiK3Config, KimiK3ForCausalLM, exist_ok=True)
 
 MASKS = {
     "full_attention": create_causal_mask,
@@ -114,6 +122,7 @@ FAMILIES = {
     "minimax_m2": Family(CAUSAL),
     "qwen3_next": Family(BY_LAYER_TYPE, linear_attention="linear_attn", norm_offset=1.0),
     "kimi_linear": Family(BY_LAYER_TYPE),
+    "kimi_k3": Family(BY_LAYER_TYPE),
     "granite": Family(**_GRANITE),
     "granitemoe": Family(**_GRANITE, mlp="block_sparse_moe"),
     "gemma2": Family(**_GEMMA),

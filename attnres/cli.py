@@ -67,6 +67,7 @@ def demo(options: argparse.Namespace):
 def convert(options: argparse.Namespace):
     """Converts a checkpoint folder and prints what was measured."""
     from .conversion import convert as convert_folder
+    from .conversion.engines import serving_text
     from .conversion.inspection import shown_size
     from .conversion.verification import report_table
 
@@ -79,6 +80,8 @@ def convert(options: argparse.Namespace):
         link=options.link,
         overwrite=options.overwrite,
         reinit_depth=options.reinit_depth,
+        keep_packed=options.keep_packed,
+        engine=options.engine,
         progress=True,
         residual_mode=options.residual_mode,
         layers_per_block=options.layers_per_block,
@@ -96,6 +99,8 @@ def convert(options: argparse.Namespace):
         print("the tensors of the shards, joined")
     else:
         print("not verified" if outcome.report is None else report_table(outcome.report))
+    if options.engine is not None:
+        print(serving_text(options.engine, str(outcome.result), outcome.to_layout))
 
 
 def inspect_checkpoint(options: argparse.Namespace):
@@ -394,7 +399,7 @@ def _add_demo(commands):
 def _add_convert(commands):
     parser = commands.add_parser(
         "convert",
-        help="convert a checkpoint folder: PreNorm, AttnRes, Kimi K3 layout",
+        help="convert a checkpoint folder: PreNorm, AttnRes, Kimi K3 and flash-linear-attention layouts",
         description=(
             "Converts a checkpoint folder without loading the model: weight files are carried over, one small file "
             "with the depth tensors is added. DST appears when it is complete and verified, or not at all."
@@ -430,7 +435,7 @@ def _add_convert(commands):
     parser.add_argument(
         "--from",
         dest="from_layout",
-        choices=("attnres", "prenorm", "kimi-k3"),
+        choices=("attnres", "prenorm", "kimi-k3", "fla"),
         help="layout that SRC must have (default: what its config.json says)",
     )
     parser.add_argument(
@@ -448,6 +453,18 @@ def _add_convert(commands):
     parser.add_argument("--overwrite", action="store_true", help="replace DST once the new one is complete")
     parser.add_argument(
         "--reinit-depth", action="store_true", help="start with zero pseudo-queries where trained ones do not fit"
+    )
+    parser.add_argument(
+        "--for",
+        dest="engine",
+        choices=("llama.cpp", "vllm", "sglang", "mlx"),
+        help="with --to kimi-k3: write what this engine loads, equal functions where it insists on another form, and "
+        "print the command that serves it; vllm also for other backbones, which it runs by transformers' code",
+    )
+    parser.add_argument(
+        "--keep-packed",
+        action="store_true",
+        help="leave MXFP4 weights as they are instead of writing them in bfloat16; for carrying over, not for loading",
     )
     parser.set_defaults(command=convert)
 
@@ -875,7 +892,8 @@ def _add_plan(commands):
         "config",
         metavar="CONFIG",
         nargs="?",
-        help="folder, config.json or hub id, of an AttnRes or a plain model (default: the paper's 48B-A3B)",
+        help="folder, config.json or hub id, of an AttnRes or a plain model; or kimi-k3, the release of 2.78 T "
+        "parameters (default: the paper's 48B-A3B)",
     )
     parser.add_argument("--world", metavar="N", type=_at_least_1, help="devices (default: the product of the below)")
     parser.add_argument("--data", metavar="N", type=_at_least_1, help="replicas, each with batches of its own")

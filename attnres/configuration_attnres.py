@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from .backbones import check_supported
+from .configuration_kimi_k3 import KIMI_K3, KIMI_K3_LAYERS_PER_BLOCK
 from .depth_kernels import DEPTH_IMPLEMENTATIONS
 from .depth_variants import check_variant
 
@@ -125,6 +126,17 @@ class AttnResConfig(PreTrainedConfig):
         depth_options = {"scale_norm_eps": True, **depth_options}
         return cls(backbone_config=deepcopy(config), dtype=config.dtype, **depth_options)
 
+    @classmethod
+    def kimi_k3(cls, **depth_options) -> "AttnResConfig":
+        """The configuration of Kimi K3's text model: 2.78 T parameters, blocks of 12 decoder layers.
+
+        Args:
+            depth_options: `residual_mode`, `layers_per_block`, `num_blocks`.
+        """
+        if not {"layers_per_block", "num_blocks"} & set(depth_options):
+            depth_options["layers_per_block"] = KIMI_K3_LAYERS_PER_BLOCK
+        return cls.from_backbone(_as_config(KIMI_K3), **depth_options)
+
     @property
     def num_blocks(self) -> int:
         """Number of blocks in `"block"` mode, without the embedding, which is a block of its own."""
@@ -170,6 +182,16 @@ class AttnResConfig(PreTrainedConfig):
                 "It counts decoder layers (attention + MLP); the paper's S counts sublayers, so S=6 is "
                 "layers_per_block=3."
             )
+
+    @property
+    def _attn_implementation(self):
+        """The backbone's, whose modules read it: engines set it on what `get_text_config` gives them."""
+        backbone = self.__dict__.get("backbone_config")
+        return (self if backbone is None else backbone)._attn_implementation_internal
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value):
+        PreTrainedConfig._attn_implementation.fset(self, value)
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         """The backbone configuration: caches, masks, generation and parallel plans read this one."""

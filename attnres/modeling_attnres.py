@@ -71,6 +71,9 @@ _FAMILY_TRAITS = (
     "_can_set_experts_implementation",
 )
 
+# Quantisation of which a folder may hold weights that are only carried over.
+PACKED = "mxfp4-pack-quantized"
+
 # Where remote code finds the classes in a saved folder.
 AUTO_MAP = {
     "AutoConfig": "configuration_attnres.AttnResConfig",
@@ -317,7 +320,15 @@ class AttnResPreTrainedModel(PreTrainedModel):
         kwargs.setdefault("use_safetensors", True)  # a pickle can run code
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         overrides = any(kwargs.get(option) is not None for option in DEPTH_OPTIONS)
-        stored = cls._stored_config(pretrained_model_name_or_path, kwargs) if overrides and strict else None
+        reads_config = pretrained_model_name_or_path is not None and (overrides or kwargs.get("config") is None)
+        stored = cls._stored_config(pretrained_model_name_or_path, kwargs) if reads_config else {}
+        quantised = stored.get("quantization_config")
+        if isinstance(quantised, dict) and quantised.get("format") == PACKED:
+            raise ValueError(
+                f"checkpoint {pretrained_model_name_or_path} has packed weights (quantization_config: {PACKED}), which "
+                "are not computed with: attnres convert SRC DST unpacks them."
+            )
+        stored = stored if overrides and strict else None
         if is_deepspeed_zero3_enabled():
             # DeepSpeed takes the decorators off classes that are defined while it partitions: define them before.
             config = kwargs.get("config")

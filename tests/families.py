@@ -3,6 +3,8 @@ multiples of 4)."""
 
 from transformers import AutoConfig
 
+import attnres  # noqa: F401 (registers the families of its own)
+
 COMMON = {
     "vocab_size": 97,
     "hidden_size": 40,
@@ -74,6 +76,26 @@ FAMILY_OPTIONS = {
         "linear_head_dim": 8,
         "linear_num_heads": 4,
     },
+    "kimi_k3": {
+        **MLA,
+        **LINEAR,
+        "hidden_act": "situ",
+        "activation_situ_beta": 1.7,
+        "activation_situ_linear_beta": 2.3,
+        "mla_use_output_gate": True,
+        "num_key_value_heads": 4,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "n_shared_experts": 2,
+        "routed_expert_hidden_size": 28,
+        "latent_moe_use_norm": True,
+        "first_k_dense_replace": 1,
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+        "linear_use_full_rank_gate": True,
+        "linear_gate_lower_bound": -5.0,
+    },
     "granite": {"residual_multiplier": 0.7, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
     "granitemoe": {
         "residual_multiplier": 0.7,
@@ -87,7 +109,7 @@ FAMILY_OPTIONS = {
 }
 FAMILIES = tuple(FAMILY_OPTIONS)
 MOE_FAMILIES = tuple(name for name, options in FAMILY_OPTIONS.items() if any("experts" in key for key in options))
-LINEAR_FAMILIES = ("qwen3_next", "kimi_linear")
+LINEAR_FAMILIES = ("qwen3_next", "kimi_linear", "kimi_k3")
 
 
 def tiny_config(family: str, **overrides):

@@ -292,7 +292,7 @@ REMOTE = """
 """
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "kimi_linear"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "kimi_linear", "kimi_k3"])
 def test_a_saved_folder_loads_as_remote_code_where_the_package_is_not_installed(family, tmp_path):
     model = deep_attnres(family, layers_per_block=5)
     model.save_pretrained(tmp_path / "model")

@@ -7,8 +7,6 @@ depth tensors. Only where a name or a shape differs between layouts is a shard's
 import json
 import os
 import shutil
-import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,22 +19,23 @@ from transformers.dynamic_module_utils import custom_object_save
 from ..configuration_attnres import DEPTH_OPTIONS, AttnResConfig
 from ..depth_variants import VARIANTS
 from ..modeling_attnres import AUTO_MAP, AttnResForCausalLM
-from .checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, Checkpoint, CheckpointError, inside, read_checkpoint
+from . import kimi_k3
+from .checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, CheckpointError, inside, read_checkpoint
 from .companions import write_companions
-from .files import copy_file, copy_range, replaced_folder
+from .files import copy_file, replaced_folder
 from .layouts import (
     ATTNRES,
     KIMI_K3,
     PRENORM,
-    TORCH_DTYPES,
     VARIANT_NAME,
     Source,
     depth_names,
-    shape_in,
-    to_k3,
+    stack_layers,
+    stacked_names,
     to_prenorm,
     understand,
 )
+from .pieces import TORCH_DTYPES, Piece, write_pieces
 from .sharded import find_shards, join_shards
 from .structure import check_structure
 
@@ -78,6 +77,8 @@ def convert(
     link: bool = False,
     overwrite: bool = False,
     reinit_depth: bool = False,
+    keep_packed: bool = False,
+    engine: str | None = None,
     progress: bool = False,
     **depth_options,
 ) -> Conversion:
@@ -92,6 +93,10 @@ def convert(
         link: hard links instead of copies of unchanged shards: fast, but saving over the result changes the source.
         overwrite: replace an existing `result` once the new one is complete.
         reinit_depth: start with new (zero) pseudo-queries where trained ones do not fit the new depth options.
+        keep_packed: leave MXFP4 weights as they are, instead of writing them in bfloat16. Such a folder holds a
+            checkpoint and is not loaded; nothing is verified, as nothing is computed anew.
+        engine: which engine is to load the result: with `to="kimi-k3"` `"llama.cpp"`, `"vllm"`, `"sglang"` or `"mlx"`,
+            otherwise `"vllm"`, by transformers' own code.
         progress: show a bar on stderr.
         depth_options: `residual_mode`, `layers_per_block`, `num_blocks`, `depth_variant`, `scale_norm_eps` of the
             result.
@@ -104,16 +109,31 @@ def convert(
     _check_places(source, result)
     if find_shards(source):
         others = {"to": to not in (None, ATTNRES), "from_layout": from_layout, "link": link}
-        others = {**others, "reinit_depth": reinit_depth, **depth_options}
+        others = {**others, "reinit_depth": reinit_depth, "for": engine, "keep_packed": keep_packed, **depth_options}
         return _join(source, result, overwrite, progress, others)
     origin = understand(read_checkpoint(source), from_layout)
     to = ATTNRES if to is None else to
-    config = _result_config(origin, to, depth_options)
+    if engine is not None and to != KIMI_K3 and (to, engine) != (ATTNRES, "vllm"):
+        raise CheckpointError(
+            f"--for {engine} needs --to kimi-k3, got {to}; only vllm runs other layouts, by transformers' own code."
+        )
+    keep_packed = keep_packed and bool(origin.packed)
+    quantised = kimi_k3.quantisation(origin.checkpoint.config) if keep_packed else None
+    config = _result_config(origin, to, depth_options, engine)
+    if quantised is not None:
+        config.quantization_config = quantised
     check_structure(origin)
     new_depth = _depth_change(origin, config, to, reinit_depth)
-    plan = _plan_shards(origin, to, drop_depth=new_depth is not None)
+    plan = _plan_shards(origin, to, new_depth is not None, keep_packed, engine)
     depth_tensors = _depth_tensors(origin, config) if new_depth == "zero" else {}
-    _check_space(result, plan, origin.checkpoint, link)
+    if to == ATTNRES and engine is not None and depth_tensors:
+        stacked = stacked_names(config.num_hidden_layers)
+        depth_tensors = {
+            target: stack_layers(*(depth_tensors[name] for name in names)) for target, names in stacked.items()
+        }
+    if to == KIMI_K3 and kimi_k3.is_multimodal(config.backbone_config, engine):
+        depth_tensors = {kimi_k3.PREFIX + name: tensor for name, tensor in depth_tensors.items()}
+    _check_space(result, plan, link)
 
     with replaced_folder(result, overwrite) as folder:
         weight_map = _write_shards(origin, plan, folder, link, progress)
@@ -125,7 +145,7 @@ def convert(
         if depth_tensors:
             shutil.copymode(folder / INDEX_NAME, folder / name)  # safetensors writes for the owner only
         write_companions(origin.checkpoint.folder, folder)
-        _write_config(folder, config, to)
+        _write_config(folder, config, to, engine, quantised)
         written = read_checkpoint(folder)
         outcome = Conversion(
             source,
@@ -137,7 +157,7 @@ def convert(
             _depth_text(config, to),
             origin.left_out,
         )
-        if verify != "none":
+        if verify != "none" and not keep_packed:
             from .verification import verify_conversion  # loads models: only who verifies pays for it
 
             outcome.report = verify_conversion(origin, understand(written), verify, progress, new_depth == "zero")
@@ -176,7 +196,7 @@ def _check_places(source: Path, result: Path):
         raise CheckpointError(f"{result}: the source {source} is inside the result; nothing of it must be replaced.")
 
 
-def _result_config(origin: Source, to: str, depth_options: dict) -> AttnResConfig:
+def _result_config(origin: Source, to: str, depth_options: dict, engine: str | None) -> AttnResConfig:
     options = {key: value for key, value in depth_options.items() if value is not None}
     unknown = set(options) - set(DEPTH_OPTIONS)
     if unknown:
@@ -190,7 +210,7 @@ def _result_config(origin: Source, to: str, depth_options: dict) -> AttnResConfi
         content.pop("layers_per_block")
     config = AttnResConfig.from_dict({**content, **options})
     if to == KIMI_K3:
-        to_k3(config)  # refuses what that layout cannot say before anything is written
+        kimi_k3.write_config(config, engine)  # refuses what that layout cannot say before anything is written
     return config
 
 
@@ -246,41 +266,46 @@ def depth_is_zero(origin: Source) -> bool:
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """A weight file of the result: which tensors of which file of the source, under which names and shapes."""
+    """A weight file of the result: of which file of the source, and its tensors."""
 
     source: str
     target: str
-    tensors: dict[str, tuple[str, tuple[int, ...]]]  # name on disk in the source: name and shape in the result
+    pieces: list[Piece]
     unchanged: bool
 
+    @property
+    def bytes(self) -> int:
+        return sum(piece.bytes for piece in self.pieces)
 
-def _plan_shards(origin: Source, to: str, drop_depth: bool) -> list[PlannedShard]:
+
+def _plan_shards(
+    origin: Source, to: str, drop_depth: bool, keep_packed: bool, engine: str | None
+) -> list[PlannedShard]:
+    tensors = origin.checkpoint.tensors
     dropped = origin.depth_names if drop_depth else set()
-    by_shard: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {shard: {} for shard in origin.checkpoint.shards}
-    for name, stored in origin.stored_names.items():
-        if name not in dropped:
-            tensor = origin.checkpoint.tensors[stored]
-            by_shard[tensor.shard][stored] = (name, shape_in(to, name, tensor.shape))
-    kept = {shard: tensors for shard, tensors in by_shard.items() if tensors}
+    by_shard: dict[str, list[Piece]] = {shard: [] for shard in origin.checkpoint.shards}
+    for piece in origin.pieces(to, keep_packed, engine, dropped):
+        by_shard[tensors[piece.stored[0]].shard].append(piece)
+    kept = {shard: pieces for shard, pieces in by_shard.items() if pieces}
     in_source = dict.fromkeys(origin.checkpoint.shards, 0)
-    for tensor in origin.checkpoint.tensors.values():
+    for tensor in tensors.values():
         in_source[tensor.shard] += 1
     plan = []
-    for shard, tensors in kept.items():
-        unchanged = len(tensors) == in_source[shard] and all(
-            stored == name and origin.checkpoint.tensors[stored].shape == shape
-            for stored, (name, shape) in tensors.items()
+    for shard, pieces in kept.items():
+        unchanged = len(pieces) == in_source[shard] and all(
+            piece.make is None and piece.stored == (piece.name,) and tensors[piece.name].shape == piece.shape
+            for piece in pieces
         )
         # transformers reads model.safetensors before any index: beside a second shard it needs another name.
         single = len(kept) == 1
         alone = single and to == PRENORM
         target = SINGLE_NAME if alone else "model-00001-of-00002.safetensors" if shard == SINGLE_NAME else shard
-        plan.append(PlannedShard(shard, target, tensors, unchanged))
+        plan.append(PlannedShard(shard, target, pieces, unchanged))
     return plan
 
 
-def _check_space(result: Path, plan: list[PlannedShard], checkpoint: Checkpoint, link: bool):
-    needed = sum((checkpoint.folder / shard.source).stat().st_size for shard in plan if not (link and shard.unchanged))
+def _check_space(result: Path, plan: list[PlannedShard], link: bool):
+    needed = sum(shard.bytes for shard in plan if not (link and shard.unchanged))
     parent = next(path for path in (result, *result.parents) if path.exists())
     free = shutil.disk_usage(parent).free
     # Where blocks are shared a copy needs no space, so this only refuses what cannot work without sharing either.
@@ -292,44 +317,17 @@ def _check_space(result: Path, plan: list[PlannedShard], checkpoint: Checkpoint,
 
 
 def _write_shards(origin: Source, plan: list[PlannedShard], folder: Path, link: bool, progress: bool) -> dict[str, str]:
-    total = sum((origin.checkpoint.folder / shard.source).stat().st_size for shard in plan)
     weight_map = {}
-    with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=not progress) as bar:
+    with tqdm(
+        total=sum(shard.bytes for shard in plan), unit="B", unit_scale=True, desc="weights", disable=not progress
+    ) as bar:
         for shard in plan:
-            source, target = inside(origin.checkpoint.folder, shard.source), folder / shard.target
             if shard.unchanged:
-                copy_file(source, target, link, bar.update)
+                copy_file(inside(origin.checkpoint.folder, shard.source), folder / shard.target, link, bar.update)
             else:
-                rewrite_shard(source, target, shard.tensors, bar.update)
-            weight_map.update({name: shard.target for name, _ in shard.tensors.values()})
+                write_pieces(origin.checkpoint, shard.pieces, folder / shard.target, bar.update)
+            weight_map.update({piece.name: shard.target for piece in shard.pieces})
     return weight_map
-
-
-def rewrite_shard(
-    source: Path, target: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], progress: Callable[[int], None]
-):
-    """Copies tensors of a safetensors file, whose header has been checked, under other names and shapes."""
-    with source.open("rb") as reader, target.open("xb") as writer:
-        (length,) = struct.unpack("<Q", reader.read(8))
-        header = json.loads(reader.read(length))
-        new_header, pieces, position = {"__metadata__": header.get("__metadata__", {"format": "pt"})}, [], 0
-        for stored in sorted(tensors, key=lambda stored: header[stored]["data_offsets"]):
-            name, shape = tensors[stored]
-            begin, end = header[stored]["data_offsets"]
-            size = end - begin
-            new_header[name] = {
-                "dtype": header[stored]["dtype"],
-                "shape": list(shape),
-                "data_offsets": [position, position + size],
-            }
-            pieces.append((8 + length + begin, size))
-            position += size
-        encoded = json.dumps(new_header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        writer.write(struct.pack("<Q", len(encoded)) + encoded)
-        writer.flush()
-        for offset, size in pieces:
-            copy_range(reader.fileno(), writer.fileno(), offset, size, progress)
 
 
 def _depth_tensors(origin: Source, config: AttnResConfig) -> dict[str, torch.Tensor]:
@@ -358,7 +356,7 @@ def _write_index(folder: Path, weight_map: dict[str, str]):
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_config(folder: Path, config: AttnResConfig, to: str):
+def _write_config(folder: Path, config: AttnResConfig, to: str, engine: str | None, quantised: dict | None):
     if to == ATTNRES:
         config.architectures = [AttnResForCausalLM.__name__]
         # Saves the code that the folder needs as remote code; the configuration gets all classes.
@@ -366,7 +364,7 @@ def _write_config(folder: Path, config: AttnResConfig, to: str):
         custom_object_save(AttnResForCausalLM, folder)
         config.save_pretrained(folder)
         return
-    content = to_k3(config) if to == KIMI_K3 else to_prenorm(config)
+    content = kimi_k3.write_config(config, engine, quantised) if to == KIMI_K3 else to_prenorm(config)
     (folder / CONFIG_NAME).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 

@@ -1,6 +1,7 @@
 """What a checkpoint folder holds, from its headers alone."""
 
 import os
+from math import prod
 
 from .checkpoint import read_checkpoint
 from .converter import depth_is_zero
@@ -18,10 +19,10 @@ def inspect_checkpoint(folder: str | os.PathLike) -> dict:
     """
     source = understand(read_checkpoint(folder))
     config, checkpoint = source.config, source.checkpoint
-    names = {name: source.tensor(name) for name in source.stored_names}
-    depth = sum(names[name].elements for name in source.depth_names if name in names)
-    total = sum(tensor.elements for tensor in names.values())
-    experts = sum(tensor.elements for name, tensor in names.items() if ".experts." in name)
+    elements = {name: prod(shape) for name, shape in source.shapes.items()}
+    depth = sum(elements[name] for name in source.depth_names if name in elements)
+    total = sum(elements.values())
+    experts = sum(count for name, count in elements.items() if ".experts." in name)
     is_block = source.layout != PRENORM and config.residual_mode == "block"
     return {
         "folder": str(checkpoint.folder),
@@ -31,7 +32,7 @@ def inspect_checkpoint(folder: str | os.PathLike) -> dict:
         "decoder_layers": config.num_hidden_layers,
         "layers_per_block": config.layers_per_block if is_block else None,
         "blocks": config.num_blocks if is_block else None,
-        "dtypes": sorted({tensor.dtype for tensor in names.values()}),
+        "dtypes": sorted({source.tensor(name).dtype for name in source.stored_names}),
         "parameters": total,
         "active_parameters": total - experts + round(experts * _routed_share(source)),
         "depth_parameters": depth,

@@ -3,67 +3,26 @@
 Whatever the layout on disk, tensors have one canonical name in here: that of an AttnRes checkpoint on disk.
 """
 
-from dataclasses import dataclass
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from ..backbones import FAMILIES, check_supported
+from ..backbones import check_supported
+from ..checkpoint_names import OUTPUT_NAMES, PER_LAYER_NAMES
 from ..configuration_attnres import AttnResConfig
 from ..depth_variants import VARIANTS
+from . import fla, kimi_k3
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo
+from .mxfp4 import dequantise, unpacked_shape
+from .pieces import Piece
 
-PRENORM, ATTNRES, KIMI_K3 = "prenorm", "attnres", "kimi-k3"
-LAYOUTS = (PRENORM, ATTNRES, KIMI_K3)
-TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+PRENORM, ATTNRES, KIMI_K3, FLA = "prenorm", "attnres", "kimi-k3", "fla"
+LAYOUTS = (PRENORM, ATTNRES, KIMI_K3, FLA)
 VARIANT_NAME = "model.depth_mixer.variant_norm.weight"  # what a depth variant learns besides pseudo-queries
-K3_BLOCK_SIZE = "attn_res_block_size"
-K3_PREFIX = "language_model."
-
-# Features of Kimi K3 that transformers' Kimi Linear does not compute: configuration key, who is refused, what it is.
-K3_REFUSED = (
-    ("hidden_act", lambda value: value == "situ", "the SiTU activation"),
-    ("routed_expert_hidden_size", lambda value: value is not None, "latent MoE"),
-    ("latent_moe_use_norm", bool, "latent MoE with a norm"),
-    ("mla_use_output_gate", bool, "the MLA output gate"),
-    ("mla_use_nope", lambda value: value is False, "rotary MLA"),
-    ("moe_router_activation_func", lambda value: value not in (None, "sigmoid"), "another router than sigmoid"),
-    ("linear_attn_config.use_full_rank_gate", bool, "the full-rank KDA gate"),
-    ("linear_attn_config.gate_lower_bound", lambda value: value is not None, "a lower bound of the KDA gate"),
-    ("quantization_config", bool, "quantised (MXFP4) shards"),
-)
-
-# Keys of a Kimi K3-style configuration that have the same name and meaning in transformers' Kimi Linear.
-K3_KEYS = [
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "kv_lora_rank",
-    "q_lora_rank",
-    "qk_rope_head_dim",
-    "qk_nope_head_dim",
-    "v_head_dim",
-    "num_experts",
-    "num_experts_per_token",
-    "num_shared_experts",
-    "moe_renormalize",
-    "routed_scaling_factor",
-    "num_expert_group",
-    "topk_group",
-    "hidden_act",
-    "rms_norm_eps",
-    "initializer_range",
-    "model_max_length",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "tie_word_embeddings",
-    "use_cache",
-]
+GATE_PART = re.compile(r"\.self_attn\.g_[ab]_proj\.weight$")
 
 
 @dataclass
@@ -74,8 +33,9 @@ class Source:
         checkpoint: what is on disk.
         layout: one of `LAYOUTS`.
         config: as an AttnRes configuration; that of the lossless conversion for a plain checkpoint.
-        stored_names: canonical name to name on disk.
+        stored_names: canonical name to name on disk; the two parts of packed weights are under their own names.
         left_out: names on disk that belong to another part of a multimodal checkpoint.
+        packed: canonical name of a weight that is stored packed, and the names on disk of its two parts.
     """
 
     checkpoint: Checkpoint
@@ -83,10 +43,88 @@ class Source:
     config: AttnResConfig
     stored_names: dict[str, str]
     left_out: list[str]
+    packed: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def tensor(self, name: str) -> TensorInfo:
         """What the header says of a tensor, by canonical name."""
         return self.checkpoint.tensors[self.stored_names[name]]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by canonical name, of packed weights those that they unpack to."""
+        parts = {part for pair in self.packed.values() for part in pair}
+        shapes = {name: self.tensor(name).shape for name, stored in self.stored_names.items() if stored not in parts}
+        for name, (stored, _) in self.packed.items():
+            shapes[name] = unpacked_shape(self.checkpoint.tensors[stored].shape)
+        return shapes
+
+    def pieces(
+        self, layout: str, keep_packed: bool = False, engine: str | None = None, dropped: Collection[str] = ()
+    ) -> list[Piece]:
+        """What the tensors are made of in a layout.
+
+        Args:
+            keep_packed: whether packed weights stay so.
+            engine: in the Kimi K3 layout, for which equal functions are written; otherwise, for which depth tensors are
+                stacked.
+            dropped: canonical names of tensors that do not come along.
+        """
+        backbone, pieces = self.config.backbone_config, []
+        parts = {part for pair in self.packed.values() for part in pair}
+        for name, stored in self.stored_names.items():
+            if name in dropped or (stored in parts and not keep_packed):
+                continue
+            info = self.checkpoint.tensors[stored]
+            shape = shape_in(layout, name, info.shape, backbone, engine)
+            pieces.append(Piece(name, shape, info.dtype, (stored,)))
+        if not keep_packed:
+            for name, pair in self.packed.items():
+                shape = unpacked_shape(self.checkpoint.tensors[pair[0]].shape)
+                pieces.append(Piece(name, shape, "BF16", pair, dequantise))
+        if layout == KIMI_K3:
+            pieces = self._equal_pieces(pieces, engine)
+            prefix = kimi_k3.PREFIX if kimi_k3.is_multimodal(backbone, engine) else ""
+            return [replace(piece, name=prefix + piece.name) for piece in pieces]
+        if layout == ATTNRES and engine is not None:
+            pieces = self._stacked_pieces(pieces)
+        if self.layout == FLA:
+            return pieces
+        if self.layout == KIMI_K3:
+            return [replace(piece, name=kimi_k3.saved_name(piece.name, backbone)) for piece in pieces]
+        # A plain or AttnRes checkpoint keeps its own names.
+        return [piece if piece.make else replace(piece, name=piece.stored[0]) for piece in pieces]
+
+    def _stacked_pieces(self, pieces: list[Piece]) -> list[Piece]:
+        """Depth tensors as they are in memory, for an engine that does not stack them itself."""
+        by_name = {piece.name: piece for piece in pieces}
+        stacked = []
+        for target, names in stacked_names(self.config.num_hidden_layers).items():
+            parts = [by_name[name] for name in names if name in by_name]
+            if parts:
+                shape = (len(parts), *parts[0].shape) if len(names) > 1 else parts[0].shape
+                stored = tuple(part.stored[0] for part in parts)
+                stacked.append(Piece(target, shape, parts[0].dtype, stored, stack_layers))
+        return [piece for piece in pieces if piece.name not in self.depth_names] + stacked
+
+    def _equal_pieces(self, pieces: list[Piece], engine: str | None) -> list[Piece]:
+        """The gate as one matrix and the embeddings as a head, where the engine wants them."""
+        backbone = self.config.backbone_config
+        if kimi_k3.merges_gates(backbone, engine):
+            low = {piece.name: piece for piece in pieces if piece.name.endswith(".self_attn.g_a_proj.weight")}
+            merged = []
+            for piece in pieces:
+                if piece.name.endswith(".self_attn.g_b_proj.weight"):
+                    other = low[piece.name.replace(".g_b_proj.", ".g_a_proj.")]
+                    name = piece.name.replace(".g_b_proj.", ".g_proj.")
+                    shape, stored = (piece.shape[0], other.shape[1]), (*other.stored, *piece.stored)
+                    merged.append(Piece(name, shape, piece.dtype, stored, kimi_k3.merged_gate))
+            kept = [piece for piece in pieces if not GATE_PART.search(piece.name)]
+            pieces = kept + merged
+        if kimi_k3.unties_head(backbone, engine):
+            pieces = [piece for piece in pieces if piece.name != "lm_head.weight"]
+            (embeddings,) = (piece for piece in pieces if piece.name == "model.embed_tokens.weight")
+            pieces.append(replace(embeddings, name="lm_head.weight"))
+        return pieces
 
     @property
     def depth_names(self) -> set[str]:
@@ -102,6 +140,22 @@ def depth_names(layers: int) -> set[str]:
     return names | {"model.output_attn_res_proj.weight", "model.output_attn_res_norm.weight"}
 
 
+def stacked_names(layers: int) -> dict[str, list[str]]:
+    """Names of the depth tensors in memory, and on disk those of every layer that each is stacked of."""
+    per_layer = {
+        f"model.depth_mixer.{target}": [f"model.layers.{layer}.{name}.weight" for layer in range(layers)]
+        for name, target in PER_LAYER_NAMES.items()
+    }
+    return per_layer | {
+        f"model.depth_mixer.{target}": [f"model.{name}.weight"] for name, target in OUTPUT_NAMES.items()
+    }
+
+
+def stack_layers(*tensors: torch.Tensor) -> torch.Tensor:
+    """One tensor of the layers' own; that of the output as it is."""
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0]
+
+
 def understand(checkpoint: Checkpoint, layout: str | None = None) -> Source:
     """What a checkpoint is; a layout asked for that it is not is an error.
 
@@ -109,26 +163,23 @@ def understand(checkpoint: Checkpoint, layout: str | None = None) -> Source:
         CheckpointError: an unknown or unsupported kind of model, with the reason.
     """
     config = checkpoint.config
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-    if "attnres_block_size" in config:
-        raise CheckpointError(
-            f"{checkpoint.folder}: is of flash-linear-attention's own model classes (attnres_block_size), whose layers "
-            "are no transformers family's; convert a transformers checkpoint."
-        )
-    model_type = text.get("model_type")
+    model_type = kimi_k3.text_config(config).get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{checkpoint.folder / 'config.json'}: model_type must be a string, got {model_type!r}.")
-    found = ATTNRES if model_type == AttnResConfig.model_type else KIMI_K3 if K3_BLOCK_SIZE in text else PRENORM
+    found = ATTNRES if model_type == AttnResConfig.model_type else PRENORM
+    if found == PRENORM:
+        found = FLA if fla.is_fla(config) else KIMI_K3 if kimi_k3.is_k3(config) else PRENORM
     if layout is not None and layout != found:
         raise CheckpointError(f"{checkpoint.folder}: is a {found} checkpoint, not a {layout} one as --from says.")
-    names = {name: name for name in checkpoint.tensors}
-    left_out: list[str] = []
+    names, left_out = {name: name for name in checkpoint.tensors}, []
     try:
         if found == KIMI_K3:
-            attnres_config = _from_k3(checkpoint, text)
-            if any(name.startswith(K3_PREFIX) for name in names):
-                left_out = sorted(name for name in names if not name.startswith(K3_PREFIX))
-                names = {name.removeprefix(K3_PREFIX): name for name in names if name.startswith(K3_PREFIX)}
+            kimi_k3.check_quantisation(checkpoint)
+            attnres_config = kimi_k3.read_config(checkpoint)
+            names, left_out = kimi_k3.own_names(checkpoint, attnres_config)
+        elif found == FLA:
+            attnres_config = fla.read_config(checkpoint)
+            names = fla.own_names(list(names))
         else:
             if found == PRENORM:
                 check_supported(model_type)
@@ -142,68 +193,16 @@ def understand(checkpoint: Checkpoint, layout: str | None = None) -> Source:
         raise CheckpointError(
             f"{checkpoint.folder / 'config.json'}: dtype must be the name of a torch dtype, got {dtypes}."
         )
-    return Source(checkpoint, found, attnres_config, names, left_out)
-
-
-def _from_k3(checkpoint: Checkpoint, text: dict) -> AttnResConfig:
-    for key, is_refused, feature in K3_REFUSED:
-        value = _look_up(text, key)
-        if value is not None and is_refused(value):
-            raise CheckpointError(
-                f"{checkpoint.folder}: {feature} ({key}={value!r}) cannot be expressed by transformers' Kimi Linear "
-                "yet."
-            )
-    if checkpoint.config.get("quantization_config"):
-        raise CheckpointError(f"{checkpoint.folder}: quantised (MXFP4) shards (quantization_config) are not converted.")
-    if text["model_type"] not in FAMILIES:
-        check_supported(text["model_type"])
-    options = {key: value for key, value in text.items() if key not in ("model_type", K3_BLOCK_SIZE, "auto_map")}
-    frequency, layers = text.get("moe_layer_freq", 1), text.get("num_hidden_layers")
-    if frequency != 1 and isinstance(layers, int) and isinstance(frequency, int) and frequency > 1:
-        first = text.get("first_k_dense_replace", 1)
-        options["mlp_layer_types"] = [
-            "sparse" if layer >= first and layer % frequency == 0 else "dense" for layer in range(layers)
-        ]
-    backbone = AutoConfig.for_model(text["model_type"], **options)
-    return AttnResConfig(
-        backbone_config=backbone, residual_mode="block", layers_per_block=text[K3_BLOCK_SIZE], dtype=backbone.dtype
-    )
-
-
-def to_k3(config: AttnResConfig) -> dict:
-    """The Kimi K3-style `config.json` of an AttnRes model with a Kimi Linear backbone."""
-    backbone = config.backbone_config
-    if backbone.model_type != "kimi_linear":
-        raise CheckpointError(f"--to kimi-k3 needs a kimi_linear backbone, got {backbone.model_type}.")
-    if config.residual_mode != "block":
-        raise CheckpointError(f"--to kimi-k3 needs residual_mode block, got {config.residual_mode}.")
-    dense = sum(kind == "dense" for kind in backbone.mlp_layer_types)
-    if backbone.mlp_layer_types != ["dense"] * dense + ["sparse"] * (backbone.num_hidden_layers - dense):
-        raise CheckpointError(
-            "--to kimi-k3 needs all dense layers first (first_k_dense_replace), mlp_layer_types has others."
-        )
-
-    def layers_of(kind: str) -> list[int]:
-        return [layer for layer, found in enumerate(backbone.layer_types, 1) if found == kind]
-
-    return {
-        "architectures": ["KimiLinearForCausalLM"],
-        "model_type": "kimi_linear",
-        K3_BLOCK_SIZE: config.layers_per_block,
-        **{key: getattr(backbone, key) for key in K3_KEYS},
-        "first_k_dense_replace": dense,
-        "moe_layer_freq": 1,
-        "moe_router_activation_func": "sigmoid",
-        "mla_use_nope": True,
-        "linear_attn_config": {
-            "full_attn_layers": layers_of("full_attention"),
-            "kda_layers": layers_of("linear_attention"),
-            "head_dim": backbone.linear_head_dim,
-            "num_heads": backbone.linear_num_heads,
-            "short_conv_kernel_size": backbone.linear_conv_kernel_dim,
-        },
-        **({"dtype": str(config.dtype).removeprefix("torch.")} if config.dtype is not None else {}),
-    }
+    backbone, packed = attnres_config.backbone_config, {}
+    if backbone.model_type in kimi_k3.BACKBONES:
+        count = len(names)
+        names = {kimi_k3.canonical_name(name, backbone): stored for name, stored in names.items()}
+        if len(names) != count:
+            raise CheckpointError(f"{checkpoint.folder}: has a dense layer's MLP twice, as mlp and block_sparse_moe.")
+        packed = kimi_k3.packed_pairs(checkpoint, names)
+        if packed:  # transformers would want to unpack them itself
+            attnres_config.__dict__.pop("quantization_config", None)
+    return Source(checkpoint, found, attnres_config, names, left_out, packed)
 
 
 def to_prenorm(config: AttnResConfig) -> dict:
@@ -217,16 +216,13 @@ def to_prenorm(config: AttnResConfig) -> dict:
     return content
 
 
-def shape_in(layout: str, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that a tensor has in a layout: the KDA decay rates are [heads] in K3, [1, 1, heads, 1] elsewhere."""
-    if not name.endswith(".self_attn.A_log"):
+def shape_in(
+    layout: str, name: str, shape: tuple[int, ...], backbone: PreTrainedConfig, engine: str | None = None
+) -> tuple[int, ...]:
+    """The shape that a tensor has in a layout: only the decay rates of linear attention differ."""
+    if not name.endswith(kimi_k3.DECAY_RATES):
         return shape
-    heads = max(shape, default=1)
-    return (heads,) if layout == KIMI_K3 else (1, 1, heads, 1)
-
-
-def _look_up(config: dict, path: str):
-    value = config
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
+    if layout == KIMI_K3:
+        return kimi_k3.decay_rates_shape(backbone, engine)
+    heads = backbone.linear_num_heads
+    return (1, 1, heads, 1) if backbone.model_type == "kimi_linear" else (heads,)

@@ -1,6 +1,7 @@
 """Which tensors a checkpoint must have, taken from transformers' own model and converters on the meta device."""
 
 import re
+from math import prod
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -8,7 +9,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ..modeling_attnres import AttnResForCausalLM
 from .checkpoint import CheckpointError
-from .layouts import KIMI_K3, PRENORM, Source, shape_in
+from .kimi_k3 import DECAY_RATES, canonical_name
+from .layouts import PRENORM, Source
 
 
 def meta_model(origin: Source) -> PreTrainedModel:
@@ -30,7 +32,8 @@ def check_structure(origin: Source):
     folder = origin.checkpoint.folder
     try:
         model = meta_model(origin)
-        expected = expected_tensors(model)
+        backbone = origin.config.backbone_config
+        expected = {canonical_name(name, backbone): shape for name, shape in expected_tensors(model).items()}
     except Exception as error:  # whatever a model class makes of untrusted sizes
         raise CheckpointError(
             f"{folder / 'config.json'}: describes no model that can be built ({' '.join(str(error).split())[:300]})."
@@ -39,17 +42,19 @@ def check_structure(origin: Source):
         name for name in expected if name == "lm_head.weight" and origin.config.backbone_config.tie_word_embeddings
     }
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
-    found = {name for name in origin.stored_names if not any(re.search(pattern, name) for pattern in ignored)}
+    shapes = origin.shapes
+    found = {name for name in shapes if not any(re.search(pattern, name) for pattern in ignored)}
     missing = sorted(set(expected) - found - tied)
     surplus = sorted(found - set(expected) - tied)
-    quantised = bool(origin.checkpoint.config.get("quantization_config"))
+    quantised = bool(origin.checkpoint.config.get("quantization_config")) and not origin.packed
     if quantised:  # packed under names and in shapes of the quantiser's own: carried over as they are
         missing = [name for name in missing if name in origin.depth_names]
         surplus = []
     misshapen = [
         f"{name} {list(shape)} instead of {list(wanted)}"
         for name in sorted(found & set(expected))
-        if (shape := origin.tensor(name).shape) != (wanted := _wanted_shape(origin, name, expected[name]))
+        if (shape := shapes[name]) != (wanted := expected[name])
+        and not (name.endswith(DECAY_RATES) and _is_the_same(shape, wanted))
         and not (quantised and name not in origin.depth_names)
     ]
     for kind, names in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen)):
@@ -60,5 +65,6 @@ def check_structure(origin: Source):
             )
 
 
-def _wanted_shape(origin: Source, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape_in(KIMI_K3, name, shape) if origin.layout == KIMI_K3 else shape
+def _is_the_same(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether decay rates have the values that are wanted, one for every head, in whatever shape or padded."""
+    return prod(shape) == prod(wanted) or (len(shape) == 1 and shape[0] >= prod(wanted))

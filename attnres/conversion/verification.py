@@ -8,13 +8,13 @@ from tempfile import TemporaryDirectory
 
 import psutil
 import torch
-from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..modeling_attnres import AttnResForCausalLM
-from .checkpoint import CheckpointError, inside
-from .layouts import ATTNRES, KIMI_K3, PRENORM, TORCH_DTYPES, Source, shape_in
+from .checkpoint import CheckpointError
+from .layouts import ATTNRES, PRENORM, Source
+from .pieces import TORCH_DTYPES
 from .structure import meta_model
 
 # In units of the logits' standard deviation, and of the perplexity; both models in float32, whatever the checkpoint's
@@ -204,7 +204,9 @@ def _loaded(source: Source, in_memory: bool, dtype: torch.dtype):
     """The model of a checkpoint; without room for it, its decoder layers stay on disk until they are called."""
     folder = source.checkpoint.folder
     model_class = AutoModelForCausalLM if source.layout == PRENORM else AttnResForCausalLM
-    if source.layout == KIMI_K3:  # names and shapes are not those of any model class
+    if (
+        source.layout not in (PRENORM, ATTNRES) or source.packed
+    ):  # names, shapes or data are not those of any model class
         yield _load_translated(source, dtype)
     elif in_memory:
         yield model_class.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True).eval()
@@ -228,13 +230,7 @@ def _layers_on_disk(source: Source) -> dict[str, str]:
 
 
 def _load_translated(source: Source, dtype: torch.dtype) -> AttnResForCausalLM:
-    tensors = {}
-    for shard in source.checkpoint.shards:
-        with safe_open(inside(source.checkpoint.folder, shard), "pt") as file:
-            for name, stored in source.stored_names.items():
-                if source.tensor(name).shard == shard:
-                    tensor = file.get_tensor(stored)
-                    tensors[name] = tensor.reshape(shape_in(ATTNRES, name, tuple(tensor.shape)))
+    tensors = {piece.name: piece.tensor(source.checkpoint) for piece in source.pieces(ATTNRES)}
     return AttnResForCausalLM.from_pretrained(None, config=source.config, state_dict=tensors, dtype=dtype).eval()
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from .. import AttnResConfig, AttnResForCausalLM
 
 EMBEDDING, NORM, HEAD, DEPTH_MIXER = "embedding", "final norm", "head", "depth mixer"
+KIMI_K3 = "kimi-k3"  # no folder or hub id, which would have a slash
 TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k")
 
 # What a style of transformers' plans does to a parameter of the module that it names: the dimension that is divided
@@ -114,7 +115,7 @@ class PlannedModel:
 
 
 def read_config(source: str | os.PathLike | None, **depth_options) -> AttnResConfig:
-    """The configuration of a folder, a config.json or a hub id; without one the paper's 48B-A3B.
+    """The configuration of a folder, a config.json or a hub id, or of `"kimi-k3"`; without one the paper's 48B-A3B.
 
     Args:
         depth_options: `residual_mode`, `layers_per_block`, `num_blocks`; None: as configured.
@@ -127,8 +128,10 @@ def read_config(source: str | os.PathLike | None, **depth_options) -> AttnResCon
         config = AttnResConfig()
         return AttnResConfig.from_backbone(config.backbone_config, **options) if options else config
     name = str(source)
+    if name == KIMI_K3:
+        return AttnResConfig.kimi_k3(**options)
     if not Path(name).exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise ValueError(f"CONFIG {name}: no such folder or file; give a folder, a config.json or a hub id")
+        raise ValueError(f"CONFIG {name}: no such folder or file; give a folder, a config.json, a hub id or {KIMI_K3}")
     try:
         return AttnResConfig.from_pretrained(name, **options)
     except Exception as error:  # hostile or damaged files can fail anywhere in transformers

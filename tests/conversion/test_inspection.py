@@ -53,7 +53,7 @@ def test_convert_then_inspect_on_the_command_line(plain, tmp_path, capsys):
         (["nowhere", "result"], "nowhere: no such folder"),
         (["plain", "plain/inside"], "must not be the source or inside it"),
         (["plain", "result", "--layers-per-block", "99"], "got 99"),
-        (["plain", "result", "--to", "kimi-k3"], "needs a kimi_linear backbone, got qwen3_moe"),
+        (["plain", "result", "--to", "kimi-k3"], "needs a kimi_linear or kimi_k3 backbone, got qwen3_moe"),
         (["plain", "result", "--to", "prenorm", "--num-blocks", "2"], "num_blocks is an option of an AttnRes result"),
         (["plain", "result", "--from", "kimi-k3"], "is a prenorm checkpoint"),
         (["plain", "plain/config.json/x"], "inside it"),

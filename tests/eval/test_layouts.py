@@ -88,11 +88,11 @@ def changed(folder, target, **options):
 
 
 def test_what_cannot_be_converted_is_one_line_before_hashing(folders, mirror_root, tmp_path, monkeypatch, capsys):
-    latent = changed(folders[1], tmp_path / "k3", routed_expert_hidden_size=8)
+    predicting = changed(folders[1], tmp_path / "k3", num_nextn_predict_layers=1)
     monkeypatch.setattr(subject, "checkpoint_identity", None)
-    assert cli.main(["eval", *map(str, [latent, "--suite", "gsm8k", "--data-dir", mirror_root])]) == 2
+    assert cli.main(["eval", *map(str, [predicting, "--suite", "gsm8k", "--data-dir", mirror_root])]) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("attnres: error: ")]
-    assert "latent MoE (routed_expert_hidden_size=8)" in error
+    assert "multi-token prediction (num_nextn_predict_layers=1)" in error
 
 
 def test_trusted_code_of_a_kimi_k3_folder_loads_it(folders, tmp_path):

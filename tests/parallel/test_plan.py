@@ -28,7 +28,7 @@ from attnres.cli import main
 from attnres.parallel.plan import Options, run
 from attnres.parallel.plan_layout import Layout, layouts
 from attnres.parallel.plan_memory import Plan, Prefill, Work, in_flight, prefill_memory
-from attnres.parallel.plan_model import local_shape, parallel_styles, planned_model
+from attnres.parallel.plan_model import local_shape, parallel_styles, planned_model, read_config
 from attnres.parallel.plan_trace import trace_cache, trace_training
 from attnres.parallel.plan_traffic import pipeline_summary, prefill_traffic, sent, training_traffic
 from attnres.parallel.sequence import shard_sequence
@@ -584,3 +584,14 @@ def test_the_documented_plans_are_what_the_command_prints(capsys):
         assert main(list(command)) == 0
         output = capsys.readouterr().out
         assert expected and not [line for line in expected if line not in output], command
+
+
+def test_kimi_k3_has_the_sizes_of_its_release():
+    model = planned_model(AttnResConfig.kimi_k3())
+    counts = model.counts()
+    assert counts["total"] == 2_779_484_393_568 and (model.experts, model.top_k) == (896, 16)
+    kinds = {each["kind"]: each["layers"] for each in counts["layer_kinds"]}
+    assert kinds == {"linear_attention, dense": 1, "linear_attention, moe": 68, "full_attention, moe": 24}
+    # 92 layers of 896 experts, three matrices of 3072 x 3584 each.
+    assert counts["routed_experts"] == 92 * 896 * 3 * 3072 * 3584
+    assert read_config("kimi-k3", num_blocks=4).num_blocks == 4
