@@ -109,7 +109,7 @@ def test_depth_tensors_have_the_dtype_of_the_weights(dtype, tied, save_plain, tm
     assert all(tensor.dtype == dtype and tensor.shape == (1, 40) and not tensor.any() for tensor in queries)
     assert all(tensor.dtype == dtype and tensor.shape == (40,) and (tensor == 1).all() for tensor in gains)
     assert ("lm_head.weight" in tensors) is not tied
-    assert outcome.report["dtype"] == {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+    assert outcome.report["stored_dtype"] == {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
 
 
 def test_tokenizer_template_licence_and_readme_come_along_and_foreign_code_does_not(save_plain, tmp_path):
@@ -287,12 +287,37 @@ def test_what_cannot_be_converted_is_refused_in_one_line(config, reason, save_pl
 
 
 def test_a_result_beyond_the_tolerance_does_not_appear(save_plain, tmp_path):
-    # Hidden states so small that n^2 times the epsilon swamps them: the conversion is not lossless there.
+    # Hidden states so small that n^2 times the epsilon swamps them, where the norms do not allow for n.
     plain = save_plain(initializer_range=0.002, rms_norm_eps=1e-5)
     with pytest.raises(CheckpointError, match="does not compute what the source computes"):
-        convert(plain, tmp_path / "attnres", residual_mode="full", verify="full")
+        convert(plain, tmp_path / "attnres", residual_mode="full", verify="full", scale_norm_eps=False)
     assert not (tmp_path / "attnres").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain"]
+
+
+@pytest.mark.parametrize("mode", ["block", "full"])
+def test_fresh_weights_of_usual_and_tiny_size_convert_to_the_same_function(mode, save_plain, tmp_path):
+    for name, size in (("usual", 0.02), ("tiny", 0.002)):
+        plain = save_plain(initializer_range=size, rms_norm_eps=1e-5)
+        report = convert(plain, tmp_path / name, residual_mode=mode, verify="full", overwrite=True).report
+        assert report["kind"] == "exact" and report["relative_logit_error"] < 2e-6 and report["top1_agreement"] == 1.0
+        shutil.rmtree(plain)
+
+
+def test_bfloat16_is_compared_in_float32_beside_its_own_rounding(save_plain, tmp_path):
+    report = convert(save_plain(dtype=torch.bfloat16), tmp_path / "attnres", verify="full").report
+    assert report["stored_dtype"] == "BF16" and report["relative_logit_error"] < 1e-5
+    assert report["source_rounded_to_stored_dtype"]["relative_logit_error"] > 1e-4
+
+
+def test_the_kimi_k3_layout_says_what_error_of_the_epsilon_is_accepted(save_plain, tmp_path):
+    from attnres.conversion.verification import report_table
+
+    report = convert(save_plain("kimi_linear"), tmp_path / "k3", to="kimi-k3", layers_per_block=3).report
+    assert report["kind"] == "epsilon"
+    table = report_table(report)
+    assert "acts on the mean of n sources instead of their sum" in table
+    assert f"relative logit error {report['relative_logit_error']:.1e} accepted" in table
 
 
 def test_verification_layer_by_layer_from_disk_equals_that_in_memory(save_plain, tmp_path, monkeypatch):

@@ -119,7 +119,7 @@ def test_the_tensors_are_those_that_the_engine_looks_for_and_the_function_is_the
     convert(tmp_path / "k3", tmp_path / "back", verify="none")
     tokens = random_tokens(2, 11)
     again = AttnResForCausalLM.from_pretrained(tmp_path / "back")
-    assert relative_error(again(tokens).logits, model(tokens).logits) < 1e-5
+    assert relative_error(again(tokens).logits, model(tokens).logits) < 1e-4
 
 
 @pytest.mark.parametrize("engine", ENGINES)
