@@ -1,0 +1,145 @@
+"""The CPU kernels against the equation in float64, and what must not change a result."""
+
+import os
+
+import pytest
+import torch
+
+from attnres.kernels import cpu_backend
+
+EPS, NORM_EPS = 1e-5, 1e-6
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+
+
+def formula(sources, query, gain, offset, scale):
+    """Output and weights in the dtype of the query; without a norm where there is no gain."""
+    values = torch.stack(sources, dim=2)
+    weights = torch.softmax((values * query).sum(-1) * torch.rsqrt(values.square().mean(-1) + EPS), dim=-1)
+    mixed = scale * (weights.unsqueeze(-1) * values).sum(2)
+    if gain is not None:
+        mixed = mixed * torch.rsqrt(mixed.square().mean(-1, keepdim=True) + NORM_EPS) * (gain + offset)
+    return mixed, weights
+
+
+def random_case(count, size, dtype, normed, seed, tokens=(2, 5)):
+    torch.manual_seed(seed)
+    sources = [torch.randn(*tokens, size).to(dtype) for _ in range(count)]
+    query = torch.randn(size) / size**0.5
+    return sources, query, torch.randn(size).to(dtype) if normed else None
+
+
+def close(value, expected, dtype):
+    assert (value.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm().clamp_min(1e-6)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("dtype", cpu_backend.DTYPES)
+@pytest.mark.parametrize("size", [1, 7, 131, 577])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9, 17, 61])
+def test_outputs_and_every_gradient_are_those_of_the_equation(count, size, dtype, normed, seed):
+    sources, query, gain = random_case(count, size, dtype, normed, seed)
+    offset, scale = float(seed % 2), [1.0, float(count), 0.5][seed]
+    exact = [each.double().requires_grad_() for each in (*sources, query, *([gain] if normed else []))]
+    expected = formula(exact[:count], exact[count], exact[count + 1] if normed else None, offset, scale)
+    sides = torch.randn(expected[0].shape).to(dtype), torch.randn(expected[1].shape)
+    norm = gain, offset, NORM_EPS, scale
+    found = cpu_backend.forward(sources, query, EPS, *norm)
+    for value, wanted in zip(found, expected, strict=True):
+        close(value, wanted, dtype)
+    wanted = torch.autograd.grad(expected, exact, [side.double() for side in sides])
+    by_sources, by_query, by_gain = cpu_backend.backward(*sides, sources, query, EPS, found[1], *norm, [True] * count)
+    for value, gradient in zip((*by_sources, by_query, *([by_gain] if normed else [])), wanted, strict=True):
+        if (
+            size > 1 or gradient.norm() > 1e-3
+        ):  # of one number the norm leaves the sign: gradients are what epsilon leaves
+            close(value, gradient, dtype)
+
+
+def test_gradients_that_are_not_wanted_are_empty_and_do_not_change_the_others():
+    sources, query, gain = random_case(4, 13, torch.float32, True, 0)
+    _, weights = cpu_backend.forward(sources, query, EPS, gain, 0.0, NORM_EPS, 1.0)
+    side = torch.randn_like(sources[0])
+    arguments = (side, None, sources, query, EPS, weights, gain, 0.0, NORM_EPS, 1.0)
+    every, by_query, _ = cpu_backend.backward(*arguments, [True] * 4)
+    some, again, _ = cpu_backend.backward(*arguments, [False, True, False, True])
+    assert [each.numel() > 0 for each in some] == [False, True, False, True]
+    assert torch.equal(some[1], every[1]) and torch.equal(some[3], every[3]) and torch.equal(again, by_query)
+
+
+@pytest.mark.parametrize("dtype", cpu_backend.DTYPES)
+def test_a_token_does_not_depend_on_the_others_nor_on_threads(dtype):
+    sources, query, gain = random_case(6, 577, dtype, True, 0, (3, 401))
+    norm = gain, 0.0, NORM_EPS, 1.0
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            found.append(cpu_backend.forward(sources, query, EPS, *norm)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+    alone = cpu_backend.forward([source[1:2, 7:8] for source in sources], query, EPS, *norm)[0]
+    assert torch.equal(alone[0, 0], found[0][1, 7])
+
+
+def test_sources_may_lie_in_memory_in_any_way():
+    sources, query, gain = random_case(3, 14, torch.float32, True, 0, (4, 5))
+    expected = cpu_backend.forward(sources, query, EPS, gain, 0.0, NORM_EPS, 1.0)
+    strided = [torch.stack([each, each], dim=-1)[..., 0] for each in sources]
+    transposed = [each.transpose(0, 1).contiguous().transpose(0, 1) for each in sources]
+    for form in (strided, transposed):
+        assert not form[0].is_contiguous()
+        for value, wanted in zip(
+            cpu_backend.forward(form, query, EPS, gain, 0.0, NORM_EPS, 1.0), expected, strict=True
+        ):
+            assert torch.equal(value, wanted)
+
+
+def test_no_tokens_give_empty_results_and_zero_gradients():
+    sources, query, gain = random_case(3, 14, torch.float32, True, 0, (0, 5))
+    output, weights = cpu_backend.forward(sources, query, EPS, gain, 0.0, NORM_EPS, 1.0)
+    assert output.shape == (0, 5, 14) and weights.shape == (0, 5, 3)
+    arguments = (output, None, sources, query, EPS, weights, gain, 0.0, NORM_EPS, 1.0, [True] * 3)
+    by_sources, by_query, by_gain = cpu_backend.backward(*arguments)
+    assert by_sources[0].shape == (0, 5, 14) and not by_query.any() and not by_gain.any()
+
+
+@pytest.mark.parametrize("dtype", cpu_backend.DTYPES)
+@pytest.mark.parametrize("size", [1e-18, 1e15])
+def test_huge_and_tiny_sources_are_mixed(size, dtype):
+    sources, query, _ = random_case(3, 37, dtype, False, 0)
+    sources = [(each * size).to(dtype) for each in sources]
+    output, _ = cpu_backend.forward(sources, query, EPS, None, 0.0, 0.0, 1.0)
+    expected, _ = formula([each.double() for each in sources], query.double(), None, 0.0, 1.0)
+    close(output / size, expected / size, dtype)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", cpu_backend.DTYPES)
+def test_what_is_not_finite_stays_within_its_token(dtype, bad):
+    sources, query, gain = random_case(3, 37, dtype, True, 0)
+    sources[1][0, 2, 5] = bad
+    output, _ = cpu_backend.forward(sources, query, EPS, gain, 0.0, NORM_EPS, 1.0)
+    finite = torch.isfinite(output).all(-1)
+    assert not finite[0, 2] and finite.sum() == finite.numel() - 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forking beside threads, which is the point
+def test_a_forked_child_mixes_too():
+    sources, query, gain = random_case(6, 577, torch.float32, True, 0, (1, 900))
+    expected = cpu_backend.forward(sources, query, EPS, gain, 0.0, NORM_EPS, 1.0)[0]
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        same = torch.equal(cpu_backend.forward(sources, query, EPS, gain, 0.0, NORM_EPS, 1.0)[0], expected)
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_devices_and_dtypes_without_kernels_are_named():
+    assert "not on cuda" in cpu_backend.problem(torch.device("cuda"), torch.float32)
+    assert "not torch.float16" in cpu_backend.problem(torch.device("cpu"), torch.float16)
+    assert cpu_backend.problem(torch.device("cpu"), torch.float32) is None
