@@ -16,7 +16,7 @@ from pathlib import Path
 from . import records
 from .identity import versions
 from .loading import LoadedTask, load_tasks, task_fingerprint
-from .mirror import Mirror, MissingData, serving
+from .mirror import Mirror, MissingData, serving_metrics
 from .processes import ProcessLost, join
 from .progress import quiet_lm_eval, request_bar
 from .results import write_tables
@@ -103,7 +103,7 @@ def evaluate(
         if mirror is not None and _is_sample(mirror):
             suite = "sample"  # whatever it was called: its items are no benchmark
         missing_fences = _missing_fences(say) if any(row.code for row in rows) else []
-        with serving(mirror, _code_metric if allow_code_execution else None):
+        with serving_metrics(mirror is not None, _code_metric if allow_code_execution else None):
             tasks = _load_all(rows, settings, mirror, say)
             subject = describe(model, tokenizer, revision, lm, settings, Path(out), team, say)
             outcome = _run(rows, tasks, subject, settings, mirror, suite, Path(out), skipped, progress, say)

@@ -46,7 +46,7 @@ def load_tasks(
     Args:
         seed: of the choice of examples where a task draws them.
         seeds: orders of the choices, instead of the row's.
-        mirror: where the data are, to name it in errors.
+        mirror: where the data are; without it, on the hub.
         chat: whether prompts are wrapped in a chat template.
 
     Raises:
@@ -77,6 +77,7 @@ def task_configs(row: Row, resolve: bool = False, chat: bool = False) -> list[di
 def task_fingerprint(loaded: LoadedTask, mirror: Mirror | None) -> dict:
     """Version, definition (with the source of its functions) and data of a task."""
     config = asdict(loaded.task.config)
+    config.pop("custom_dataset")  # the data themselves count, not where they are
     definition = json.dumps(config, sort_keys=True, default=_describe)
     if mirror is None:
         data = "-".join(getattr(part, "_fingerprint", "") for part in loaded.task.dataset.values())
@@ -103,6 +104,9 @@ def _build(config: dict, row: Row, number: int | None, seed: int, mirror: Mirror
         generation = dict(config.get("generation_kwargs") or {})
         generation["max_gen_toks"] = max(generation.get("max_gen_toks", 0), MIN_GENERATED_TOKENS)
         config["generation_kwargs"] = generation
+    if mirror is not None:
+        # lm-eval passes the task's metadata, which says nothing of the data.
+        config["custom_dataset"] = lambda **_: mirror.load(config["dataset_path"], config.get("dataset_name"))
     where = _data(config, mirror)
     with _naming_the_data(where, config["task"]):
         task = ConfigurableTask(config=config)

@@ -1,7 +1,7 @@
 """Data sets from a local mirror of the hub: `ROOT/<org>/<name>/` with data files and a README.md that lists configs.
 
-lm-eval's own task definitions run unchanged: for the duration of a run, `datasets.load_dataset` and `evaluate.load`
-look here. fetch.py builds such a mirror where there is a network.
+lm-eval's own task definitions run unchanged, but for where their data come from (its option `custom_dataset`). fetch.py
+builds such a mirror where there is a network.
 """
 
 import csv
@@ -93,36 +93,31 @@ class Mirror:
 
 
 @contextmanager
-def serving(mirror: Mirror | None, code_metric: Callable[[], object] | None = None) -> Iterator[None]:
-    """`datasets.load_dataset` from the mirror, if there is one; `evaluate.load("code_eval")` from the sandbox, always.
+def serving_metrics(offline: bool, code_metric: Callable[[], object] | None = None) -> Iterator[None]:
+    """`evaluate.load("code_eval")` from the sandbox: two of lm-eval's tasks load it when they are imported.
 
     Args:
+        offline: refuse all other metrics, which would come from the hub.
         code_metric: makes the metric that runs programs; without it, code_eval cannot be loaded.
     """
-    import datasets
     import evaluate
 
-    from_hub, metric_from_hub = datasets.load_dataset, evaluate.load
+    metric_from_hub = evaluate.load
 
     def load_metric(path, *args, **options):
         if path == "code_eval":
             if code_metric is None:
                 raise ValueError("this task runs programs that the model wrote: it needs --allow-code-execution")
             return code_metric()
-        if mirror is not None:
+        if offline:
             raise MissingData(f"metric {path!r}: only lm-eval's own metrics are there without a network")
         return metric_from_hub(path, *args, **options)
 
-    def load_dataset(path, name=None, *args, **options):
-        if mirror is None:
-            return from_hub(path, name, *args, **options)
-        return mirror.load(path, name, split=options.get("split"))
-
-    datasets.load_dataset, evaluate.load = load_dataset, load_metric
+    evaluate.load = load_metric
     try:
         yield
     finally:
-        datasets.load_dataset, evaluate.load = from_hub, metric_from_hub
+        evaluate.load = metric_from_hub
 
 
 def _splits(splits: dict, where: str):

@@ -18,7 +18,7 @@ if os.environ["RANK"] == "1":
     if mode == "nan":
         CausalLM._log_softmax = lambda self, logits: _without_nan(torch.full_like(logits, torch.nan))
     elif mode == "lost":
-        HFLM.generate_until = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        HFLM.generate_until = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 
 outcome = evaluate(
     checkpoint, "gsm8k,arc_challenge", out=out, data_dir=mirror, max_length=900, batch_size=2, progress=False

@@ -60,21 +60,20 @@ def test_every_row_names_tasks_that_exist():
 
 
 @pytest.fixture
-def served(mirror_root):
-    with mirror.serving(mirror.Mirror(mirror_root)):
-        yield
+def data(mirror_root):
+    return mirror.Mirror(mirror_root)
 
 
-def test_token_limit_is_at_least_1024_where_lm_eval_stops_at_256(served):
+def test_token_limit_is_at_least_1024_where_lm_eval_stops_at_256(data):
     (config,) = task_configs(ROWS["gsm8k"])
     assert "max_gen_toks" not in config["generation_kwargs"]
-    (loaded,) = load_tasks(ROWS["gsm8k"], seed=1)
+    (loaded,) = load_tasks(ROWS["gsm8k"], seed=1, mirror=data)
     assert loaded.task.config.generation_kwargs["max_gen_toks"] == 1024
 
 
-def test_shots_are_those_of_the_row(served):
-    assert load_tasks(ROWS["gsm8k"], seed=1)[0].task.config.num_fewshot == 8
-    assert load_tasks(ROWS["arc_challenge"], seed=1)[0].task.config.num_fewshot == 25
+def test_shots_are_those_of_the_row(data):
+    assert load_tasks(ROWS["gsm8k"], seed=1, mirror=data)[0].task.config.num_fewshot == 8
+    assert load_tasks(ROWS["arc_challenge"], seed=1, mirror=data)[0].task.config.num_fewshot == 25
 
 
 def prompts(loaded) -> list[str]:
@@ -83,8 +82,8 @@ def prompts(loaded) -> list[str]:
     return [instance.args[0] for instance in loaded.task.instances if instance.idx == 0]
 
 
-def test_gpqa_never_shows_a_question_among_its_own_examples(served):
-    for loaded in load_tasks(ROWS["gpqa_diamond"], seed=1):
+def test_gpqa_never_shows_a_question_among_its_own_examples(data):
+    for loaded in load_tasks(ROWS["gpqa_diamond"], seed=1, mirror=data):
         for prompt in prompts(loaded):
             *examples, question = prompt.split("Question: ")[1:]
             assert len(examples) == 5
@@ -92,8 +91,8 @@ def test_gpqa_never_shows_a_question_among_its_own_examples(served):
             assert not [example for example in examples if example.startswith(rod)]
 
 
-def test_gpqa_runs_eight_seeds_that_order_the_choices_differently(served):
-    loaded = load_tasks(ROWS["gpqa_diamond"], seed=1)
+def test_gpqa_runs_eight_seeds_that_order_the_choices_differently(data):
+    loaded = load_tasks(ROWS["gpqa_diamond"], seed=1, mirror=data)
     answers = [tuple(doc["answer"] for doc in each.task.eval_docs) for each in loaded]
     assert len(loaded) == len(set(answers)) == 8
     assert {each.name for each in loaded} == {"attnres_gpqa_diamond"}

@@ -9,7 +9,7 @@
 | 5 MATH wants a phrase | suites: math_verify is the printed metric | test_05 | test_scripted_models: other_words |
 | 6 GPQA shows its answers | tasks/gpqa_diamond.yaml: test_split | test_06 | test_suites: gpqa_never |
 | 7 GPQA's seeds do nothing | tasks/gpqa.py, loading | test_07 | test_suites: gpqa_runs, gpqa_order |
-| 8 code_eval needs the hub | mirror: serving; sandbox | test_08 | test_mirror: code_eval; test_sandbox |
+| 8 code_eval needs the hub | mirror: serving_metrics; sandbox | test_08 | test_mirror: code_eval; test_sandbox |
 | 9 one cache for two models | driver: fingerprints, no other cache | test_09 | test_driver: two_models, weights_tell |
 | 10 functions in results | driver: _items; loading: _describe | test_10 | test_driver: result_and_samples |
 | 11 scores move with the batch | driver: settings; compare: _agree | test_11 | test_compare: cannot_be_paired |
@@ -55,8 +55,8 @@ def offline():
             patch.setattr(function, place, unreachable)
         for row in ("humaneval", "mbpp"):
             patch.delitem(sys.modules, f"lm_eval.tasks.{row}.utils", raising=False)
-        with mirror.serving(mirror.Mirror(sample.root()), driver._code_metric):
-            yield
+        with mirror.serving_metrics(True, driver._code_metric):
+            yield mirror.Mirror(sample.root())
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +68,8 @@ def first_task(offline):
         if name not in built:
             with pytest.MonkeyPatch.context() as patch:
                 configs = loading.task_configs
-                patch.setattr(loading, "task_configs", lambda row, resolve: configs(row, resolve)[:1])
-                (loaded, *_) = loading.load_tasks(ROWS[name], seed=1)
+                patch.setattr(loading, "task_configs", lambda row, **options: configs(row, **options)[:1])
+                (loaded, *_) = loading.load_tasks(ROWS[name], seed=1, mirror=offline)
             loaded.task.build_all_requests(limit=1, rank=0, world_size=1)
             built[name] = loaded.task
         return built[name]
@@ -137,7 +137,7 @@ def test_03_a_yaml_that_sets_no_shots_gets_those_of_the_row(run, monkeypatch):
 # 4. MGSM comes as a loading script, which datasets 4 does not run.
 
 
-def script(repository, name=None, revision=None, **_):
+def script(path, name=None, revision=None, **_):
     """The hub with a data set as a script, and its own conversion of it."""
     if revision != SCRIPT_REVISION:
         raise SCRIPT
@@ -291,8 +291,7 @@ def test_10_what_is_written_is_plain_json_and_is_what_the_model_said(suite, run,
 def test_10_the_fingerprint_of_a_function_is_its_source_and_not_its_address(mirror_root, monkeypatch):
     data, found = mirror.Mirror(mirror_root), []
     for _ in range(2):  # the second time as another process would
-        with mirror.serving(data):
-            loaded = loading.load_tasks(ROWS["gpqa_diamond"], seed=1, seeds=2)
+        loaded = loading.load_tasks(ROWS["gpqa_diamond"], seed=1, seeds=2, mirror=data)
         found.append([loading.task_fingerprint(each, data) for each in loaded])
         functions = loaded[0].task.config.process_docs.func
         monkeypatch.delitem(sys.modules, functions.__module__)
