@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from .backbones import check_supported
+from .client_tables import SIZES, offer_backbone_defaults, sizes
 from .configuration_kimi_k3 import KIMI_K3, KIMI_K3_LAYERS_PER_BLOCK
 from .depth_kernels import DEPTH_IMPLEMENTATIONS
 from .depth_variants import check_variant
@@ -31,6 +32,8 @@ DEFAULT_BACKBONE_LAYERS_PER_BLOCK = 3
 _PROPAGATED = ("_attn_implementation_internal", "_experts_implementation_internal")
 # What concerns the whole checkpoint, whatever the backbone's own configuration says.
 _ROOT_ONLY = ("auto_map", "quantization_config")
+# What a head is made for.
+_TASK = ("id2label", "label2id", "problem_type")
 # Set for the time of a forward pass, and read by the masks from the backbone config.
 _BACKBONE_ONLY = ("is_causal",)
 
@@ -88,6 +91,9 @@ class AttnResConfig(PreTrainedConfig):
         num_blocks = kwargs.pop("num_blocks", None)
         depth_implementation = kwargs.pop("depth_implementation", "auto")
         backbone = _as_config(self.backbone_config)
+        for key, value in sizes(backbone).items():  # which `to_dict` repeats
+            if kwargs.get(key) == value:
+                del kwargs[key]
         if self.backbone_config is None and self.layers_per_block is None and num_blocks is None:
             self.layers_per_block = DEFAULT_BACKBONE_LAYERS_PER_BLOCK
         check_supported(backbone)
@@ -124,7 +130,8 @@ class AttnResConfig(PreTrainedConfig):
                 "Options of loading, such as dtype, go with a folder or hub id, not with a model in memory."
             )
         depth_options = {"scale_norm_eps": True, **depth_options}
-        return cls(backbone_config=deepcopy(config), dtype=config.dtype, **depth_options)
+        task = {key: getattr(config, key) for key in _TASK if getattr(config, key, None) is not None}
+        return cls(backbone_config=deepcopy(config), dtype=config.dtype, **task, **depth_options)
 
     @classmethod
     def kimi_k3(cls, **depth_options) -> "AttnResConfig":
@@ -229,17 +236,24 @@ class AttnResConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As of any configuration. Where its code lies beside it in a folder (`auto_map`) is a matter of the folder: it
-        is in the file, and a configuration equals itself after saving and loading."""
+        """As of any configuration, with the backbone's sizes, which clients look for at the top.
+
+        Where its code lies beside it in a folder (`auto_map`) is a matter of the folder: it is in the file, and a
+        configuration equals itself after saving and loading.
+        """
         content = super().to_dict()
+        if isinstance(backbone := self.__dict__.get("backbone_config"), PreTrainedConfig):
+            content.update(sizes(backbone))
+            offer_backbone_defaults(self.model_type, backbone.model_type)
         if not any("--" in str(place) for place in (content.get("auto_map") or {}).values()):
             content.pop("auto_map", None)
         return content
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What the file holds."""
+        content = {key: value for key, value in super().to_diff_dict().items() if key not in SIZES}
         auto_map = self.__dict__.get("auto_map")
-        return {**super().to_diff_dict(), **({"auto_map": auto_map} if auto_map else {})}
+        return {**content, **({"auto_map": auto_map} if auto_map else {})}
 
     def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
         d.pop("_depth_implementation_internal", None)
@@ -305,6 +319,7 @@ def _wrap_backbone(config_dict: dict[str, Any]) -> dict[str, Any]:
     backbone = dict(config_dict)
     # What concerns the whole checkpoint is read from the root configuration.
     root = {key: backbone.pop(key) for key in ("dtype", "torch_dtype", "quantization_config") if key in backbone}
+    root |= {key: backbone[key] for key in _TASK if key in backbone}
     return {"model_type": AttnResConfig.model_type, "backbone_config": backbone, "scale_norm_eps": True, **root}
 
 

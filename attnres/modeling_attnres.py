@@ -13,11 +13,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -74,11 +79,17 @@ _FAMILY_TRAITS = (
 # Quantisation of which a folder may hold weights that are only carried over.
 PACKED = "mxfp4-pack-quantized"
 
+# Of models for the different tasks. A checkpoint of another task lacks the one and has the other.
+HEADS = ("lm_head.", "score.", "qa_outputs.")
+
 # Where remote code finds the classes in a saved folder.
 AUTO_MAP = {
     "AutoConfig": "configuration_attnres.AttnResConfig",
     "AutoModel": "modeling_attnres.AttnResModel",
     "AutoModelForCausalLM": "modeling_attnres.AttnResForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_attnres.AttnResForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_attnres.AttnResForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_attnres.AttnResForQuestionAnswering",
 }
 
 
@@ -206,10 +217,9 @@ class AttnResPreTrainedModel(PreTrainedModel):
         if depth_names <= loading_info.missing_keys:  # none is there: a plain checkpoint, the lossless start
             loading_info.missing_keys -= depth_names
             _warn_if_lossy(self.config)
-        if self.base_model is self:  # a head is no part of it
-            loading_info.unexpected_keys = {
-                name for name in loading_info.unexpected_keys if not name.startswith("lm_head.")
-            }
+        loading_info.unexpected_keys = {  # heads for other tasks
+            name for name in loading_info.unexpected_keys if not name.startswith(HEADS) or hasattr(self, "lm_head")
+        }
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         """As in torch, and also from the names on disk (per layer, per expert): Trainer resumes from the saved file."""
@@ -404,7 +414,12 @@ def _check_distribution(model: AttnResPreTrainedModel, distributed_config):
 
 
 def _check_loading(model: AttnResPreTrainedModel, source: str | os.PathLike, info: dict, ignore_mismatched_sizes: bool):
-    problems = [f"{kind} {_some(info[f'{kind}_keys'])}" for kind in ("missing", "unexpected") if info[f"{kind}_keys"]]
+    # transformers has warned of a new head.
+    kinds = {
+        kind: {name for name in info[f"{kind}_keys"] if kind != "missing" or not name.startswith(HEADS)}
+        for kind in ("missing", "unexpected")
+    }
+    problems = [f"{kind} {_some(names)}" for kind, names in kinds.items() if names]
     if info["mismatched_keys"] and not ignore_mismatched_sizes:
         misshapen = (
             f"{name} {list(stored)} instead of {list(expected)}" for name, stored, expected in info["mismatched_keys"]
@@ -673,4 +688,26 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         )
 
 
-__all__ = ["AttnResForCausalLM", "AttnResModel", "AttnResPreTrainedModel"]
+AutoModel.register(AttnResConfig, AttnResModel, exist_ok=True)  # where transformers' heads find their base
+
+
+class AttnResForSequenceClassification(GenericForSequenceClassification, AttnResPreTrainedModel):
+    """A label, a score or a reward of a text, from its last token: `score`, a linear layer of `num_labels`."""
+
+
+class AttnResForTokenClassification(GenericForTokenClassification, AttnResPreTrainedModel):
+    """A label for every token: `score`, a linear layer of `num_labels`."""
+
+
+class AttnResForQuestionAnswering(GenericForQuestionAnswering, AttnResPreTrainedModel):
+    """Start and end of an answer in a text: `qa_outputs`, a linear layer of 2."""
+
+
+__all__ = [
+    "AttnResForCausalLM",
+    "AttnResForQuestionAnswering",
+    "AttnResForSequenceClassification",
+    "AttnResForTokenClassification",
+    "AttnResModel",
+    "AttnResPreTrainedModel",
+]

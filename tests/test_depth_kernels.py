@@ -1,6 +1,7 @@
 """Which code mixes: how it is chosen, and what happens where kernels are missing, wrong or of another version."""
 
 import copy
+import os
 import subprocess
 import sys
 import warnings
@@ -139,3 +140,35 @@ def test_eager_needs_no_kernels():
         "sys.exit(any(name.startswith('attnres.kernels.') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_folder_of_another_abi_loads_as_remote_code_and_mixes_by_the_equation(tmp_path):
+    """An old folder and a newer package: its own files, the package's kernels."""
+    model, tokens = random_attnres("llama"), random_tokens(1, 5)
+    model.save_pretrained(tmp_path)
+    files = {path.name for path in tmp_path.glob("*.py")}
+    assert {"depth_mixer.py", "depth_kernels.py", "torch_internals.py"} <= files
+    old = (tmp_path / "depth_kernels.py").read_text()
+    assert f"KERNEL_ABI = {depth_kernels.KERNEL_ABI}\n" in old
+    (tmp_path / "depth_kernels.py").write_text(
+        old.replace(f"KERNEL_ABI = {depth_kernels.KERNEL_ABI}\n", f"KERNEL_ABI = {depth_kernels.KERNEL_ABI - 1}\n")
+    )
+    code = (
+        "import sys, warnings, torch\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "assert type(model).__module__.startswith('transformers_modules')\n"
+        "tokens = torch.tensor(eval(sys.argv[2]))\n"
+        "with warnings.catch_warnings(record=True) as caught, torch.no_grad():\n"
+        "    warnings.simplefilter('always')\n"
+        "    logits = model(tokens).logits\n"
+        "    model(tokens)\n"
+        "found = [str(each.message) for each in caught if 'ABI' in str(each.message)]\n"
+        "assert len(found) == 1, found\n"
+        "torch.save(logits, sys.argv[3])\n"
+    )
+    arguments = [str(tmp_path), str(tokens.tolist()), str(tmp_path / "logits.pt")]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, env=environment)
+    found = torch.load(tmp_path / "logits.pt", weights_only=True)
+    assert relative_error(found, model(tokens).logits) < 1e-4

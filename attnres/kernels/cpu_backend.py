@@ -28,6 +28,14 @@ def _struct(addresses: int) -> Struct:
     return Struct(f"={_kernels(torch.float32)[0].LAYOUT}{addresses}q")
 
 
+def _in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Itself if its numbers lie one after the other as they are, else a copy of which that is true: kernels see nothing
+    but an address. Negative views are not what their memory holds, zero tensors (address 0) have none."""
+    if tensor.is_contiguous() and not tensor.is_neg() and (tensor.data_ptr() or not tensor.numel()):
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor)
+
+
 def _run(module, kernel, parts: int, fields: tuple, addresses: list[int]):
     # A string of bytes that the kernel counts its parts in: never shared between calls.
     table = ctypes.create_string_buffer(_struct(len(addresses)).pack(0, parts, *fields, *addresses))
@@ -51,12 +59,12 @@ def forward(
     shape, dtype = first.shape, first.dtype
     size, numbers = shape[-1], first.numel()
     module, kernel, _ = _kernels(dtype)
-    output = torch.empty(shape, dtype=dtype)
-    weights = torch.empty((*shape[:-1], count), dtype=torch.float32)
+    sources = [_in_memory(source) for source in sources]
+    query, gain = _in_memory(query), None if norm_weight is None else _in_memory(norm_weight)
+    # Like something that is there: torch.empty would follow the default device, and takes longer.
+    output, weights = torch.empty_like(sources[0]), query.new_empty((*shape[:-1], count))
     if not numbers:
         return output, weights
-    sources = [source if source.is_contiguous() else source.contiguous() for source in sources]
-    query, gain = query.contiguous(), None if norm_weight is None else norm_weight.contiguous()
     tokens = numbers // size
     parts = module.parts((count + 1) * numbers, tokens)
     addresses = (query.data_ptr(), 0 if gain is None else gain.data_ptr(), output.data_ptr(), weights.data_ptr())
@@ -82,26 +90,18 @@ def backward(
     first, count = sources[0], len(sources)
     size, numbers, dtype = first.shape[-1], first.numel(), first.dtype
     module, _, kernel = _kernels(dtype)
-    gradients = [torch.empty(first.shape, dtype=dtype) if need else first.new_empty(0) for need in needs]
-    given = torch.zeros(first.shape, dtype=dtype) if grad_output is None else grad_output.to(dtype).contiguous()
-    changes = None if grad_weights is None else grad_weights.to(torch.float32).contiguous()
-    sources = [source.contiguous() for source in sources]
-    query, weights = query.contiguous(), weights.contiguous()
-    gain = None if norm_weight is None else norm_weight.contiguous()
+    sources, query, weights = [_in_memory(source) for source in sources], _in_memory(query), _in_memory(weights)
+    gradients = [sources[0].new_empty(first.shape if need else 0) for need in needs]
+    given = torch.zeros_like(sources[0]) if grad_output is None else _in_memory(grad_output.to(dtype))
+    changes = None if grad_weights is None else _in_memory(grad_weights.to(torch.float32))
+    gain = None if norm_weight is None else _in_memory(norm_weight)
     tokens = numbers // max(size, 1)
     parts = module.parts((2 * count + 1) * numbers, tokens)
-    sums = torch.zeros(1 if gain is None else 2, parts, size)
+    sums = query.new_zeros(1 if gain is None else 2, parts, size)
     if numbers:
-        fields = (
-            *(count, size, tokens, query.data_ptr(), 0 if gain is None else gain.data_ptr(), given.data_ptr()),
-            *(
-                weights.data_ptr(),
-                0 if changes is None else changes.data_ptr(),
-                sums[0].data_ptr(),
-                sums[-1].data_ptr(),
-            ),
-            *(eps, norm_offset, norm_eps, scale),
-        )
+        fields = (count, size, tokens, query.data_ptr(), 0 if gain is None else gain.data_ptr(), given.data_ptr())
+        fields += (weights.data_ptr(), 0 if changes is None else changes.data_ptr())
+        fields += (sums[0].data_ptr(), sums[-1].data_ptr(), eps, norm_offset, norm_eps, scale)
         addresses = [source.data_ptr() for source in sources]
         addresses += [gradient.data_ptr() if need else 0 for gradient, need in zip(gradients, needs, strict=True)]
         _run(module, kernel, parts, fields, addresses)

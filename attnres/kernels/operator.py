@@ -151,6 +151,7 @@ def _backward(ctx, output_gradient, weights_gradient):
 def _differentiable_backward(ctx, output_gradient, weights_gradient):
     """Where gradients of gradients are wanted: the formula once more, differentiated by autograd."""
     _, query, norm_weight, *sources = ctx.saved_tensors
+    sources = [source.view_as(source) for source in sources]  # one tensor may be several of them
     inputs = [*sources, query, *([] if norm_weight is None else [norm_weight])]
     output, weights = _formula(sources, query, ctx.eps, norm_weight, ctx.norm_offset, ctx.norm_eps, ctx.scale)
     given = [(o, g) for o, g in ((output, output_gradient), (weights, weights_gradient)) if g is not None]

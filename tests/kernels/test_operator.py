@@ -38,6 +38,15 @@ def test_sources_that_need_no_gradient_get_none():
     torch.testing.assert_close(given[0][2].grad, everything[0][2].grad)
 
 
+def test_a_tensor_that_is_two_sources_gets_its_gradient_once_more_not_twice():
+    source, query = torch.randn(1, 2, 13, requires_grad=True), torch.randn(13)
+    found = []
+    for create_graph in (False, True):
+        output, _ = torch.ops.attnres.mix([source, source], query, EPS, None, 0.0, 0.0, 1.0, "cpu")
+        found.append(torch.autograd.grad(output.square().sum(), source, create_graph=create_graph)[0])
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_one_result_alone_has_its_gradient(which):
     given = arguments()

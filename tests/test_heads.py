@@ -1,0 +1,92 @@
+"""Heads for other tasks, and checkpoints of one task loaded for another, as transformers does it for the backbone."""
+
+import logging
+
+import pytest
+import torch
+from helpers import random_attnres, random_tokens, relative_error
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from attnres import AttnResForCausalLM, AttnResForSequenceClassification
+
+HEADS = {
+    AutoModelForSequenceClassification: ("score", {"labels": torch.tensor([0, 2])}, (2, 3)),
+    AutoModelForTokenClassification: ("score", {"labels": torch.ones(2, 7, dtype=torch.long)}, (2, 7, 3)),
+    AutoModelForQuestionAnswering: (
+        "qa_outputs",
+        {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 4])},
+        (2, 7),
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", ["block", "full"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "kimi_linear", "gemma2"])
+@pytest.mark.parametrize("auto_class", HEADS, ids=lambda each: each.__name__)
+def test_a_language_model_is_loaded_with_a_new_head_trained_saved_and_loaded(auto_class, family, mode, tmp_path):
+    head, labels, shape = HEADS[auto_class]
+    language_model, tokens = random_attnres(family, mode), random_tokens(2, 7)
+    language_model.save_pretrained(tmp_path / "lm")
+    options = {} if head == "qa_outputs" else {"num_labels": 3}
+    model = auto_class.from_pretrained(tmp_path / "lm", **options).eval()
+    expected = language_model.model(tokens).last_hidden_state
+    assert relative_error(model.model(tokens).last_hidden_state, expected) < 1e-3
+    output = model(tokens, **labels)
+    assert output[1].shape == shape
+    output.loss.backward()
+    assert model.get_parameter(f"{head}.weight").grad.any()
+    assert model.model.depth_mixer.mlp_norm.query.grad.any()
+    model.save_pretrained(tmp_path / "task")
+    again = auto_class.from_pretrained(tmp_path / "task").eval()
+    assert type(again) is type(model)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+
+
+def test_a_plain_classifier_converts_in_memory_and_on_disk(tmp_path):
+    from helpers import short_config
+
+    torch.manual_seed(0)
+    plain = AutoModelForSequenceClassification.from_config(short_config("llama", num_labels=3)).eval()
+    plain.save_pretrained(tmp_path)
+    tokens = random_tokens(2, 7)
+    for model in (
+        AttnResForSequenceClassification.from_backbone(plain),
+        AttnResForSequenceClassification.from_pretrained(tmp_path).eval(),
+    ):
+        assert relative_error(model(tokens).logits, plain(tokens).logits) < 1e-5
+
+
+def test_a_checkpoint_without_a_head_gets_a_new_one_with_transformers_warning(tmp_path, caplog):
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    model = random_attnres("llama")
+    model.model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    logger.removeHandler(caplog.handler)
+    assert "lm_head.weight" in caplog.text and "MISSING" in caplog.text
+    assert torch.equal(loaded.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight)
+    assert torch.equal(loaded.depth_mixer.mlp_norm.query, model.depth_mixer.mlp_norm.query)
+    base = AutoModel.from_pretrained(tmp_path)
+    tokens = random_tokens(2, 7)
+    assert relative_error(base(tokens).last_hidden_state, model.model(tokens).last_hidden_state) < 1e-3
+
+
+def test_a_checkpoint_without_backbone_tensors_stays_an_error(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    random_attnres("llama").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    for auto_class in (AutoModelForCausalLM, AutoModelForSequenceClassification):
+        with pytest.raises(ValueError, match=r"missing model\.layers\.2\.mlp\.up_proj\.weight"):
+            auto_class.from_pretrained(tmp_path)
+    assert AttnResForCausalLM.from_pretrained(tmp_path, strict=False)
