@@ -15,6 +15,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from .backbones import get_family, layer_type
 from .configuration_attnres import AttnResConfig
 from .depth_mixer import DepthState, Mixing, Norm, PseudoQuery
+from .torch_internals import is_fake
 
 
 class MixedInput(nn.Identity):
@@ -66,7 +67,7 @@ def norm_to_fuse(norm: nn.Module, norm_type: type, offset: float, eps: float, dt
     weight = own["_parameters"].get("weight")  # of none that FSDP or a parametrisation has put elsewhere
     if (
         type(norm) is norm_type
-        and type(weight) is nn.Parameter
+        and (type(weight) is nn.Parameter or is_fake(weight))
         and weight.dtype == dtype
         and "forward" not in own
         and not is_hooked(norm)
@@ -103,6 +104,7 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         backbone = config.backbone_config
         self.config = config
         self.layer_idx = layer_idx
+        self.residual_mode = config.residual_mode
         self.family = get_family(backbone)
         self.layer_type = layer_type(backbone, layer_idx)
         self.rms_norm_eps = backbone.rms_norm_eps  # reading configurations is slow

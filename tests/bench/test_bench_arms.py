@@ -10,7 +10,6 @@ from reference import Oracle
 from attnres.bench import arms
 from attnres.bench.arms import build, check, convert, select
 from attnres.bench.workloads import hollow
-from attnres.depth_kernels import DEPTH_IMPLEMENTATIONS
 
 CPU = torch.device("cpu")
 ALL = ("plain", "standard", "block", "full", "stacked", "stacked-full")
@@ -135,13 +134,12 @@ def test_an_arm_of_a_package_that_is_missing_is_left_out_with_its_reason(monkeyp
     assert left_out == {"fla-naive": "flash-linear-attention is not installed"} and "fla-naive" not in models
 
 
-def test_plain_is_always_there_and_implementations_repeat_block_and_full(monkeypatch):
-    monkeypatch.setitem(DEPTH_IMPLEMENTATIONS, "other", DEPTH_IMPLEMENTATIONS["eager"])
+def test_plain_is_always_there_and_implementations_repeat_block_and_full():
     assert list(select(["block"])) == ["plain", "block"]
-    chosen = select(["block", "full"], ["other"])
-    assert list(chosen) == ["plain", "block", "full", "block:other", "full:other"]
+    chosen = select(["block", "full"], ["eager"])
+    assert list(chosen) == ["plain", "block", "full", "block:eager", "full:eager"]
     models, _ = build(chosen, short_config("qwen3"), 2, CPU, seed=0)
-    assert models["block:other"].config.depth_implementation == "other"
+    assert models["block:eager"].config.depth_implementation == "eager"
 
 
 def test_stacked_arm_lets_go_of_its_sources_after_a_pass(built):

@@ -69,7 +69,9 @@ def test_memory_of_standard_is_that_of_the_plain_model_and_stacking_keeps_most(r
     assert len(result["memory"]) == 4
     for point in result["memory"]:
         saved = {name: arm["saved_bytes"] for name, arm in point["arms"].items()}
-        assert saved["standard"] == saved["plain"] < saved["block"] < saved["stacked"]
+        assert saved["standard"] == saved["plain"] < saved["stacked"]
+        # Sources are kept by reference, and a fused norm keeps less than the family's: sometimes less than plain.
+        assert saved["block"] < 1.1 * saved["plain"]
         for arm in point["arms"].values():
             # Gradients of all weights come on top of what backward needs.
             assert arm["peak_bytes_train"] > arm["peak_bytes_prefill"] > 0

@@ -200,6 +200,7 @@ def test_attention_can_be_an_engines_own(family):
         tokens = random_tokens(1, 13)
         output = model(tokens, use_cache=False, position_ids=torch.arange(13)[None], return_dict=False)
         wanted = expected.model(tokens).last_hidden_state
-        assert relative_error(output[0], wanted) < 1e-5 and used == list(range(5))
+        # Float32: granite's factors multiply what another path of attention rounds otherwise.
+        assert relative_error(output[0], wanted) < 1e-4 and used == list(range(5))
     finally:
         del ALL_ATTENTION_FUNCTIONS._global_mapping["an engine"]

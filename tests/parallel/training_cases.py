@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType, patch_environment
 from helpers import random_attnres, random_tokens
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from attnres import decoder_layer
+from attnres import depth_mixer
 
 GLOBAL_BATCH = 4
 OPTIONS = {
@@ -95,14 +95,16 @@ def use_cpus_as_accelerators():
 
 
 def note_scores(found: set):
-    """Adds the dtypes of the logits and pseudo-queries that decoder layers mix by."""
-    mix = decoder_layer.mix
+    """Adds the dtypes of the pseudo-queries that decoder layers mix by, and of the depth weights."""
+    read = depth_mixer.DepthState.read
 
-    def noted(sources, logits, implementation, query=None, *arguments):
-        found.update(str(each.dtype) for each in (logits, query) if each is not None)
-        return mix(sources, logits, implementation, query, *arguments)
+    def noted(state, query, *arguments):
+        mixture, weights = read(state, query, *arguments)
+        if query is not None:
+            found.update(str(each.dtype) for each in (query.query, weights))
+        return mixture, weights
 
-    decoder_layer.mix = noted
+    depth_mixer.DepthState.read = noted
 
 
 def train(case: dict, out: Path) -> dict:

@@ -1,0 +1,147 @@
+"""The study: its corpus, its fairness between arms, what makes it resumable, and the arithmetic of its report."""
+
+import json
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _repository_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+@pytest.fixture
+def grid():
+    from benchmarks.study import train
+
+    grid = yaml.safe_load((train.HERE / "grid.yaml").read_text(encoding="utf-8"))
+    grid |= {"sequence_length": 13, "batch_size": 2, "evaluations": 2, "validation_sequences": 3}
+    grid |= {"held_out_sequences": 5, "sizes": {"tiny": {"layers": 2, "hidden": 16, "steps": 3}}}
+    sweep = {"sizes": ["tiny"], "arms": ["plain"], "seeds": [0], "learning_rates": [0.001, 0.01]}
+    return grid | {"stages": [sweep, {"sizes": ["tiny"], "arms": ["plain", "block", "full"], "seeds": [1, 2]}]}
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    from benchmarks.study.corpus import build
+
+    rng = np.random.default_rng(0)
+    texts = {f"{i}.txt": " ".join(map(str, rng.integers(0, 10**6, 40))) for i in range(200)}
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    return folder, build(texts | {"copy.txt": texts["7.txt"] + " end"}, folder, vocabulary=300)
+
+
+def test_a_near_duplicate_is_removed_and_the_splits_hold_every_other_file(corpus):
+    folder, manifest = corpus
+    assert (manifest["files"], manifest["near_duplicates_removed"]) == (200, 1)
+    ends = [int((np.load(folder / f"{split}.npy") == 0).sum()) for split in ("train", "validation", "held_out")]
+    assert sum(ends) == 200
+    assert all(ends)
+
+
+def test_bytes_of_tokens_add_up_to_the_bytes_of_the_corpus(corpus):
+    folder, manifest = corpus
+    lengths = np.load(folder / "token_bytes.npy")
+    read = sum(lengths[np.load(folder / f"{split}.npy")].sum() for split in ("train", "validation", "held_out"))
+    assert read == manifest["bytes"]
+
+
+def test_arms_see_the_same_batches_and_only_final_runs_read_the_held_out_text(grid, corpus, monkeypatch):
+    from benchmarks.study.train import expand, train
+
+    folder, _ = corpus
+    opened = []
+    load = np.load
+    monkeypatch.setattr(np, "load", lambda path, **options: opened.append(Path(path).stem) or load(path, **options))
+    runs = expand(grid)
+    sweep = train(runs[0], grid, str(folder))
+    assert "held_out" not in opened
+    assert "held_out_loss" not in sweep
+    plain, block = (train(run | {"learning_rate": 0.01}, grid, str(folder)) for run in runs[2:4])
+    assert opened.count("held_out") == 2
+    assert (plain["arm"], block["arm"]) == ("plain", "block")
+    assert plain["batches"] == block["batches"] != sweep["batches"]
+    assert plain["held_out_loss"] != block["held_out_loss"]
+
+
+def test_a_study_goes_on_where_it_was_and_uses_the_best_rate_of_the_plain_arm(grid, corpus, tmp_path, monkeypatch):
+    from benchmarks.study import train
+
+    class Inline:  # this process in place of others
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def submit(self, function, *arguments):
+            future = Future()
+            future.set_result(function(*arguments))
+            return future
+
+    trained = []
+    losses = {0.001: 2.0, 0.01: 3.0}
+
+    def fake(run, grid, corpus):
+        trained.append(train.key(run))
+        return run | {"curve": [{"validation_loss": losses[run["learning_rate"]]}], "wall_seconds": 0}
+
+    monkeypatch.setattr(train, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(train, "train", fake)
+    path = tmp_path / "results.jsonl"
+    train.study(grid, path, corpus[0], 1, 1.0)
+    lines = path.read_text().splitlines()
+    assert len(lines) == len(set(trained)) == 8
+    assert {json.loads(line)["learning_rate"] for line in lines[2:]} == {0.001}
+    path.write_text("\n".join(lines[:-2]) + "\n")
+    train.study(grid, path, corpus[0], 1, 1.0)
+    assert trained[8:] == trained[6:8]
+    assert path.read_text().splitlines() == lines
+
+
+def test_a_power_law_is_recovered_with_its_compute_advantage():
+    from benchmarks.study.report import advantage, power_law, resampled_fits
+
+    cost = np.array([1e3, 1e4, 1e5])
+    assert power_law(cost, 7 * cost**-0.1) == pytest.approx((7, 0.1))
+    plain = [[(c, 7 * c**-0.1)] for c in cost]
+    better = [[(c, 7 * (1.25 * c) ** -0.1)] for c in cost]  # as if 1.25 times the cost had been paid
+    fits = [resampled_fits(points, np.random.default_rng(0)) for points in (better, plain)]
+    assert advantage(*fits, 1e4) == pytest.approx((1.25, 1.25, 1.25))
+
+
+def test_runs_on_different_text_are_not_compared():
+    from benchmarks.study.report import differences
+
+    plain = {1: {"arm": "plain", "batches": "a", "corpus": "c", "held_out_loss": 3.0}}
+    block = {1: plain[1] | {"arm": "block", "held_out_loss": 2.5}}
+    assert differences(block, plain).tolist() == [-0.5]
+    with pytest.raises(ValueError, match="saw different text"):
+        differences({1: block[1] | {"batches": "b"}}, plain)
+
+
+def test_the_document_holds_the_table_that_the_results_give():
+    from benchmarks.study.report import report
+    from benchmarks.study.train import HERE, read_results
+
+    document = (ROOT / "docs/study.md").read_text(encoding="utf-8")
+    assert report(read_results(HERE / "results.jsonl")) in document
+
+
+def test_every_arm_of_the_grid_builds_and_every_stage_names_arms_and_sizes_of_it():
+    from benchmarks.study.train import HERE, build_model, expand
+
+    grid = yaml.safe_load((HERE / "grid.yaml").read_text(encoding="utf-8"))
+    assert {run["arm"] for run in expand(grid)} == set(grid["arms"])
+    for arm in grid["arms"].values():
+        build_model(grid, grid["sizes"]["small"], arm, 17)
