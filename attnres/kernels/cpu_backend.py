@@ -28,12 +28,15 @@ def _struct(addresses: int) -> Struct:
     return Struct(f"={_kernels(torch.float32)[0].LAYOUT}{addresses}q")
 
 
-def _in_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """Itself if its numbers lie one after the other as they are, else a copy of which that is true: kernels see nothing
-    but an address. Negative views are not what their memory holds, zero tensors (address 0) have none."""
-    if tensor.is_contiguous() and not tensor.is_neg() and (tensor.data_ptr() or not tensor.numel()):
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor)
+def _in_memory(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Each as it is if its numbers lie one after the other, else a copy of which that is true: kernels see nothing but
+    an address. The memory of a negative view holds other numbers, and a zero tensor (address 0) has none."""
+    return [
+        tensor
+        if tensor.is_contiguous() and not tensor.is_neg() and tensor.data_ptr()
+        else torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor)
+        for tensor in tensors
+    ]
 
 
 def _run(module, kernel, parts: int, fields: tuple, addresses: list[int]):
@@ -59,15 +62,14 @@ def forward(
     shape, dtype = first.shape, first.dtype
     size, numbers = shape[-1], first.numel()
     module, kernel, _ = _kernels(dtype)
-    sources = [_in_memory(source) for source in sources]
-    query, gain = _in_memory(query), None if norm_weight is None else _in_memory(norm_weight)
+    query, gain, *sources = _in_memory(query, query if norm_weight is None else norm_weight, *sources)
     # Like something that is there: torch.empty would follow the default device, and takes longer.
     output, weights = torch.empty_like(sources[0]), query.new_empty((*shape[:-1], count))
     if not numbers:
         return output, weights
     tokens = numbers // size
     parts = module.parts((count + 1) * numbers, tokens)
-    addresses = (query.data_ptr(), 0 if gain is None else gain.data_ptr(), output.data_ptr(), weights.data_ptr())
+    addresses = (query.data_ptr(), 0 if norm_weight is None else gain.data_ptr(), output.data_ptr(), weights.data_ptr())
     fields = (count, size, tokens, *addresses, 0, 0, 0, eps, norm_offset, norm_eps, scale)
     _run(module, kernel, parts, fields, [source.data_ptr() for source in sources] + [0] * count)
     return output, weights
@@ -90,16 +92,23 @@ def backward(
     first, count = sources[0], len(sources)
     size, numbers, dtype = first.shape[-1], first.numel(), first.dtype
     module, _, kernel = _kernels(dtype)
-    sources, query, weights = [_in_memory(source) for source in sources], _in_memory(query), _in_memory(weights)
+    gain = query if norm_weight is None else norm_weight
+    query, weights, gain, *sources = _in_memory(query, weights, gain, *sources)
     gradients = [sources[0].new_empty(first.shape if need else 0) for need in needs]
-    given = torch.zeros_like(sources[0]) if grad_output is None else _in_memory(grad_output.to(dtype))
-    changes = None if grad_weights is None else _in_memory(grad_weights.to(torch.float32))
-    gain = None if norm_weight is None else _in_memory(norm_weight)
+    given = torch.zeros_like(sources[0]) if grad_output is None else _in_memory(grad_output.to(dtype))[0]
+    changes = None if grad_weights is None else _in_memory(grad_weights.to(torch.float32))[0]
     tokens = numbers // max(size, 1)
     parts = module.parts((2 * count + 1) * numbers, tokens)
-    sums = query.new_zeros(1 if gain is None else 2, parts, size)
+    sums = query.new_zeros(1 if norm_weight is None else 2, parts, size)
     if numbers:
-        fields = (count, size, tokens, query.data_ptr(), 0 if gain is None else gain.data_ptr(), given.data_ptr())
+        fields = (
+            count,
+            size,
+            tokens,
+            query.data_ptr(),
+            0 if norm_weight is None else gain.data_ptr(),
+            given.data_ptr(),
+        )
         fields += (weights.data_ptr(), 0 if changes is None else changes.data_ptr())
         fields += (sums[0].data_ptr(), sums[-1].data_ptr(), eps, norm_offset, norm_eps, scale)
         addresses = [source.data_ptr() for source in sources]

@@ -185,33 +185,6 @@ def _(states):
     return opened
 
 
-def _add_mixture(total, table, states, token, weights, scale):
-    """total += scale sum_i weights_i v_i, in the order of the sources."""
-
-
-@overload(_add_mixture, jit_options=EXACT)
-def _(total, table, states, token, weights, scale):
-    def add(total, table, states, token, weights, scale):
-        count, size = len(weights), len(total)
-        # Four at a time: one by one, reading and writing the sum would take most of the time.
-        first = count % 4
-        for i in range(first):
-            weight, state = scale * weights[i], carray(_at(_pointer(table[SOURCES + i], states), token * size), (size,))
-            for j in range(size):
-                total[j] += weight * _read(state[j])
-        for i in range(first, count, 4):
-            a, b, c, d = scale * weights[i], scale * weights[i + 1], scale * weights[i + 2], scale * weights[i + 3]
-            va = carray(_at(_pointer(table[SOURCES + i], states), token * size), (size,))
-            vb = carray(_at(_pointer(table[SOURCES + i + 1], states), token * size), (size,))
-            vc = carray(_at(_pointer(table[SOURCES + i + 2], states), token * size), (size,))
-            vd = carray(_at(_pointer(table[SOURCES + i + 3], states), token * size), (size,))
-            for j in range(size):
-                number = (total[j] + a * _read(va[j])) + b * _read(vb[j])
-                total[j] = (number + c * _read(vc[j])) + d * _read(vd[j])
-
-    return add
-
-
 def _mix(states):
     table, numbers, floats = _open(states)
     count, size, tokens, parts, gain = table[COUNT], table[SIZE], table[TOKENS], table[PARTS], table[GAIN]
@@ -231,8 +204,26 @@ def _mix(states):
                 square, product = _squares_and_product(state, query)
                 weights[i] = product / np.float32(math.sqrt(square / np.float32(size) + eps))
             _softmax(weights)
-            mixture[:] = np.float32(0)
-            _add_mixture(mixture, table, states, token, weights, scale)
+
+            # Four at a time: one by one, reading and writing the sum would take most of the time.
+            first = (count - 1) % 4 + 1
+            weight, state = scale * weights[0], carray(_at(_pointer(table[SOURCES], states), token * size), (size,))
+            for j in range(size):
+                mixture[j] = weight * _read(state[j])
+            for i in range(1, first):
+                weight = scale * weights[i]
+                state = carray(_at(_pointer(table[SOURCES + i], states), token * size), (size,))
+                for j in range(size):
+                    mixture[j] += weight * _read(state[j])
+            for i in range(first, count, 4):
+                a, b, c, d = scale * weights[i], scale * weights[i + 1], scale * weights[i + 2], scale * weights[i + 3]
+                va = carray(_at(_pointer(table[SOURCES + i], states), token * size), (size,))
+                vb = carray(_at(_pointer(table[SOURCES + i + 1], states), token * size), (size,))
+                vc = carray(_at(_pointer(table[SOURCES + i + 2], states), token * size), (size,))
+                vd = carray(_at(_pointer(table[SOURCES + i + 3], states), token * size), (size,))
+                for j in range(size):
+                    number = (mixture[j] + a * _read(va[j])) + b * _read(vb[j])
+                    mixture[j] = (number + c * _read(vc[j])) + d * _read(vd[j])
 
             row = carray(_at(written, token * size), (size,))
             if gain:
@@ -258,7 +249,7 @@ def _mix_backward(states):
     eps, offset, norm_eps = np.float32(numbers[EPS]), np.float32(numbers[OFFSET]), np.float32(numbers[NORM_EPS])
     scale, width = np.float32(numbers[SCALE]), np.float32(size)
     mixture, gradient = np.empty(size, np.float32), np.empty(size, np.float32)
-    products, inverses, slopes = np.empty((3, count), np.float32)
+    products, inverses = np.empty(count, np.float32), np.empty(count, np.float32)
     while True:
         part = _take(_cast(states, np.int64))
         if part >= parts:
@@ -267,12 +258,15 @@ def _mix_backward(states):
         gain_sum = carray(_at(_pointer(table[GAIN_PARTS], floats), part * size), (size,))
         for token in range(tokens * part // parts, tokens * (part + 1) // parts):
             weights = carray(_at(all_weights, token * count), (count,))
+            for j in range(size):
+                mixture[j] = np.float32(0)
             for i in range(count):
                 state = carray(_at(_pointer(table[SOURCES + i], states), token * size), (size,))
                 square, products[i] = _squares_and_product(state, query)
+                weight = scale * weights[i]
+                for j in range(size):
+                    mixture[j] += weight * _read(state[j])
                 inverses[i] = np.float32(1) / np.float32(math.sqrt(square / width + eps))
-            mixture[:] = np.float32(0)
-            _add_mixture(mixture, table, states, token, weights, scale)
 
             row = carray(_at(given, token * size), (size,))
             if gain:
@@ -303,14 +297,17 @@ def _mix_backward(states):
                     change += changes[i]
                 weight = weights[i]
                 slope = weight * (change - mean) * inverses[i]
-                slopes[i] = slope
+                pull = slope * products[i] * inverses[i] * inverses[i] / width
                 address = table[SOURCES + count + i]
                 if address:
-                    pull = slope * products[i] * inverses[i] * inverses[i] / width
                     by_state = carray(_at(_pointer(address, states), token * size), (size,))
                     for j in range(size):
-                        _write(by_state, j, weight * gradient[j] + slope * query[j] - pull * _read(state[j]))
-            _add_mixture(query_sum, table, states, token, slopes, np.float32(1))
+                        number = _read(state[j])
+                        query_sum[j] += slope * number
+                        _write(by_state, j, weight * gradient[j] + slope * query[j] - pull * number)
+                else:
+                    for j in range(size):
+                        query_sum[j] += slope * _read(state[j])
 
 
 @lru_cache

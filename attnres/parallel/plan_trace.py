@@ -213,9 +213,12 @@ def _follow(model: AttnResForCausalLM, trace: Trace, alive: list) -> Callable[[]
 
         return hook
 
+    last = len(model.model.layers) - 1
+
     def leave(layer: int):
         def hook(module, arguments, output):
-            where.update(inside=None, outside=layer)
+            # A hook on the norm itself would keep it from being fused.
+            where.update(inside=None, outside=NORM if layer == last else layer)
 
         return hook
 
@@ -228,7 +231,6 @@ def _follow(model: AttnResForCausalLM, trace: Trace, alive: list) -> Callable[[]
     for number, layer in enumerate(model.model.layers):
         layer.register_forward_pre_hook(enter(number))
         layer.register_forward_hook(leave(number))
-    model.model.norm.register_forward_pre_hook(move(NORM))
     model.lm_head.register_forward_pre_hook(move(HEAD))
     trace.place = lambda: where["outside"] if where["inside"] is None else where["inside"]
 

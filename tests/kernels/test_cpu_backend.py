@@ -1,6 +1,8 @@
 """The CPU kernels against the equation in float64, and what must not change a result."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -96,6 +98,74 @@ def test_sources_may_lie_in_memory_in_any_way():
             assert torch.equal(value, wanted)
 
 
+def test_negative_views_and_zero_tensors_are_read_as_what_they_are():
+    sources, query, gain = random_case(3, 14, torch.float32, True, 0)
+    side = torch.randn_like(sources[0])
+    plain = [sources[0], torch.zeros_like(side), sources[2]]
+    odd = [torch._neg_view(-sources[0]), torch._efficientzerotensor(side.shape), torch.complex(side, -sources[2])]
+    odd[2] = odd[2].conj().imag
+    assert odd[0].is_neg() and odd[0].is_contiguous() and odd[2].is_neg() and not odd[2].is_contiguous()
+    norm = 0.0, NORM_EPS, 1.0
+    found = []
+    for each, q, g, given in (
+        (plain, query, gain, side),
+        (odd, torch._neg_view(-query), torch._neg_view(-gain), torch._neg_view(-side)),
+    ):
+        output, weights = cpu_backend.forward(each, q, EPS, g, *norm)
+        by_sources, *others = cpu_backend.backward(given, None, each, q, EPS, weights, g, *norm, [True] * 3)
+        found.append((output, weights, *by_sources, *others))
+    for value, wanted in zip(*found, strict=True):
+        assert torch.equal(value, wanted)
+
+
+def test_another_default_device_changes_nothing():
+    sources, query, gain = random_case(3, 14, torch.float32, True, 0)
+    norm = gain, 0.0, NORM_EPS, 1.0
+    side, changes = torch.randn_like(sources[0]), torch.randn(2, 5, 3)
+    strided = [torch.stack([each, each], dim=-1)[..., 0] for each in sources]
+    cpu_backend.problem.cache_clear()
+    with torch.device("meta"):
+        assert cpu_backend.problem(torch.device("cpu"), torch.float32) is None
+        _, weights = cpu_backend.forward(strided, query, EPS, *norm)
+        for given in ((side, changes), (None, changes), (side, None)):
+            by_sources, *others = cpu_backend.backward(*given, strided, query, EPS, weights, *norm, [True] * 3)
+            assert all(each.device.type == "cpu" for each in (weights, *by_sources, *others))
+
+
+@pytest.mark.parametrize("dtype", cpu_backend.DTYPES)
+def test_gradients_repeat_bit_by_bit_and_many_tokens_add_up(dtype):
+    sources, query, gain = random_case(4, 131, dtype, True, 0, (2, 1500))
+    norm = gain, 1.0, NORM_EPS, 1.0
+    exact = [each.double().requires_grad_() for each in (*sources, query, gain)]
+    expected, _ = formula(exact[:4], exact[4], exact[5], 1.0, 1.0)
+    side = torch.randn_like(sources[0])
+    wanted = torch.autograd.grad(expected, exact, side.double())
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        _, weights = cpu_backend.forward(sources, query, EPS, *norm)
+        arguments = (side, None, sources, query, EPS, weights, *norm, [True] * 4)
+        for _ in range(3):
+            by_sources, *others = cpu_backend.backward(*arguments)
+            again, *others_again = cpu_backend.backward(*arguments)
+            assert all(map(torch.equal, (*by_sources, *others), (*again, *others_again)))
+    finally:
+        torch.set_num_threads(threads)
+    for value, gradient in zip((*by_sources, *others), wanted, strict=True):
+        close(value, gradient, dtype)
+
+
+def test_a_mixture_is_rounded_to_the_nearest_even_bfloat16():
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    every = bits.view(torch.bfloat16).view(1, -1, 1)
+    every = every[every.abs() < 1e15].view(1, -1, 1)  # whose squares are finite
+    query = torch.zeros(1)
+    same, _ = cpu_backend.forward([every], query, EPS, None, 0.0, 0.0, 1.0)
+    assert torch.equal(same, every)
+    scaled, _ = cpu_backend.forward([every], query, EPS, None, 0.0, 0.0, 1.00390625)  # ties among them
+    assert torch.equal(scaled, (every.float() * 1.00390625).bfloat16())
+
+
 def test_no_tokens_give_empty_results_and_zero_gradients():
     sources, query, gain = random_case(3, 14, torch.float32, True, 0, (0, 5))
     output, weights = cpu_backend.forward(sources, query, EPS, gain, 0.0, NORM_EPS, 1.0)
@@ -136,6 +206,32 @@ def test_a_forked_child_mixes_too():
         same = torch.equal(cpu_backend.forward(sources, query, EPS, gain, 0.0, NORM_EPS, 1.0)[0], expected)
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_kernels_are_compiled_where_no_folder_can_keep_them(monkeypatch):
+    from attnres.kernels import cpu_kernels
+
+    real, tried = cpu_kernels.cfunc, []
+
+    def cfunc(*arguments, **options):
+        tried.append(options.get("cache", False))
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(cpu_kernels, "cfunc", cfunc)
+    kernel = cpu_kernels._compile(cpu_kernels._mix, cpu_kernels.DTYPES[torch.float32])
+    assert tried == [True, False] and kernel.compiled.address
+
+
+def test_without_numba_the_module_is_there_and_says_so():
+    code = (
+        "import sys, torch; sys.modules['numba'] = None\n"
+        "from attnres.kernels import cpu_backend\n"
+        "print(cpu_backend.problem(torch.device('cpu'), torch.float32))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip().endswith("pip install numba") and len(found.stdout.splitlines()) == 1
 
 
 def test_devices_and_dtypes_without_kernels_are_named():
