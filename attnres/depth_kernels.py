@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .torch_internals import in_function_transform, is_fake
+from .torch_internals import in_dispatch_mode, in_function_transform, is_fake
 
 # Of the operator's arguments and results. Raised with every change, so that files in a saved folder never call an
 # operator that means something else.
@@ -110,4 +110,13 @@ def fused_mixture(
         `[B, T, n]`, float32.
     """
     weight, offset, norm_eps = norm or (None, 0.0, 0.0)
-    return torch.ops.attnres.mix(list(sources), query, eps, weight, offset, norm_eps, scale, backend)
+    arguments = (list(sources), query, eps, weight, offset, norm_eps, scale)
+    if backend == "cpu" and not torch.is_grad_enabled() and not _is_compiling() and not in_dispatch_mode():
+        # While a token is decoded, the way through torch's dispatcher takes longer than the kernel.
+        return _cpu_forward()(*arguments)
+    return torch.ops.attnres.mix(*arguments, backend)
+
+
+@lru_cache
+def _cpu_forward():
+    return importlib.import_module("attnres.kernels.cpu_backend").forward

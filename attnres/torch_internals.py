@@ -16,9 +16,14 @@ def in_function_transform() -> bool:
     )
 
 
+def in_dispatch_mode() -> bool:
+    """Whether something looks at every operation: a counter of operations, a recorder, fake tensors."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def is_fake(tensor: torch.Tensor) -> bool:
     """Whether a tensor has a shape and no memory: nothing is computed, only planned."""
     return isinstance(tensor, FakeTensor)
 
 
-__all__ = ["FakeTensorMode", "TorchDispatchMode", "in_function_transform", "is_fake"]
+__all__ = ["FakeTensorMode", "TorchDispatchMode", "in_dispatch_mode", "in_function_transform", "is_fake"]

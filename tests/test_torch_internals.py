@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from attnres.torch_internals import FakeTensorMode, in_function_transform, is_fake
+from attnres.torch_internals import (
+    FakeTensorMode,
+    TorchDispatchMode,
+    in_dispatch_mode,
+    in_function_transform,
+    is_fake,
+)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit warns of itself
@@ -24,6 +30,13 @@ def test_function_transforms_forward_differentiation_and_tracers_are_noticed():
         look(value)
     assert len(seen) >= 5 and all(seen[:5])  # what is traced runs once more by itself
     assert not in_function_transform()
+
+
+def test_dispatch_modes_are_noticed():
+    assert not in_dispatch_mode()
+    with TorchDispatchMode():
+        seen = in_dispatch_mode()
+    assert seen and not in_dispatch_mode()
 
 
 def test_fake_tensors_are_told_from_real_ones():

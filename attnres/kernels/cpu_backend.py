@@ -28,15 +28,17 @@ def _struct(addresses: int) -> Struct:
     return Struct(f"={_kernels(torch.float32)[0].LAYOUT}{addresses}q")
 
 
-def _in_memory(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Each as it is if its numbers lie one after the other, else a copy of which that is true: kernels see nothing but
-    an address. The memory of a negative view holds other numbers, and a zero tensor (address 0) has none."""
-    return [
-        tensor
-        if tensor.is_contiguous() and not tensor.is_neg() and tensor.data_ptr()
-        else torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor)
-        for tensor in tensors
-    ]
+def _in_memory(*tensors: torch.Tensor) -> tuple[list[torch.Tensor] | tuple[torch.Tensor, ...], list[int]]:
+    """The tensors, copied if their numbers do not lie one after the other, and their addresses: all that kernels see.
+
+    The memory of a negative view holds other numbers, and a zero tensor (address 0) has none.
+    """
+    plain, negative = torch.Tensor.is_contiguous, torch.Tensor.is_neg
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    if not all(map(plain, tensors)) or any(map(negative, tensors)) or 0 in addresses:
+        tensors = [torch.empty(each.shape, dtype=each.dtype, device="cpu").copy_(each) for each in tensors]
+        addresses = [tensor.data_ptr() for tensor in tensors]
+    return tensors, addresses
 
 
 def _run(module, kernel, parts: int, fields: tuple, addresses: list[int]):
@@ -62,16 +64,16 @@ def forward(
     shape, dtype = first.shape, first.dtype
     size, numbers = shape[-1], first.numel()
     module, kernel, _ = _kernels(dtype)
-    query, gain, *sources = _in_memory(query, query if norm_weight is None else norm_weight, *sources)
+    kept, (of_query, of_gain, *of_sources) = _in_memory(query, query if norm_weight is None else norm_weight, *sources)
     # Like something that is there: torch.empty would follow the default device, and takes longer.
-    output, weights = torch.empty_like(sources[0]), query.new_empty((*shape[:-1], count))
+    output, weights = torch.empty_like(kept[2]), kept[0].new_empty((*shape[:-1], count))
     if not numbers:
         return output, weights
     tokens = numbers // size
     parts = module.parts((count + 1) * numbers, tokens)
-    addresses = (query.data_ptr(), 0 if norm_weight is None else gain.data_ptr(), output.data_ptr(), weights.data_ptr())
+    addresses = (of_query, 0 if norm_weight is None else of_gain, output.data_ptr(), weights.data_ptr())
     fields = (count, size, tokens, *addresses, 0, 0, 0, eps, norm_offset, norm_eps, scale)
-    _run(module, kernel, parts, fields, [source.data_ptr() for source in sources] + [0] * count)
+    _run(module, kernel, parts, fields, of_sources + [0] * count)
     return output, weights
 
 
@@ -93,10 +95,10 @@ def backward(
     size, numbers, dtype = first.shape[-1], first.numel(), first.dtype
     module, _, kernel = _kernels(dtype)
     gain = query if norm_weight is None else norm_weight
-    query, weights, gain, *sources = _in_memory(query, weights, gain, *sources)
+    (query, weights, gain, *sources), addresses = _in_memory(query, weights, gain, *sources)
     gradients = [sources[0].new_empty(first.shape if need else 0) for need in needs]
-    given = torch.zeros_like(sources[0]) if grad_output is None else _in_memory(grad_output.to(dtype))[0]
-    changes = None if grad_weights is None else _in_memory(grad_weights.to(torch.float32))[0]
+    given = torch.zeros_like(sources[0]) if grad_output is None else _in_memory(grad_output.to(dtype))[0][0]
+    changes = None if grad_weights is None else _in_memory(grad_weights.to(torch.float32))[0][0]
     tokens = numbers // max(size, 1)
     parts = module.parts((2 * count + 1) * numbers, tokens)
     sums = query.new_zeros(1 if norm_weight is None else 2, parts, size)
@@ -111,7 +113,7 @@ def backward(
         )
         fields += (weights.data_ptr(), 0 if changes is None else changes.data_ptr())
         fields += (sums[0].data_ptr(), sums[-1].data_ptr(), eps, norm_offset, norm_eps, scale)
-        addresses = [source.data_ptr() for source in sources]
+        addresses = addresses[3:]
         addresses += [gradient.data_ptr() if need else 0 for gradient, need in zip(gradients, needs, strict=True)]
         _run(module, kernel, parts, fields, addresses)
     of_query, *of_gain = sums.sum(1).unbind()

@@ -176,13 +176,22 @@ def test_no_tokens_give_empty_results_and_zero_gradients():
 
 
 @pytest.mark.parametrize("dtype", cpu_backend.DTYPES)
-@pytest.mark.parametrize("size", [1e-18, 1e15])
+@pytest.mark.parametrize("size", [1e-20, 1e15])
 def test_huge_and_tiny_sources_are_mixed(size, dtype):
     sources, query, _ = random_case(3, 37, dtype, False, 0)
     sources = [(each * size).to(dtype) for each in sources]
     output, _ = cpu_backend.forward(sources, query, EPS, None, 0.0, 0.0, 1.0)
     expected, _ = formula([each.double() for each in sources], query.double(), None, 0.0, 1.0)
     close(output / size, expected / size, dtype)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_extreme_logits_neither_overflow_nor_vanish(sign):
+    sources, query, _ = random_case(5, 37, torch.float32, False, 0)
+    query = sign * 1000 * query  # far beyond what exp can take
+    _, weights = cpu_backend.forward(sources, query, EPS, None, 0.0, 0.0, 1.0)
+    _, expected = formula([each.double() for each in sources], query.double(), None, 0.0, 1.0)
+    torch.testing.assert_close(weights.double(), expected, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
