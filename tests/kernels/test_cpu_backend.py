@@ -98,21 +98,27 @@ def test_sources_may_lie_in_memory_in_any_way():
             assert torch.equal(value, wanted)
 
 
-def test_negative_views_and_zero_tensors_are_read_as_what_they_are():
+@pytest.mark.parametrize("form", ["negative", "imaginary", "zero"])
+def test_negative_views_and_zero_tensors_are_read_as_what_they_are(form):
     sources, query, gain = random_case(3, 14, torch.float32, True, 0)
     side = torch.randn_like(sources[0])
-    plain = [sources[0], torch.zeros_like(side), sources[2]]
-    odd = [torch._neg_view(-sources[0]), torch._efficientzerotensor(side.shape), torch.complex(side, -sources[2])]
-    odd[2] = odd[2].conj().imag
-    assert odd[0].is_neg() and odd[0].is_contiguous() and odd[2].is_neg() and not odd[2].is_contiguous()
-    norm = 0.0, NORM_EPS, 1.0
+    change = {
+        "negative": lambda tensor: torch._neg_view(-tensor),  # contiguous
+        "imaginary": lambda tensor: torch.complex(tensor, -tensor).conj().imag,  # and this is not
+        "zero": lambda tensor: torch._efficientzerotensor(tensor.shape),
+    }[form]
+    arguments = [sources[0], sources[1], query, gain, side]
+    if form == "zero":
+        odd = [sources[0], change(sources[1]), *arguments[2:]]
+        arguments[1] = torch.zeros_like(side)
+    else:
+        odd = [change(each) for each in arguments]
+        assert all(each.is_neg() and each.is_contiguous() == (form == "negative") for each in odd)
     found = []
-    for each, q, g, given in (
-        (plain, query, gain, side),
-        (odd, torch._neg_view(-query), torch._neg_view(-gain), torch._neg_view(-side)),
-    ):
-        output, weights = cpu_backend.forward(each, q, EPS, g, *norm)
-        by_sources, *others = cpu_backend.backward(given, None, each, q, EPS, weights, g, *norm, [True] * 3)
+    for *mixed, q, g, given in (arguments, odd):
+        norm = g, 0.0, NORM_EPS, 1.0
+        output, weights = cpu_backend.forward(mixed, q, EPS, *norm)
+        by_sources, *others = cpu_backend.backward(given, None, mixed, q, EPS, weights, *norm, [True] * 2)
         found.append((output, weights, *by_sources, *others))
     for value, wanted in zip(*found, strict=True):
         assert torch.equal(value, wanted)

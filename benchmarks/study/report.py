@@ -1,0 +1,204 @@
+"""Makes the report of the study, Markdown and PNG, from its JSON lines and nothing else.
+
+python -m benchmarks.study.report --out report.md --figure docs/images/study.png
+"""
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from .train import HERE, read_results
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+# Quantiles of Student's t by degrees of freedom 1, 2, ...; the last for all above.
+T_975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 1.96]
+T_80 = [1.376, 1.061, 0.978, 0.941, 0.920, 0.906, 0.896, 0.889, 0.883, 0.879, 0.842]
+RESAMPLES = 1000
+
+
+def quantile(table: list[float], freedom: int) -> float:
+    return table[min(freedom, len(table)) - 1]
+
+
+def group(results: list[dict]) -> dict[tuple[str, int], dict[str, dict[int, dict]]]:
+    """Finished runs outside sweeps, by (size, steps), arm and seed."""
+    groups = defaultdict(lambda: defaultdict(dict))
+    for result in results:
+        if not result["sweep"]:
+            groups[result["size"], result["steps"]][result["arm"]][result["seed"]] = result
+    return dict(sorted(groups.items(), key=lambda item: next(iter(item[1]["plain"].values()), {"flops": 0})["flops"]))
+
+
+def differences(arm: dict[int, dict], plain: dict[int, dict]) -> np.ndarray:
+    """Held-out loss of an arm less that of the plain arm on the same batches, one per seed that both have."""
+    for seed in arm.keys() & plain.keys():
+        if arm[seed]["batches"] != plain[seed]["batches"] or arm[seed]["corpus"] != plain[seed]["corpus"]:
+            raise ValueError(f"seed {seed} of {arm[seed]['arm']!r} and 'plain' saw different text: run both again.")
+    return np.array([arm[s]["held_out_loss"] - plain[s]["held_out_loss"] for s in sorted(arm.keys() & plain.keys())])
+
+
+def smallest_difference(arms: dict[str, dict[int, dict]]) -> tuple[float, int] | None:
+    """What a paired comparison at a size sees with a power of 80 % at p = 0.05, and for how many seeds.
+
+    The variance of the differences is pooled over the arms.
+    """
+    found = [d for name, runs in arms.items() if name != "plain" and len(d := differences(runs, arms["plain"])) > 1]
+    if not found:
+        return None
+    freedom = sum(len(d) - 1 for d in found)
+    deviation = np.sqrt(sum(((d - d.mean()) ** 2).sum() for d in found) / freedom)
+    seeds = max(map(len, found))
+    return (quantile(T_975, freedom) + quantile(T_80, freedom)) * deviation / np.sqrt(seeds), seeds
+
+
+def power_law(cost: np.ndarray, loss: np.ndarray) -> tuple[float, float]:
+    """a and b of L = a C^-b, by least squares on logarithms."""
+    slope, intercept = np.polyfit(np.log(cost), np.log(loss), 1)
+    return float(np.exp(intercept)), float(-slope)
+
+
+def resampled_fits(points: list[list[tuple[float, float]]], rng: np.random.Generator) -> np.ndarray:
+    """(a, b) `[RESAMPLES, 2]`: at each size as many seeds as there are, drawn with replacement."""
+    fits = []
+    for _ in range(RESAMPLES):
+        drawn = [size[i] for size in points for i in rng.integers(0, len(size), len(size))]
+        fits.append(power_law(*np.array(drawn).T))
+    return np.array(fits)
+
+
+def advantage(fits: np.ndarray, plain: np.ndarray, cost: float) -> tuple[float, float, float]:
+    """Cost at which plain has the loss that the arm has at `cost`, over `cost`: median and 95 % interval."""
+    loss = fits[:, 0] * cost ** -fits[:, 1]
+    ratio = (plain[:, 0] / loss) ** (1 / plain[:, 1]) / cost
+    return tuple(np.quantile(ratio, [0.5, 0.025, 0.975]))
+
+
+def fit_lines(groups: dict) -> list[str]:
+    """Fits of the arms that have three sizes, against training FLOPs and against seconds of one core."""
+    arms = [name for name in next(iter(groups.values()), {}) if sum(name in g for g in groups.values()) >= 3]
+    if "plain" not in arms:
+        return ["No fit: it takes three sizes of the plain arm."]
+    lines = [
+        "| arm | cost | a | b (95 %) | cost of plain at equal loss, over the arm's (95 %) |",
+        "|:--|:--|--:|:-:|:-:|",
+    ]
+    for cost in ("flops", "core_seconds"):
+        points = {
+            arm: [[(r[cost], r["held_out_loss"]) for r in g[arm].values()] for g in groups.values() if arm in g]
+            for arm in arms
+        }
+        middle = np.exp(np.mean([np.log(c) for size in points["plain"] for c, _ in size]))
+        fits = {arm: resampled_fits(points[arm], np.random.default_rng(0)) for arm in arms}
+        for arm in arms:
+            a, b = power_law(*np.array([point for size in points[arm] for point in size]).T)
+            low, high = np.quantile(fits[arm][:, 1], [0.025, 0.975])
+            gain, least, most = advantage(fits[arm], fits["plain"], middle)
+            gained = "1" if arm == "plain" else f"{gain:.2f} ({least:.2f} to {most:.2f})"
+            name = {"flops": "FLOPs (6 N tokens)", "core_seconds": "seconds of one core"}[cost]
+            lines.append(f"| {arm} | {name} | {a:.3g} | {b:.4f} ({low:.4f} to {high:.4f}) | {gained} |")
+    return lines
+
+
+def table(arms: dict[str, dict[int, dict]]) -> list[str]:
+    lines = [
+        "| arm | layers | parameters | seeds | nats/token | SD | bits/byte | against plain, same batches (95 %) "
+        "| core s | wall s | tokens/s |",
+        "|:--|--:|--:|--:|--:|--:|--:|:-:|--:|--:|--:|",
+    ]
+    for name, runs in sorted(arms.items(), key=lambda item: np.mean([r["held_out_loss"] for r in item[1].values()])):
+        values = list(runs.values())
+
+        def mean(field: str, values=values) -> float:
+            return float(np.mean([value[field] for value in values]))
+
+        losses = [value["held_out_loss"] for value in values]
+        spread = f"{np.std(losses, ddof=1):.3f}" if len(losses) > 1 else ""
+        paired = differences(runs, arms["plain"])
+        against = "" if name == "plain" or not len(paired) else f"{paired.mean():+.3f}"
+        if against and len(paired) > 1:
+            against += f" ± {quantile(T_975, len(paired) - 1) * paired.std(ddof=1) / np.sqrt(len(paired)):.3f}"
+        lines.append(
+            f"| {name} | {values[0]['layers']} | {values[0]['parameters']:,} | {len(values)} "
+            f"| {mean('held_out_loss'):.3f} | {spread} | {mean('bits_per_byte'):.3f} | {against} "
+            f"| {mean('core_seconds'):.1f} | {mean('wall_seconds'):.1f} | {mean('tokens_per_second'):,.0f} |"
+        )
+    return lines
+
+
+def report(results: list[dict]) -> str:
+    groups = group(results)
+    corpora = sorted({result["corpus"] for result in results})
+    lines = [f"Corpus (SHA-256, first 16 digits): {', '.join(corpora)}. Finished runs: {len(results)}.", ""]
+    lines += ["Learning rates of the plain arm (validation loss, nats/token, seed 0):", ""]
+    lines += ["| size | steps | learning rate | validation loss |", "|:--|--:|--:|--:|"]
+    for r in (result for result in results if result["sweep"]):
+        lines.append(f"| {r['size']} | {r['steps']} | {r['learning_rate']} | {r['curve'][-1]['validation_loss']:.3f} |")
+    for (size, steps), arms in groups.items():
+        first = next(iter(next(iter(arms.values())).values()))
+        heading = f"**{size}**: D = {first['hidden']}, {steps} steps, {first['tokens']:,} tokens, learning rate "
+        lines += ["", heading + f"{first['learning_rate']}.", "", *table(arms)]
+        if seen := smallest_difference(arms):
+            lines += ["", f"Power: with {seen[1]} seeds this design sees a difference of {seen[0]:.3f} nats/token "]
+            lines[-1] += "four times in five (p = 0.05, paired by seed, variance pooled over the arms)."
+    lines += ["", "Fits of L = a C^-b, intervals by bootstrap over seeds:", "", *fit_lines(groups)]
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: list[dict], path: Path):
+    """Left: each arm less plain, a point per seed. Right: loss against seconds of one core, by arm and size."""
+    groups = group(results)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    names = list(dict.fromkeys(arm for arms in groups.values() for arm in arms if arm != "plain"))
+    for index, ((size, steps), arms) in enumerate(groups.items()):
+        label = f"{size}, {steps} steps"
+        for row, name in enumerate(names):
+            values = differences(arms[name], arms["plain"]) if name in arms else []
+            height = np.full(len(values), row + 0.18 * (index - (len(groups) - 1) / 2))
+            left.plot(values, height, "o", color=f"C{index}", label=label, ms=5)
+            label = None
+    left.axvline(0, color="0.5", lw=1)
+    left.set_yticks(range(len(names)), names)
+    left.invert_yaxis()
+    left.set_xlabel("held-out loss less that of plain, same seed (nats/token)")
+    left.legend(fontsize=8)
+    for index, name in enumerate(["plain", *names]):
+        points = [
+            np.mean([(r["core_seconds"], r["held_out_loss"]) for r in arms[name].values()], axis=0)
+            for arms in groups.values()
+            if name in arms
+        ]
+        style = {"color": f"C{index % 10}", "marker": "os^"[index // 10 % 3]}
+        right.plot(*np.array(points).T, label=name, **style)
+    right.set_xscale("log")
+    right.set_xlabel("seconds of one core, training only")
+    right.set_ylabel("held-out loss (nats/token), mean over seeds")
+    right.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl", help="JSON lines of finished runs")
+    parser.add_argument("--out", type=Path, help="Markdown file; default: standard output")
+    parser.add_argument("--figure", type=Path, help="PNG file")
+    options = parser.parse_args()
+    results = read_results(options.results)
+    if not results:
+        parser.error(f"--results {options.results} holds no finished run; make some with benchmarks.study.train.")
+    if options.figure:
+        draw(results, options.figure)
+    if options.out:
+        options.out.write_text(report(results), encoding="utf-8")
+    else:
+        print(report(results), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Trains the runs of a grid that have no result yet, and appends one JSON line for each that finishes.
+
+    python -m benchmarks.study.train --minutes 60 --processes 2
+
+One thread per process: operations this small gain nothing from more. Every arm sees the same batches in the same order
+for the same seed, with the learning rate that is best for the plain arm of its size. The held-out text is read once,
+at the end of a run; sweeps are judged on validation text and never read it.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from transformers import LlamaConfig, get_scheduler
+
+from attnres import AttnResConfig, AttnResForCausalLM
+
+from .corpus import cache_folder
+
+HERE = Path(__file__).parent
+KEY = ("size", "arm", "seed", "steps", "sweep")
+
+
+def key(run: dict) -> tuple:
+    """What a run is known by; a run outside a sweep has the learning rate that its sweep gave."""
+    return tuple(run[name] for name in KEY) + ((run["learning_rate"],) if run["sweep"] else ())
+
+
+def expand(grid: dict) -> list[dict]:
+    """The runs of a grid in order; `learning_rate` is `None` where a sweep has to say."""
+    runs = []
+    for stage in grid["stages"]:
+        for size in stage["sizes"]:
+            for budget in stage.get("budgets", [1]):  # multiples of the size's own
+                steps = round(budget * grid["sizes"][size]["steps"])
+                for seed in stage["seeds"]:
+                    for arm in stage["arms"]:
+                        for rate in stage.get("learning_rates", [None]):
+                            run = {"size": size, "arm": arm, "seed": seed, "steps": steps}
+                            runs.append(run | {"sweep": rate is not None, "learning_rate": rate})
+    return runs
+
+
+def tuned_rate(size: str, runs: list[dict], results: list[dict]) -> float | None:
+    """The learning rate of the plain arm's lowest validation loss at a size; `None` until its sweep is complete."""
+    wanted = {key(run) for run in runs if run["sweep"] and run["size"] == size}
+    found = [result for result in results if result["sweep"] and key(result) in wanted]
+    if not wanted or len(found) < len(wanted):
+        return None
+    return min(found, key=lambda result: result["curve"][-1]["validation_loss"])["learning_rate"]
+
+
+def build_model(grid: dict, size: dict, arm: dict, vocabulary: int) -> AttnResForCausalLM:
+    arm, width = dict(arm), size["hidden"]
+    backbone = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=ceil(8 * width / 3 / 16) * 16,
+        num_hidden_layers=arm.pop("layers", size["layers"]),
+        num_attention_heads=width // 16,
+        num_key_value_heads=width // 16,
+        max_position_embeddings=grid["sequence_length"],
+        initializer_range=grid["initializer_range"],
+        tie_word_embeddings=True,
+    )
+    options = {"depth_implementation": grid["depth_implementation"], **arm}
+    return AttnResForCausalLM(AttnResConfig(backbone_config=backbone, **options))
+
+
+def parameter_groups(model: torch.nn.Module, decay: float) -> list[dict]:
+    """Weight decay on matrices of the backbone only, not on norms nor on the mixing over depth."""
+    decayed = [p for name, p in model.named_parameters() if p.ndim > 1 and "norm" not in name]
+    kept = [p for name, p in model.named_parameters() if not (p.ndim > 1 and "norm" not in name)]
+    return [{"params": decayed, "weight_decay": decay}, {"params": kept, "weight_decay": 0.0}]
+
+
+@torch.no_grad()
+def evaluate(model, tokens: np.ndarray, count: int, length: int, batch: int) -> tuple[float, np.ndarray]:
+    """Loss in nats per token over `count` sequences spread evenly over a split, and the tokens it predicts."""
+    starts = np.linspace(0, len(tokens) - length - 1, count).astype(int)
+    rows = torch.from_numpy(np.stack([tokens[start : start + length] for start in starts]).astype(np.int64))
+    model.eval()
+    total = sum(
+        model(input_ids=part, labels=part, use_cache=False).loss.item() * len(part) for part in rows.split(batch)
+    )
+    model.train()
+    return total / len(rows), rows[:, 1:].numpy()
+
+
+def train(run: dict, grid: dict, corpus: str) -> dict:
+    """Trains one run; what it returns is its line of results."""
+    torch.set_num_threads(1)
+    torch.manual_seed(run["seed"])
+    folder, length, batch, steps = Path(corpus), grid["sequence_length"], grid["batch_size"], run["steps"]
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    text = {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in ("train", "validation")}
+    size = grid["sizes"][run["size"]]
+    model = build_model(grid, size, grid["arms"][run["arm"]], manifest["vocabulary"]).train()
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, grid["weight_decay"]), lr=run["learning_rate"], betas=(0.9, 0.95), fused=True
+    )
+    warmup = max(1, round(grid["warmup"] * steps))
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    starts = np.random.default_rng(run["seed"]).integers(0, len(text["train"]) - length, (steps, batch))
+    evaluate_at = {round(steps * part / grid["evaluations"]) for part in range(1, grid["evaluations"] + 1)}
+    curve, batches, wall, core = [], hashlib.sha256(), 0.0, 0.0
+    for step in range(1, steps + 1):
+        wall_start, core_start = time.perf_counter(), time.process_time()
+        rows = np.stack([text["train"][start : start + length] for start in starts[step - 1]]).astype(np.int64)
+        batches.update(rows.tobytes())
+        rows = torch.from_numpy(rows)
+        model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        wall, core = wall + time.perf_counter() - wall_start, core + time.process_time() - core_start
+        if step in evaluate_at:  # measuring is not training: it is outside both clocks
+            loss, _ = evaluate(model, text["validation"], grid["validation_sequences"], length, batch)
+            curve.append({"step": step, "core_seconds": round(core, 2), "validation_loss": round(loss, 5)})
+    parameters, tokens = sum(p.numel() for p in model.parameters()), steps * batch * length
+    result = run | {
+        "hidden": size["hidden"],
+        "layers": model.config.num_hidden_layers,
+        "parameters": parameters,
+        "tokens": tokens,
+        "flops": 6 * parameters * tokens,
+        "wall_seconds": round(wall, 2),
+        "core_seconds": round(core, 2),
+        "tokens_per_second": round(tokens / wall),
+        "curve": curve,
+        "batches": batches.hexdigest()[:16],
+        "corpus": manifest["sha256"][:16],
+        "depth_implementation": grid["depth_implementation"],
+        "torch": torch.__version__,
+    }
+    if not run["sweep"]:
+        held_out = np.load(folder / "held_out.npy", mmap_mode="r")
+        loss, targets = evaluate(model, held_out, grid["held_out_sequences"], length, batch)
+        read = np.load(folder / "token_bytes.npy")[targets].sum()
+        result |= {"held_out_loss": loss, "bits_per_byte": loss * targets.size / read / np.log(2).item()}
+        result["bits_per_byte"] = float(result["bits_per_byte"])
+    return result
+
+
+def read_results(path: Path) -> list[dict]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line]
+
+
+def study(grid: dict, results_path: Path, corpus: Path, processes: int, minutes: float):
+    """Trains what is missing, in order, until nothing is left or no run may start any more."""
+    runs, results, stop = expand(grid), read_results(results_path), time.monotonic() + 60 * minutes
+    done = {key(result) for result in results}
+    waiting = [run for run in runs if key(run) not in done]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        running = set()
+        while running or waiting:
+            for run in list(waiting):
+                if len(running) >= processes or time.monotonic() > stop:
+                    break
+                rate = run["learning_rate"] or tuned_rate(run["size"], runs, results)
+                if rate is not None:
+                    waiting.remove(run)
+                    running.add(pool.submit(train, run | {"learning_rate": rate}, grid, str(corpus)))
+            if not running:
+                break
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                results.append(future.result())
+                with results_path.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps(results[-1]) + "\n")
+                last = results[-1]
+                score = last.get("held_out_loss", last["curve"][-1]["validation_loss"])
+                print(*key(last), f"loss {score:.4f}, {last['wall_seconds']} s", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--grid", type=Path, default=HERE / "grid.yaml", help="the runs")
+    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl", help="JSON lines, appended to")
+    parser.add_argument(
+        "--corpus", type=Path, default=cache_folder() / "corpus", help="made by benchmarks.study.corpus"
+    )
+    parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count(), help="of one thread each")
+    parser.add_argument("--minutes", type=float, default=1e9, help="after which no run is started")
+    options = parser.parse_args()
+    if not (options.corpus / "manifest.json").is_file():
+        parser.error(f"--corpus {options.corpus} holds no corpus; make it with `python -m benchmarks.study.corpus`.")
+    grid = yaml.safe_load(options.grid.read_text(encoding="utf-8"))
+    study(grid, options.results, options.corpus, options.processes, options.minutes)
+
+
+if __name__ == "__main__":
+    main()
