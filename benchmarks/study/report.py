@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
+import matplotlib.ticker
 import numpy as np
 
 from .train import HERE, read_results
@@ -175,6 +176,9 @@ def draw(results: list[dict], path: Path):
         style = {"color": f"C{index % 10}", "marker": "os^"[index // 10 % 3]}
         right.plot(*np.array(points).T, label=name, **style)
     right.set_xscale("log")
+    right.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    right.xaxis.set_major_formatter("{x:g}")
+    right.xaxis.set_minor_formatter("")
     right.set_xlabel("seconds of one core, training only")
     right.set_ylabel("held-out loss (nats/token), mean over seeds")
     right.legend(fontsize=7)
