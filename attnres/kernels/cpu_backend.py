@@ -13,6 +13,8 @@ from struct import Struct
 
 import torch
 
+from .self_check import compare
+
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -131,41 +133,8 @@ def problem(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in DTYPES:
         return f"the CPU kernels take {', '.join(map(str, DTYPES))}, not {dtype}"
     try:
-        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller computes without gradients
-            return _compare(dtype)
+        return compare(forward, backward, device, dtype)
     except ImportError as error:
         return f"mixing on the CPU is slower than it could be ({' '.join(str(error).split())}); pip install numba"
     except Exception as error:  # whatever a compiler raises
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def _compare(dtype: torch.dtype) -> str | None:
-    generator = torch.Generator("cpu").manual_seed(0)
-    n, size, rows, eps, offset, norm_eps, scale = 6, 131, (1, 3), 1e-5, 1.0, 1e-6, 2.0
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
-
-    sources, query, gain = random(n, *rows, size).to(dtype), random(size).float() / 8, random(size).to(dtype)
-    sides = random(*rows, size).to(dtype), random(*rows, n).float()
-
-    *exact, q, g = (tensor.double().requires_grad_() for tensor in (*sources, query, gain))
-    values = torch.stack(exact, dim=2)
-    weights = torch.softmax((values * q).sum(-1) * torch.rsqrt(values.square().mean(-1) + eps), dim=-1)
-    mixture = scale * (weights.unsqueeze(-1) * values).sum(2)
-    output = (g + offset) * mixture * torch.rsqrt(mixture.square().mean(-1, keepdim=True) + norm_eps)
-    of_exact = torch.autograd.grad((output, weights), (*exact, q, g), [side.double() for side in sides])
-
-    norm = gain, offset, norm_eps, scale
-    found = forward(list(sources), query, eps, *norm)
-    of_sources, of_query, of_gain = backward(*sides, list(sources), query, eps, found[1], *norm, [True] * n)
-    names = ["output", "weights", *(f"gradient of source {i}" for i in range(n))]
-    names += ["gradient of the query", "gradient of the norm weight"]
-    for name, value, truth in zip(
-        names, (*found, *of_sources, of_query, of_gain), (output, weights, *of_exact), strict=True
-    ):
-        error = ((value.double() - truth).abs().max() / truth.abs().max()).item()
-        tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-        if not error < tolerance:
-            return f"{name} in {dtype} is off by {error:.1e} of its largest value (tolerance {tolerance})"
-    return None

@@ -12,6 +12,7 @@ import functools
 import torch
 import triton
 
+from .self_check import compare
 from .triton_kernels import add_sources, mix_backward, mix_forward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -128,40 +129,6 @@ def problem(device: torch.device, dtype: torch.dtype) -> str | None:
     if not INTERPRETED and device.type not in DEVICES:
         return f"the Triton kernels run on {' or '.join(DEVICES)}, not on {device.type}"
     try:
-        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller computes without gradients
-            return _compare(device, dtype)
+        return compare(forward, backward, device, dtype)
     except Exception as error:  # whatever a driver or a compiler raises
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def _compare(device, dtype):
-    generator = torch.Generator("cpu").manual_seed(0)
-    n, size, rows, eps, offset, norm_eps, scale = 3, 1031, (1, 3), 1e-5, 1.0, 1e-6, 2.0
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float64)
-
-    sources, query, gain = random(n, *rows, size).to(dtype), random(size).float() / 8, random(size).to(dtype)
-    sides = random(*rows, size).to(dtype), random(*rows, n).float()
-
-    *exact, q, g = (tensor.double().requires_grad_() for tensor in (*sources, query, gain))
-    logits = [(q * v).sum(-1) * torch.rsqrt(v.square().mean(-1) + eps) for v in exact]
-    weights = torch.softmax(torch.stack(logits, dim=-1), dim=-1)
-    mixture = scale * sum(w.unsqueeze(-1) * v for w, v in zip(weights.unbind(-1), exact, strict=True))
-    output = (g + offset) * mixture * torch.rsqrt(mixture.square().mean(-1, keepdim=True) + norm_eps)
-    of_gradients = torch.autograd.grad((output, weights), (*exact, q, g), [side.double() for side in sides])
-
-    sources, query, gain = [source.to(device) for source in sources], query.to(device), gain.to(device)
-    norm = gain, offset, norm_eps, scale
-    found = forward(sources, query, eps, *norm)
-    sides = [side.to(device) for side in sides]
-    of_sources, of_query, of_gain = backward(*sides, sources, query, eps, found[1], *norm, [True] * n)
-    names = ["output", "weights", *(f"gradient of source {i}" for i in range(n))]
-    names += ["gradient of the query", "gradient of the norm weight"]
-    found, expected = (*found, *of_sources, of_query, of_gain), (output, weights, *of_gradients)
-    for name, value, truth in zip(names, found, expected, strict=True):
-        error = ((value.cpu().double() - truth).abs().max() / truth.abs().max()).item()
-        tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-        if not error < tolerance:
-            return f"{name} in {dtype} is off by {error:.1e} of its largest value (tolerance {tolerance})"
-    return None

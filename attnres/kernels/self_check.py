@@ -1,0 +1,50 @@
+"""Compares a back end of `attnres::mix` with the formula in float64, once per process, device and dtype."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+
+
+def compare(forward: Callable, backward: Callable, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Which result on small random sources is off, in one line; `None` where all are right.
+
+    Runs on a thread of its own: what the caller's thread has switched on (inference mode, autocast, a default device,
+    a recorder of operations, activation checkpointing's saved-tensor hooks) neither changes the check nor sees it.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_compare, forward, backward, device, dtype).result()
+
+
+def _compare(forward, backward, device, dtype):
+    generator = torch.Generator("cpu").manual_seed(0)
+    n, size, rows, eps, offset, norm_eps, scale = 6, 1031, (1, 3), 1e-5, 1.0, 1e-6, 2.0
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+
+    sources, query, gain = random(n, *rows, size).to(dtype), random(size).float() / 8, random(size).to(dtype)
+    sides = random(*rows, size).to(dtype), random(*rows, n).float()
+
+    *exact, q, g = (tensor.double().requires_grad_() for tensor in (*sources, query, gain))
+    values = torch.stack(exact, dim=2)
+    weights = torch.softmax((values * q).sum(-1) * torch.rsqrt(values.square().mean(-1) + eps), dim=-1)
+    mixture = scale * (weights.unsqueeze(-1) * values).sum(2)
+    output = (g + offset) * mixture * torch.rsqrt(mixture.square().mean(-1, keepdim=True) + norm_eps)
+    of_exact = torch.autograd.grad((output, weights), (*exact, q, g), [side.double() for side in sides])
+
+    sources, query, gain = [source.to(device) for source in sources], query.to(device), gain.to(device)
+    norm = gain, offset, norm_eps, scale
+    found = forward(sources, query, eps, *norm)
+    sides = [side.to(device) for side in sides]
+    of_sources, of_query, of_gain = backward(*sides, sources, query, eps, found[1], *norm, [True] * n)
+    names = ["output", "weights", *(f"gradient of source {i}" for i in range(n))]
+    names += ["gradient of the query", "gradient of the norm weight"]
+    found, exact = (*found, *of_sources, of_query, of_gain), (output, weights, *of_exact)
+    for name, value, truth in zip(names, found, exact, strict=True):
+        error = ((value.cpu().double() - truth).abs().max() / truth.abs().max()).item()
+        if not error < TOLERANCES[dtype]:
+            return f"{name} in {dtype} is off by {error:.1e} of its largest value (tolerance {TOLERANCES[dtype]})"
+    return None
