@@ -35,14 +35,18 @@ def fused_backend(implementation: str, source: torch.Tensor) -> str | None:
     "auto" takes the operator wherever it runs. On CPUs compilers get the formula, which they fuse themselves. "triton"
     warns once where it cannot run.
     """
-    if implementation == "eager" or (source.device.type == "cpu" and implementation == "auto" and _is_compiling()):
+    if implementation == "eager":
         return None
-    if not _is_compiling():
+    device = source.device
+    if _is_compiling():
+        if device.type == "cpu" and implementation == "auto":
+            return None
+    else:  # asked for every token
         if in_function_transform():
             return None
         if implementation == "triton" and is_fake(source) and _abi_problem() is None:
             return "triton"  # whatever the device at hand
-    return _backend(implementation, source.device.type, source.device.index, source.dtype)
+    return _backend(implementation, device.type, device.index, source.dtype)
 
 
 def _is_compiling() -> bool:
@@ -111,7 +115,7 @@ def fused_mixture(
     """
     weight, offset, norm_eps = norm or (None, 0.0, 0.0)
     arguments = (list(sources), query, eps, weight, offset, norm_eps, scale)
-    if backend == "cpu" and not torch.is_grad_enabled() and not _is_compiling() and not in_dispatch_mode():
+    if backend == "cpu" and not torch.is_grad_enabled() and not in_dispatch_mode():
         # While a token is decoded, the way through torch's dispatcher takes longer than the kernel.
         return _cpu_forward()(*arguments)
     return torch.ops.attnres.mix(*arguments, backend)

@@ -173,6 +173,7 @@ class DepthState:
         self.mixing = mixing
         self.sources = tuple(sources)
         self.partial = partial
+        self._backend: str | None | bool = False  # of the fused operator; False: not asked for yet
         self._block: int | None = None  # of the last decoder layer
         self._maps: tuple[torch.Tensor, torch.Tensor] | None = None  # of several streams, for the next output
 
@@ -211,8 +212,8 @@ class DepthState:
         if variant.mixture is not None:
             mixture, weights = variant.mixture(sources, query.query, query.extra, mixing.eps)
             mixture = mixture * scale
-        elif backend := fused_backend(mixing.implementation, first):
-            return fused_mixture(backend, sources, query.query, mixing.eps, norm, scale)
+        elif self._fused_backend():
+            return fused_mixture(self._backend, sources, query.query, mixing.eps, norm, scale)
         else:
             mixture, weights = attention_residual(sources, query.query, mixing.eps, scale)
         return mixture.to(first.dtype), weights
@@ -229,7 +230,12 @@ class DepthState:
         source = self.sources[0]
         if mixing.scale_norm_eps and source.dtype == torch.float32 and source.shape[1] > 1:
             return False
-        return fused_backend(mixing.implementation, source) is not None
+        return self._fused_backend() is not None
+
+    def _fused_backend(self) -> str | None:
+        if self._backend is False:
+            self._backend = fused_backend(self.mixing.implementation, self.all[0])
+        return self._backend
 
     def add(self, output: torch.Tensor):
         """Adds the output of a sublayer `[B, T, D]`: to the partial sum, or in "full" mode as a source."""
@@ -285,8 +291,8 @@ class DepthState:
                 "an AttnResDecoderLayer, or a wrapper around one, can take the place of one."
             )
         device = tensors[-1].device
-        if any(source.device != device for source in self.sources):  # layers may be spread over several
-            self.sources = tuple(source.to(device) for source in self.sources)
+        if self.sources and self.sources[0].device != device:  # layers may be spread over several
+            self.sources, self._backend = tuple(source.to(device) for source in self.sources), False
         if expected == 2:
             self.sources = (*self.sources, *tensors)
         else:

@@ -523,9 +523,12 @@ class AttnResModel(AttnResPreTrainedModel):
             position_ids = position_ids.unsqueeze(0)
 
         layers = self.layers[: self.config.num_hidden_layers]
-        indices = [_index_of(layer, place) for place, layer in enumerate(layers)]
-        kinds = [layer_type(backbone, index) for index in range(max(indices, default=-1) + 1)]
-        layer_types = sorted({kinds[index] for index in indices})
+        indices, kinds = [], {}
+        for place, layer in enumerate(layers):
+            own = _own_layer(layer)  # made for a place of its own: layers before it may have been dropped
+            indices.append(place if own is None else own.layer_idx)
+            kinds[indices[-1]] = layer_type(backbone, place) if own is None else own.layer_type
+        layer_types = sorted(set(kinds.values()))
         masks = create_masks(
             backbone,
             layer_types,
@@ -582,10 +585,11 @@ class AttnResModel(AttnResPreTrainedModel):
         return mixture if norm is not None else self.norm(self.mixed_output(mixture))
 
 
-def _index_of(layer: nn.Module, place: int) -> int:
-    """The index that a decoder layer was made for, also within a wrapper: layers before it may have been dropped."""
-    own = (module.layer_idx for module in layer.modules() if isinstance(module, AttnResDecoderLayer))
-    return next(own, place)
+def _own_layer(layer: nn.Module) -> AttnResDecoderLayer | None:
+    """A decoder layer, or the one within a wrapper."""
+    if isinstance(layer, AttnResDecoderLayer):
+        return layer
+    return next((module for module in layer.modules() if isinstance(module, AttnResDecoderLayer)), None)
 
 
 def _keep(hidden_states: torch.Tensor, positions: int | torch.Tensor) -> torch.Tensor:
