@@ -185,7 +185,11 @@ class DepthState:
     @property
     def dtype(self) -> torch.dtype:
         """Of all sources: that of the embedding."""
-        return self.all[0].dtype
+        return self._first.dtype
+
+    @property
+    def _first(self) -> torch.Tensor:
+        return self.sources[0] if self.sources else self.partial
 
     def read(self, query: PseudoQuery | None, norm: Norm | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the next sublayer, or the output, attends to.
@@ -234,7 +238,7 @@ class DepthState:
 
     def _fused_backend(self) -> str | None:
         if self._backend is False:
-            self._backend = fused_backend(self.mixing.implementation, self.all[0])
+            self._backend = fused_backend(self.mixing.implementation, self._first)
         return self._backend
 
     def add(self, output: torch.Tensor):
@@ -283,7 +287,7 @@ class DepthState:
     def _take(self, new: torch.Tensor | tuple[torch.Tensor, ...], layer: int):
         expected = 2 if self.mixing.layers_per_block == 0 else 1
         tensors = (new,) if isinstance(new, torch.Tensor) else new
-        shape = self.all[0].shape
+        shape = self._first.shape
         if not isinstance(tensors, tuple) or len(tensors) != expected or any(each.shape != shape for each in tensors):
             raise TypeError(
                 f"layers.{layer} must return {'the outputs of its attention and MLP' if expected == 2 else 'one sum'}, "
