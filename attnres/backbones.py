@@ -216,12 +216,17 @@ def scale_logits(config: PreTrainedConfig, logits: torch.Tensor) -> torch.Tensor
 
 def layer_type(config: PreTrainedConfig, layer_idx: int) -> str:
     """`full_attention`, `sliding_attention` or `linear_attention`."""
+    return types_of_layers(config, [layer_idx])[layer_idx]
+
+
+def types_of_layers(config: PreTrainedConfig, indices: Iterable[int]) -> dict[int, str]:
+    """`layer_type` of several decoder layers. Reads the configuration once: that is slow, and done for every token."""
     masks = get_family(config).masks
     if masks == BY_LAYER_TYPE:
-        return config.layer_types[layer_idx]
-    if masks == SLIDING_IF_SET and getattr(config, "sliding_window", None) is not None:
-        return "sliding_attention"
-    return "full_attention"
+        every = config.layer_types
+        return {index: every[index] for index in indices}
+    sliding = masks == SLIDING_IF_SET and getattr(config, "sliding_window", None) is not None
+    return dict.fromkeys(indices, "sliding_attention" if sliding else "full_attention")
 
 
 def create_masks(config: PreTrainedConfig, layer_types: Iterable[str], attention_mask, **mask_inputs) -> dict:

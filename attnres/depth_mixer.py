@@ -173,7 +173,7 @@ class DepthState:
         self.mixing = mixing
         self.sources = tuple(sources)
         self.partial = partial
-        self._backend: str | None | bool = False  # of the fused operator; False: not asked for yet
+        self._backend: str | bool | None = False  # of the fused operator; False: not asked for yet
         self._block: int | None = None  # of the last decoder layer
         self._maps: tuple[torch.Tensor, torch.Tensor] | None = None  # of several streams, for the next output
 

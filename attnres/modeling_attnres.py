@@ -9,6 +9,7 @@ import copy
 import os
 import threading
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -36,10 +37,10 @@ from .backbones import (
     create_masks,
     get_family,
     init_weights,
-    layer_type,
     load_balancing_loss,
     rotary_inputs,
     scale_logits,
+    types_of_layers,
 )
 from .checkpoint_names import names_in_memory, weight_conversions
 from .configuration_attnres import DEPTH_OPTIONS, AttnResConfig
@@ -199,7 +200,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
         mixer, layers = base.depth_mixer, base.layers
         if mixer is None or len(layers) == self.config.num_hidden_layers == len(mixer.mlp_norm.weight):
             return None
-        indices = [_index_of(layer, place) for place, layer in enumerate(layers)]
+        indices = _indices(layers)
         if indices != list(range(self.config.num_hidden_layers)) or mixer.variant_norm is not None:
             raise ValueError(
                 f"num_hidden_layers={self.config.num_hidden_layers}, but the model has the decoder layers {indices}: "
@@ -523,11 +524,8 @@ class AttnResModel(AttnResPreTrainedModel):
             position_ids = position_ids.unsqueeze(0)
 
         layers = self.layers[: self.config.num_hidden_layers]
-        indices, kinds = [], {}
-        for place, layer in enumerate(layers):
-            own = _own_layer(layer)  # made for a place of its own: layers before it may have been dropped
-            indices.append(place if own is None else own.layer_idx)
-            kinds[indices[-1]] = layer_type(backbone, place) if own is None else own.layer_type
+        indices = _indices(layers)
+        kinds = types_of_layers(backbone, indices)
         layer_types = sorted(set(kinds.values()))
         masks = create_masks(
             backbone,
@@ -585,11 +583,16 @@ class AttnResModel(AttnResPreTrainedModel):
         return mixture if norm is not None else self.norm(self.mixed_output(mixture))
 
 
-def _own_layer(layer: nn.Module) -> AttnResDecoderLayer | None:
-    """A decoder layer, or the one within a wrapper."""
-    if isinstance(layer, AttnResDecoderLayer):
-        return layer
-    return next((module for module in layer.modules() if isinstance(module, AttnResDecoderLayer)), None)
+def _indices(layers: Iterable[nn.Module]) -> list[int]:
+    """The places that decoder layers, or those within wrappers, were made for: some in between may have been dropped."""
+
+    def index(place: int, layer: nn.Module) -> int:
+        if isinstance(layer, AttnResDecoderLayer):
+            return layer.layer_idx
+        own = (module.layer_idx for module in layer.modules() if isinstance(module, AttnResDecoderLayer))
+        return next(own, place)
+
+    return [index(place, layer) for place, layer in enumerate(layers)]
 
 
 def _keep(hidden_states: torch.Tensor, positions: int | torch.Tensor) -> torch.Tensor:
