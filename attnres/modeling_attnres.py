@@ -584,7 +584,7 @@ class AttnResModel(AttnResPreTrainedModel):
 
 
 def _indices(layers: Iterable[nn.Module]) -> list[int]:
-    """The places that decoder layers, or those within wrappers, were made for: some in between may have been dropped."""
+    """The places that decoder layers, or those in wrappers, were made for: some in between may have been dropped."""
 
     def index(place: int, layer: nn.Module) -> int:
         if isinstance(layer, AttnResDecoderLayer):
