@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -695,19 +695,42 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         )
 
 
-AutoModel.register(AttnResConfig, AttnResModel, exist_ok=True)  # where transformers' heads find their base
-
-
 class AttnResForSequenceClassification(GenericForSequenceClassification, AttnResPreTrainedModel):
     """A label, a score or a reward of a text, from its last token: `score`, a linear layer of `num_labels`."""
+
+    def __init__(self, config: AttnResConfig):
+        _start_head(self, config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
 
 
 class AttnResForTokenClassification(GenericForTokenClassification, AttnResPreTrainedModel):
     """A label for every token: `score`, a linear layer of `num_labels`."""
 
+    def __init__(self, config: AttnResConfig):
+        _start_head(self, config)
+        dropout = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
+        self.dropout = nn.Dropout(next((rate for rate in dropout if rate is not None), 0.1))
+        bias = getattr(config, "token_classification_bias", True)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=bias)
+        self.post_init()
+
 
 class AttnResForQuestionAnswering(GenericForQuestionAnswering, AttnResPreTrainedModel):
     """Start and end of an answer in a text: `qa_outputs`, a linear layer of 2."""
+
+    def __init__(self, config: AttnResConfig):
+        _start_head(self, config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
+def _start_head(model: AttnResPreTrainedModel, config: AttnResConfig):
+    """Instead of the constructors of transformers' heads: those get the base from `AutoModel`, which would ask to trust
+    the code of a folder once more and load it as another module."""
+    AttnResPreTrainedModel.__init__(model, config)
+    model.num_labels = config.num_labels
+    model.model = AttnResModel(config)
 
 
 __all__ = [

@@ -1,6 +1,9 @@
 """Heads for other tasks, and checkpoints of one task loaded for another, as transformers does it for the backbone."""
 
 import logging
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -90,3 +93,37 @@ def test_a_checkpoint_without_backbone_tensors_stays_an_error(tmp_path):
         with pytest.raises(ValueError, match=r"missing model\.layers\.2\.mlp\.up_proj\.weight"):
             auto_class.from_pretrained(tmp_path)
     assert AttnResForCausalLM.from_pretrained(tmp_path, strict=False)
+
+
+REMOTE_HEADS = """
+    import sys
+    sys.modules["attnres"] = None  # as where the package is not installed
+    import torch
+    import transformers
+    folder = sys.argv[1]
+    for name, expected in torch.load(folder + "/expected.pt", weights_only=True).items():
+        auto_class = getattr(transformers, name)
+        model = auto_class.from_pretrained(folder + "/" + name, trust_remote_code=True)
+        with torch.no_grad():
+            assert torch.equal(model(expected["tokens"])[0], expected["output"]), name
+        model.save_pretrained(folder + "/again")
+        again = auto_class.from_pretrained(folder + "/again", trust_remote_code=True)
+        assert type(again).__name__ == type(model).__name__
+"""
+
+
+def test_every_head_loads_as_remote_code_where_the_package_is_not_installed(tmp_path):
+    random_attnres("qwen3_moe").save_pretrained(tmp_path / "lm")
+    tokens, expected = random_tokens(2, 7), {}
+    for auto_class in HEADS:
+        model = auto_class.from_pretrained(tmp_path / "lm").eval()
+        model.save_pretrained(tmp_path / auto_class.__name__)
+        model.set_depth_implementation("eager")  # the kernels come with the package
+        with torch.no_grad():
+            expected[auto_class.__name__] = {"tokens": tokens, "output": model(tokens)[0]}
+    torch.save(expected, tmp_path / "expected.pt")
+    (tmp_path / "script.py").write_text(textwrap.dedent(REMOTE_HEADS))
+    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-I", tmp_path / "script.py", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
