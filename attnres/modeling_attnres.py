@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -26,7 +26,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -58,6 +58,8 @@ from .depth_variants import VARIANTS
 
 # Held while converters are registered and while a model is loaded by them.
 _CONVERSIONS = threading.RLock()
+
+logger = logging.get_logger(__name__)
 
 # What a family's class says of itself; an AttnRes model of that family says the same.
 _FAMILY_TRAITS = (
@@ -256,17 +258,21 @@ class AttnResPreTrainedModel(PreTrainedModel):
         """The lossless conversion of a PreNorm model: with zero pseudo-queries it computes what the model computed.
 
         Args:
-            model_or_path: a transformers model in memory, of a supported family and with the same head as this class
-                (its weights are copied, the model is left alone); or a local folder or hub id with such a checkpoint.
+            model_or_path: a transformers model in memory, of a supported family (its weights are copied, the model is
+                left alone; a head that it does not have is new, with transformers' warning); or a local folder or hub
+                id with such a checkpoint.
             kwargs: depth options (`residual_mode`, `layers_per_block`, `num_blocks`) and, with a path, anything that
-                `from_pretrained` takes.
+                `from_pretrained` takes, `gguf_file` included.
 
         Raises:
-            ValueError: the family is not supported, or the model is an AttnRes model already.
+            ValueError: the family is not supported, the model is an AttnRes model already, or its weights are packed
+                by a quantisation.
         """
         if hasattr(model_or_path, "merge_and_unload"):
             raise ValueError("from_backbone needs the model itself: call merge_and_unload() on the PEFT model first.")
         if not isinstance(model_or_path, PreTrainedModel):
+            if kwargs.get("gguf_file") is not None:
+                return cls._from_gguf(model_or_path, **kwargs)
             stored = cls._stored_config(model_or_path, kwargs)
             if stored.get("model_type") == AttnResConfig.model_type:
                 raise ValueError(f"{model_or_path} is an AttnRes checkpoint already; load it with from_pretrained.")
@@ -278,11 +284,21 @@ class AttnResPreTrainedModel(PreTrainedModel):
                 "from_backbone needs a model that is whole on its device, got one that is sharded: "
                 "load its checkpoint by AttnResForCausalLM.from_pretrained with the same distributed_config."
             )
+        packed = next((name for name, each in source.named_parameters() if not each.is_floating_point()), None)
+        if packed is not None:
+            raise ValueError(
+                f"from_backbone copies floating-point weights, but {packed} is {source.get_parameter(packed).dtype}: "
+                f"this {type(source).__name__} is quantised. Convert its checkpoint, with the same quantization_config "
+                f"as an argument of {cls.__name__}.from_backbone, or dequantize() the model first."
+            )
         config = AttnResConfig.from_backbone(source.config, **kwargs)
         _warn_if_lossy(config)
         with init.no_init_weights():
             model = cls(config)
-        state = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
+        if model.base_model is model:
+            source = source.base_model
+        prefix = f"{cls.base_model_prefix}." if source.base_model is source and model.base_model is not model else ""
+        state = {prefix + name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
         mixer = model.base_model.depth_mixer
         if mixer is not None:
             fresh = DepthMixer(len(mixer.mlp_norm.weight), mixer.mlp_norm.weight.shape[-1], mixer.variant)
@@ -290,17 +306,42 @@ class AttnResPreTrainedModel(PreTrainedModel):
                 state[_depth_name(model, name)] = value
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
         missing = set(missing) - set(model.all_tied_weights_keys)
-        if missing or unexpected:
+        new_head = {name for name in missing if name.startswith(HEADS)}
+        unexpected = [name for name in unexpected if not (new_head and name.startswith(HEADS))]
+        if missing - new_head or unexpected:
             raise ValueError(
                 f"{type(source).__name__} does not have the tensors of {cls.__name__}: "
                 f"missing {_some(missing)}, unexpected {_some(unexpected)}."
             )
+        if new_head:
+            logger.warning(
+                f"{type(source).__name__} has no {', '.join(sorted(new_head))}: newly initialized. "
+                "You should probably train this model on a downstream task before you use it."
+            )
+            for head in {name.rpartition(".")[0] for name in new_head}:
+                model._init_weights(model.get_submodule(head).to(source.dtype))
         model.tie_weights()
         model.to(source.device)
         if model.can_generate() and source.can_generate():
             model.generation_config = copy.deepcopy(source.generation_config)
         model.name_or_path = source.name_or_path
         return model.train(source.training)
+
+    @classmethod
+    def _from_gguf(cls, folder, output_loading_info: bool = False, **kwargs):
+        """transformers reads GGUF by the family's own names: the plain model, which is then converted in memory."""
+        if not issubclass(cls, GenerationMixin):
+            raise ValueError(f"gguf_file={kwargs['gguf_file']} holds a language model: load it by AttnResForCausalLM.")
+        options = {name: kwargs.pop(name) for name in DEPTH_OPTIONS if name in kwargs}
+        if isinstance(kwargs.get("config"), AttnResConfig):
+            kwargs["config"] = kwargs["config"].backbone_config
+        plain, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
+        # The weights have been unpacked; a model that claims to be quantised cannot be saved.
+        plain.hf_quantizer, plain.is_quantized = None, False
+        if hasattr(plain.config, "quantization_config"):
+            del plain.config.quantization_config
+        model = cls.from_backbone(plain, **options)
+        return (model, info) if output_loading_info else model
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, *mesh):
@@ -327,6 +368,8 @@ class AttnResPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the tensors do not match, see `strict`.
         """
+        if kwargs.get("gguf_file") is not None:
+            return cls._from_gguf(pretrained_model_name_or_path, *args, **kwargs)
         with_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)  # a pickle can run code
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
