@@ -252,7 +252,10 @@ class AttnResConfig(PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """What the file holds."""
         content = {key: value for key, value in super().to_diff_dict().items() if key not in SIZES}
-        auto_map = self.__dict__.get("auto_map")
+        # transformers takes the names from the classes, and FSDP puts its own before those.
+        auto_map = {
+            key: str(place).replace(".FSDP", ".") for key, place in (self.__dict__.get("auto_map") or {}).items()
+        }
         return {**content, **({"auto_map": auto_map} if auto_map else {})}
 
     def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:

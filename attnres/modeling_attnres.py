@@ -173,10 +173,14 @@ class AttnResPreTrainedModel(PreTrainedModel):
         return True  # of the class; whether a model has experts is a trait of its family
 
     def __init_subclass__(cls, **kwargs):
-        """The class that FSDP makes of a model stands for the model's own, whose name and code are what is saved."""
+        """The class that FSDP makes of a model has its code where the model's own class has: that is what is saved."""
         super().__init_subclass__(**kwargs)
         if cls.__bases__[0].__name__ == "FSDPModule":
-            cls.__module__, cls.__name__ = cls.__bases__[1].__module__, cls.__bases__[1].__name__
+            cls.__module__ = cls.__bases__[1].__module__
+
+    def _get_name(self) -> str:
+        """Also of a model that FSDP has wrapped: Trainer shifts labels by this name, or does not."""
+        return super()._get_name().removeprefix("FSDP")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

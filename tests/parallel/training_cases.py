@@ -134,7 +134,9 @@ def train(case: dict, out: Path) -> dict:
     note_scores(score_dtypes)
     if model.depth_mixer is not None:
         model.depth_mixer.register_forward_hook(
-            lambda mixer, _, queries: mixers.append((type(mixer.mlp_norm.query).__name__, list(queries.shape)))
+            lambda mixer, _, queries: mixers.append(
+                (type(mixer.mlp_norm.query).__name__, [len(queries), *queries[0].query.shape])
+            )
         )
     notes = Notes()
     trainer = Trainer(model=model, args=args, train_dataset=Data(), callbacks=[notes])
