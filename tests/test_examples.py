@@ -1,7 +1,9 @@
 """Every script in examples/ does what it says, on a tiny model and a short text."""
 
+import json
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -116,6 +118,34 @@ def test_read_depth_weights_prints_what_every_mixture_takes(material, tmp_path, 
 def test_read_depth_weights_without_paths_says_how_it_is_run(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="python examples/read_depth_weights.py"):
         run("read_depth_weights.py", monkeypatch=monkeypatch, capsys=capsys)
+
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' }}{% if message['role'] == 'assistant' %}{% generation %}"
+    "{{ message['content'] + eos_token }}{% endgeneration %}{% else %}{{ message['content'] + '; ' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's own
+@pytest.mark.parametrize("script", ["sft_trl.py", "dpo_trl.py", "grpo_trl.py"])
+def test_trls_trainers_train_and_save_a_folder_that_loads(script, material, tmp_path, monkeypatch, capsys):
+    question = [{"role": "user", "content": "what is it?"}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("depth", "width")]
+    row = {
+        "sft_trl.py": {"messages": question + answers[0]},
+        "dpo_trl.py": {"prompt": question, "chosen": answers[0], "rejected": answers[1]},
+        "grpo_trl.py": {"prompt": question},
+    }[script]
+    (tmp_path / "data.jsonl").write_text((json.dumps(row) + "\n") * 8)
+    folder = tmp_path / "model"
+    shutil.copytree(material / "attnres", folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    arguments = [folder, tmp_path / "data.jsonl", "--out", tmp_path / "out", "--steps", 2, "--learning-rate", "1e-2"]
+    arguments += ["--new-tokens", 4] if script == "grpo_trl.py" else []
+    printed = run(script, *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert re.search(r"(loss|reward): -?[\d.]+ first, -?[\d.]+ after 2 steps", printed)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").depth_mixer.output_norm.query.any()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -53,11 +53,14 @@ from .training import HalfWay, History, train_arm
 __all__ = ["FULL", "QUICK", "Settings", "backbone_config", "build_plain", "build_scratch", "prepare_data", "run"]
 
 
-def run(out: str | os.PathLike, *, quick: bool = False, overwrite: bool = False, seed: int = 0) -> dict:
+def run(
+    out: str | os.PathLike, *, model: str | None = None, quick: bool = False, overwrite: bool = False, seed: int = 0
+) -> dict:
     """Runs the demo, fills the folder `out` and returns what `results.json` holds. Results are printed on stdout.
 
     Args:
         out: folder to make; it appears, complete, when the demo ends.
+        model: `"smollm2"` shows the same with real weights, which are downloaded; default: trained here.
         quick: a smaller model, and fewer steps, that show the same life in about a minute.
         overwrite: replace a folder that an earlier demo made.
         seed: of the initial weights, of the order of the training text, and of the sampled completions.
@@ -65,6 +68,8 @@ def run(out: str | os.PathLike, *, quick: bool = False, overwrite: bool = False,
     Raises:
         OSError: `out` cannot be used, see `attnres.demo.folder.building`, or there is no standard library to read.
     """
+    if model is not None:
+        return _run_with_weights(Path(out), quick, overwrite, seed)
     settings = replace(QUICK if quick else FULL, seed=seed)
     started = time.perf_counter()
     with building(Path(out), overwrite) as folder, _quiet_transformers(), _few_threads():
@@ -73,6 +78,20 @@ def run(out: str | os.PathLike, *, quick: bool = False, overwrite: bool = False,
         write_tables(results, folder)
         _name_final_place(folder, Path(out))
     print(conclude(results, Path(out)))
+    return results
+
+
+def _run_with_weights(out: Path, quick: bool, overwrite: bool, seed: int) -> dict:
+    from . import smollm2
+
+    started = time.perf_counter()
+    with building(out, overwrite) as folder, _quiet_transformers():
+        results = smollm2.run_in(folder, smollm2.settings_for(quick, seed), smollm2.weights_folder())
+        results |= {"versions": versions(), "seconds": round(time.perf_counter() - started, 1)}
+        shutil.rmtree(folder / "trainer", ignore_errors=True)
+        smollm2.write(results, folder)
+        _name_final_place(folder, out)
+    print(f"\n{smollm2.table(results)}\n\nfolder: {out}; depth weights: depth-weights.png; Hub folder: card")
     return results
 
 
