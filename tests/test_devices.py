@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accelerate import dispatch_model, infer_auto_device_map
+from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights, load_checkpoint_and_dispatch
 from accelerate.utils import send_to_device
 from helpers import random_attnres, random_tokens, relative_error
 
@@ -170,3 +170,22 @@ def test_a_model_split_between_all_gpus_and_memory_computes_and_generates_the_sa
     assert relative_error(loaded(tokens_there).logits.cpu(), model(tokens).logits) < 1e-3
     generated = loaded.generate(tokens_there, max_new_tokens=4, do_sample=False).cpu()
     assert torch.equal(generated, model.generate(tokens, max_new_tokens=4, do_sample=False))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_accelerate_dispatches_a_folder_that_is_saved_by_names_in_memory(tmp_path, family):
+    model, tokens = random_attnres(family), random_tokens(2, 7)
+    model.save_pretrained(tmp_path / "model", save_original_format=False)  # accelerate knows no other names
+    with init_empty_weights():
+        dispatched = AttnResForCausalLM(model.config)
+    dispatched = load_checkpoint_and_dispatch(
+        dispatched,
+        str(tmp_path / "model"),
+        device_map=places(model, ["model.layers.1", "model.layers.3"]),
+        offload_folder=str(tmp_path / "offload"),
+    ).eval()
+    # Mapped memory is aligned otherwise, which rounds otherwise.
+    assert relative_error(dispatched(tokens).logits, model(tokens).logits) < 1e-5
+    again = AttnResForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert relative_error(again(tokens).logits, model(tokens).logits) < 1e-5
