@@ -1,53 +1,22 @@
 """attnres: Attention Residuals (arXiv 2603.15031) as a transformers model."""
 
+import importlib
+import sys
+from pathlib import PurePath
 from typing import TYPE_CHECKING
-
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
-
-from .configuration_attnres import AttnResConfig
-from .modeling_attnres import (
-    AttnResForCausalLM,
-    AttnResForQuestionAnswering,
-    AttnResForSequenceClassification,
-    AttnResForTokenClassification,
-    AttnResModel,
-)
 
 if TYPE_CHECKING:
     from .analysis.dynamics import DepthDynamicsCallback
+    from .configuration_attnres import AttnResConfig
+    from .modeling_attnres import (
+        AttnResForCausalLM,
+        AttnResForQuestionAnswering,
+        AttnResForSequenceClassification,
+        AttnResForTokenClassification,
+        AttnResModel,
+    )
 
 __version__ = "0.1.0"
-
-AutoConfig.register("attnres", AttnResConfig, exist_ok=True)
-_CLASSES = {
-    AutoModel: AttnResModel,
-    AutoModelForCausalLM: AttnResForCausalLM,
-    AutoModelForSequenceClassification: AttnResForSequenceClassification,
-    AutoModelForTokenClassification: AttnResForTokenClassification,
-    AutoModelForQuestionAnswering: AttnResForQuestionAnswering,
-}
-
-# Every saved folder carries its own code, so that it loads with trust_remote_code where this package is not installed.
-AttnResConfig.register_for_auto_class()
-for _auto_class, _model_class in _CLASSES.items():
-    _auto_class.register(AttnResConfig, _model_class, exist_ok=True)
-    _model_class.register_for_auto_class(_auto_class.__name__)
-
-
-def __getattr__(name: str):
-    if name == "DepthDynamicsCallback":  # on demand: with it comes Trainer, which takes seconds to import
-        from .analysis.dynamics import DepthDynamicsCallback
-
-        return DepthDynamicsCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
 
 __all__ = [
     "AttnResConfig",
@@ -59,3 +28,23 @@ __all__ = [
     "DepthDynamicsCallback",
     "__version__",
 ]
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Not until it is asked for: with the callback comes Trainer, which takes seconds to import.
+    place = ".analysis.dynamics" if name == "DepthDynamicsCallback" else ".registration"
+    value = globals()[name] = getattr(importlib.import_module(place, __name__), name)
+    return value
+
+
+def _is_command() -> bool:
+    """Whether Python runs `attnres` or `python -m attnres`, which answers `--help` without importing torch."""
+    if sys.argv[:1] == ["-m"]:
+        return sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == [__name__]
+    return bool(sys.argv) and PurePath(sys.argv[0]).name in ("attnres", "attnres.exe")
+
+
+if not _is_command():
+    importlib.import_module(".registration", __name__)

@@ -4,6 +4,7 @@ Heavy modules are imported inside the sub-commands.
 """
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         try:
             options = _parser().parse_args(arguments)
+            importlib.import_module(".registration", __package__)  # not before: with it comes torch
             return options.command(options) or 0
         finally:
             sys.stdout.flush()  # so that a reader that has gone is met here and not when Python ends

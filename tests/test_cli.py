@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import random_attnres
@@ -132,3 +133,33 @@ def test_interruption_exits_with_status_130(monkeypatch, capsys):
     monkeypatch.setattr(attnres.demo, "run", interrupt)
     assert cli.main(["demo"]) == 130
     assert capsys.readouterr().err == "attnres: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "how", [["-m", "attnres"], [Path(sys.executable).with_name("attnres")]], ids=["module", "script"]
+)
+@pytest.mark.parametrize("arguments", ["--help", "--version", "convert --help", "eval --help", "bench --help"])
+def test_help_imports_neither_torch_nor_transformers(how, arguments):
+    script = [sys.executable, "-X", "importtime", *how, *arguments.split()]
+    done = subprocess.run(script, capture_output=True, text=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert done.returncode == 0 and "attnres.cli" in imported
+    assert not imported & {"torch", "transformers", "numpy", "huggingface_hub"}
+
+
+def test_in_the_command_too_whoever_asks_for_a_class_gets_a_registered_one():
+    code = (
+        "import sys; sys.argv = ['attnres']; import attnres; assert 'torch' not in sys.modules\n"
+        "from attnres import AttnResForCausalLM\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "assert any(c is AttnResForCausalLM for c in AutoModelForCausalLM._model_mapping.values())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
+
+
+def test_a_name_that_the_package_does_not_have_is_an_attribute_error():
+    import attnres
+
+    with pytest.raises(AttributeError, match="module 'attnres' has no attribute 'Nothing'"):
+        attnres.Nothing  # noqa: B018

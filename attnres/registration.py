@@ -1,0 +1,34 @@
+"""The public classes, registered with the Auto classes of transformers. `import attnres` imports this."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .configuration_attnres import AttnResConfig
+from .modeling_attnres import (
+    AttnResForCausalLM,
+    AttnResForQuestionAnswering,
+    AttnResForSequenceClassification,
+    AttnResForTokenClassification,
+    AttnResModel,
+)
+
+AutoConfig.register("attnres", AttnResConfig, exist_ok=True)
+_CLASSES = {
+    AutoModel: AttnResModel,
+    AutoModelForCausalLM: AttnResForCausalLM,
+    AutoModelForSequenceClassification: AttnResForSequenceClassification,
+    AutoModelForTokenClassification: AttnResForTokenClassification,
+    AutoModelForQuestionAnswering: AttnResForQuestionAnswering,
+}
+
+# Every saved folder carries its own code, so that it loads with trust_remote_code where this package is not installed.
+AttnResConfig.register_for_auto_class()
+for _auto_class, _model_class in _CLASSES.items():
+    _auto_class.register(AttnResConfig, _model_class, exist_ok=True)
+    _model_class.register_for_auto_class(_auto_class.__name__)
