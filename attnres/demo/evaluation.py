@@ -1,4 +1,4 @@
-"""What is measured on held-out text. Shapes: N sequences, T tokens, V vocabulary, L decoder layers, n sources."""
+"""Evaluation on held-out text. Shapes: N sequences, T tokens, V vocabulary, L decoder layers, n sources."""
 
 import io
 import json
@@ -99,7 +99,7 @@ def evaluate_with_lm_eval(model: PreTrainedModel, tokenizer, documents: Path, se
 
     Args:
         documents: JSON lines with a `text` each.
-        name: of the arm, for the progress bar.
+        name: of the model, for the progress bar.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

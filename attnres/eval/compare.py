@@ -1,4 +1,4 @@
-"""Evaluations compared on the same items: `DIR/<row>/result.json` and `samples.jsonl` of each.
+"""Compares evaluations on the same items: `DIR/<row>/result.json` and `samples.jsonl` of each.
 
 Every difference is second minus first, in per cent points.
 """

@@ -1,4 +1,4 @@
-"""A Trainer whose checkpoints are there whole or not at all, and that stops where a run diverges."""
+"""A Trainer that writes checkpoints atomically and stops when a run diverges."""
 
 import os
 import sys
