@@ -1,5 +1,5 @@
 # make demo    the main job; options in ARGS       make setup       .venv with pinned versions
-# make test    all tests but slow and GPU ones     make test-floor  the same on the oldest supported versions
+# make test    the CPU test suite                  make test-floor  the same on the oldest supported versions
 # make check   lint and formatting                 make clean       removes what these targets make
 # make docs    the documentation site, in site/
 # make test-engines    what engines compute; builds llama.cpp, which takes some minutes

@@ -387,7 +387,7 @@ AttentionInterface.register(ATTENTION, _attention)
 
 class _KeepLinearAttention(torch.autograd.Function):
     """What flash-linear-attention's chunk kernels keep: normed query and key, value, decay as given and summed up,
-    beta, and two matrices per chunk; what is left out here is a number per token and head."""
+    beta, and two matrices per chunk; what is omitted here is a number per token and head."""
 
     @staticmethod
     def forward(ctx, query, key, value, decay, beta):

@@ -1,8 +1,8 @@
 """Rank liveness: a lost rank must end the job with its name, never leave the others waiting.
 
 Every rank increments a heartbeat in the job's key-value store from a thread of its own. A rank whose connection breaks
-looks up which rank has failed or fallen silent, and names it. A rank that would wait forever, because another was stopped
-or its machine vanished without closing a connection, is ended by its thread.
+looks up which rank has failed or fallen silent, and names it. A rank that would wait forever, because another was
+stopped or its machine vanished without closing a connection, is ended by its thread.
 """
 
 import atexit
