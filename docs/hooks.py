@@ -32,6 +32,11 @@ def on_page_markdown(markdown, page, config, files):
     return markdown if page.file.generated_by else _moved(markdown, f"docs/{address}", address)
 
 
+def on_page_content(html, page, config, files):
+    """Types in docstrings are written in Markdown, which mkdocstrings shows as it is."""
+    return html.replace("`", "").replace("*optional*", "optional") if page.file.src_uri == "api.md" else html
+
+
 def _examples():
     return [p for p in sorted((ROOT / "examples").rglob("*")) if p.suffix in {".md", ".py", ".yaml", ".json"}]
 
