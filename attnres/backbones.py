@@ -1,4 +1,4 @@
-"""What differs between the backbone families, as data: everything else is the same code for all of them.
+"""Differences between backbone families, as a table. All other code is shared.
 
 A family is supported when its decoder layer is PreNorm-additive: x + f(norm(x)), twice. Replacing the sum by a mean of
 the sources then only rescales the input of an RMSNorm, which is what makes a conversion lossless.

@@ -1,4 +1,4 @@
-"""What other libraries look up by `model_type` or class name: an AttnRes model is there as its backbone is."""
+"""Registers AttnRes models in the tables where other libraries look up a `model_type` or class name."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Which code mixes over depth: the formula of `depth_mixer`, or the fused operator `attnres::mix` of the package.
+"""Chooses what mixes over depth: the formula of `depth_mixer`, or the fused operator `attnres::mix` of the package.
 
 The operator is reached by name: these files also travel to the Hub as remote code, where the package may be missing or
 of another version. Shapes: B batch, T tokens, D hidden size, n sources.

@@ -1,4 +1,4 @@
-"""Variants of the mixing over depth, one function each: ablations of the paper, rivals, and proposals of others.
+"""Variants of the mixing over depth, one function each: the paper's ablations and related methods.
 
 Each takes the n sources `[B, T, D]` of a sublayer, its pseudo-query times the gain of the key norm `[D]`, what it
 learns besides, and the epsilon of the key norm, and returns the mixture `[B, T, D]` and the weights `[B, T, n]`, both

@@ -79,7 +79,7 @@ _FAMILY_TRAITS = (
     "_can_set_experts_implementation",
 )
 
-# Quantisation of which a folder may hold weights that are only carried over.
+# Quantisation methods whose packed weights are copied but never loaded.
 PACKED = "mxfp4-pack-quantized"
 
 # Of models for the different tasks. A checkpoint of another task lacks the one and has the other.

@@ -1,4 +1,4 @@
-"""Every figure, drawn from plain arrays: no model, no file but the one that is written."""
+"""All figures, drawn from plain arrays: no model is needed, and one file is written."""
 
 import io
 import os
@@ -31,8 +31,8 @@ def loss_curves(
 
     Args:
         path: PNG to write, 1800 x 750 pixels.
-        curves: per arm `train_steps`, `train_loss`, `held_out_steps`, `held_out_loss`; losses in nats per token.
-        baseline: name of the arm that the right panel subtracts.
+        curves: per model `train_steps`, `train_loss`, `held_out_steps`, `held_out_loss`; losses in nats per token.
+        baseline: name of the model that the right panel subtracts.
         step_label: label of the horizontal axis, with its unit.
 
     Raises:
@@ -237,7 +237,7 @@ def overhead(path: str | PathLike, panels: Sequence[Mapping], title: str):
 
     Args:
         path: PNG to write.
-        panels: each with `title`; `depth` and `blocks`: per arm `x`, `median`, `q1`, `q3`, overheads in per cent;
+        panels: each with `title`; `depth` and `blocks`: per model `x`, `median`, `q1`, `q3`, overheads in per cent;
             `depth_note` and `blocks_note`: what is held in each of the two.
         title: of the figure.
 

@@ -1,4 +1,4 @@
-"""The private parts of torch that this package uses, in one place; tests/test_torch_internals.py covers them."""
+"""Uses of torch's private API, collected in one place; tests/test_torch_internals.py covers them."""
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode

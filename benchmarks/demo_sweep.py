@@ -1,8 +1,8 @@
-"""Chooses the learning rate and the initialisation of the demo for its plain arm: the comparison favours the baseline.
+"""Chooses the demo's learning rate and initialisation for its plain model: the comparison favours the baseline.
 
     python benchmarks/demo_sweep.py --learning-rates 0.004 0.008 0.016 0.032 --initializer-ranges 0.02 0.06
 
-Trains the plain arm of `attnres demo` once per combination and prints a Markdown table of final held-out losses.
+Trains the plain model of `attnres demo` once per combination and prints a Markdown table of final held-out losses.
 """
 
 import argparse

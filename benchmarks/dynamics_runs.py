@@ -3,7 +3,7 @@
     python benchmarks/dynamics_runs.py --out dynamics-runs
     attnres dynamics dynamics-runs/standard dynamics-runs/block dynamics-runs/full
 
-All arms start from the same backbone weights and see the same text (Python's standard library) in the same order.
+All models start from the same backbone weights and see the same text (Python's standard library) in the same order.
 """
 
 import argparse

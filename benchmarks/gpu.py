@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "--tiny" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # what one arm leaves must not stop the next
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # fragments left by one must not stop the next
 
 import argparse
 import gc
@@ -156,9 +156,9 @@ def _reason(error: BaseException) -> str:
 
 
 def timed(run: Run, samples: dict[str, Sample], steps: int = 1, **facts) -> bool:
-    """Emits a row per arm that fits into memory: medians over the completed rounds, peak memory above that before.
+    """Emits a row per variant that fits into memory: medians over the completed rounds, peak memory above that before.
 
-    Returns whether all arms fit.
+    Returns whether all variants fit.
     """
     peaks, seconds = {}, {}
     for name, sample in samples.items():
@@ -235,7 +235,7 @@ def llama(hidden_size: int, layers: int, vocab_size: int, **options):
 
 
 def build(run: Run, chosen: dict, config, layers_per_block: int) -> dict:
-    """bfloat16 models that share their weights, after a check of the arms in float32 on models of two layers."""
+    """bfloat16 models that share their weights, after a check of the variants in float32 on models of two layers."""
 
     def make(config, layers_per_block):
         models, left_out = arms.build(chosen, config, layers_per_block, run.device, seed=0)
@@ -287,7 +287,7 @@ def overhead(run: Run):
 
 
 def recomputed_train(models, settings: Settings):
-    """The training step with activation checkpointing, where that of some arm does not fit otherwise."""
+    """The training step with activation checkpointing, where that of some variant does not fit otherwise."""
     for model in models.values():
         model.gradient_checkpointing_enable()
     yield from workloads.train(models, settings)
@@ -385,7 +385,7 @@ def bandwidth(run: Run):
 def training(run: Run):
     """plain, block and full from the same weights on the same bytes of the standard library's sources; one seed.
 
-    The arms take turns step by step, so that all have seen the same when the time is up, with which the learning rate
+    Variants take turns step by step, so that all have seen the same when the time is up, with which the learning rate
     decays; it is not tuned. Losses are on held-out files, in nats per byte.
     """
     sizes, generator = run.sizes, torch.Generator().manual_seed(0)

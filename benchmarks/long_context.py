@@ -47,7 +47,7 @@ def main():
     parser.add_argument("--chunk", type=int, default=2048, help="tokens per chunk (default: 2048)")
     parser.add_argument("--layers", type=int, default=8, help="decoder layers (default: 8)")
     parser.add_argument("--hidden-size", type=int, default=64, help="D (default: 64)")
-    parser.add_argument("--num-blocks", type=int, default=4, help="of the block arm (default: 4)")
+    parser.add_argument("--num-blocks", type=int, default=4, help="of the block variant (default: 4)")
     options = parser.parse_args()
 
     plain = backbone(options.layers, options.hidden_size, options.tokens)

@@ -3,7 +3,7 @@
     python benchmarks/residual_path.py --work forward,training --dtype float32,bfloat16
 
 Attention is the identity and an MLP halves its input, so that of a decoder layer the two norms and what replaces the
-two additions are left, as the models run them. `attnres bench --measure depth` leaves the norms out. Arms alternate;
+two additions are left, as the models run them. `attnres bench --measure depth` omits the norms. Variants alternate;
 times are medians over the rounds.
 """
 
@@ -83,7 +83,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=512, help="of the forward pass; twice in training (default: 512)")
     parser.add_argument("--layers", type=int, default=28, help="decoder layers (default: 28)")
     parser.add_argument("--hidden-size", type=int, default=1024, help="D (default: 1024)")
-    parser.add_argument("--num-blocks", type=int, default=8, help="of the block arm (default: 8)")
+    parser.add_argument("--num-blocks", type=int, default=8, help="of the block variant (default: 8)")
     parser.add_argument("--rounds", type=int, default=9, help="(default: 9)")
     parser.add_argument("--threads", type=int, default=2, help="(default: 2)")
     options = parser.parse_args()

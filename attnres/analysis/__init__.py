@@ -1,4 +1,4 @@
-"""What a trained AttnRes model has learned to do over depth."""
+"""Analysis of what an AttnRes model has learned over depth: depth weights and training dynamics."""
 
 from .depth_weights import DepthWeights, depth_weights
 

@@ -151,7 +151,7 @@ class DepthWeights:
         }
 
     def save(self, path: str | os.PathLike):
-        """Writes all as JSON, with the summary; whole or not at all."""
+        """Writes all as JSON, with the summary, atomically."""
         content = {"format": FORMAT, **asdict(self), "summary": self.summary()}
         write_text(path, json.dumps(content, allow_nan=False) + "\n")
 
@@ -267,7 +267,7 @@ def depth_weights(
 
 
 def write_text(path: str | os.PathLike, text: str):
-    """Writes a file whole or not at all."""
+    """Writes a file atomically."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

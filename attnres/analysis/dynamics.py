@@ -1,4 +1,4 @@
-"""How a model trains over depth, measured inside the steps of a Trainer (paper, section on training dynamics).
+"""Training dynamics over depth, measured during the steps of a Trainer (paper, section on training dynamics).
 
 Shapes: B batch, T tokens, D hidden size, L decoder layers, n sources.
 """

@@ -1,4 +1,4 @@
-"""Names under which training dynamics are logged, for who writes them and who reads them."""
+"""Log keys of the training dynamics, shared by the code that writes them and the code that reads them."""
 
 import re
 

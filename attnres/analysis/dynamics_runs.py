@@ -1,4 +1,4 @@
-"""Training dynamics of finished or running trainings, read from the states that Trainer saves."""
+"""Training dynamics of finished and running jobs, read from the state files that Trainer saves."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""From checkpoints and a text to files: statistics as JSON, a figure, and a page to look around in."""
+"""Writes the depth weights of checkpoints over a text: statistics as JSON, a figure, and an interactive page."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Depth weights as one HTML page that needs nothing else: no network, no server, no other file.
+"""Depth weights as a self-contained HTML page: no network, no server, no other file.
 
 Everything that comes from outside (names, tokens) is escaped: in the markup by `html.escape`, in the data block by
 writing "<" as \\u003c. The page's Content-Security-Policy allows its own style and script by their hashes, and nothing

@@ -1,1 +1,1 @@
-"""What Attention Residuals cost in time and memory beside the same backbone with plain residuals, on this machine."""
+"""Benchmarks: time and memory of Attention Residuals against the same backbone with plain residuals."""

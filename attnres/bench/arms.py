@@ -1,4 +1,4 @@
-"""What is compared: one backbone with the same weight tensors, under several ways of mixing over depth."""
+"""The variants compared: one backbone, with the same weight tensors, under several ways of mixing over depth."""
 
 import copy
 import warnings
@@ -21,7 +21,7 @@ CHECK_TOLERANCE = 1e-3  # rounding alone reaches 1e-4 in full mode with 28 layer
 
 
 class Unavailable(Exception):
-    """An arm that this machine cannot run; says why."""
+    """A variant that this machine cannot run; says why."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Arm:
         residual_mode: of the package's own model; None for what runs inside the transformers model.
         mixing: makes the function that mixes inside the transformers model; None: its plain residuals.
         full: every sublayer output is a source of its own.
-        reference: the arm that must compute the same logits.
+        reference: the variant that must compute the same logits.
         implementation: `depth_implementation` of the package's own model; None: the default.
     """
 
@@ -83,7 +83,7 @@ ARMS = {
 
 
 def select(names: Iterable[str], implementations: Iterable[str] = ()) -> dict[str, Arm]:
-    """The named arms, and block and full once more for each implementation of the depth mixing.
+    """The named variants, and block and full once more for each implementation of the depth mixing.
 
     Raises:
         ValueError: an unknown name.
@@ -115,14 +115,14 @@ def build(
     """Models in float32 that share all backbone weights and have the same random pseudo-queries and gains.
 
     Args:
-        arms: what `select` chose. The references of its arms are built too.
+        arms: what `select` chose. The references of its variants are built too.
         config: of the backbone.
         layers_per_block: decoder layers per block, where there are blocks.
         device: to build on.
         seed: of all weights.
 
     Returns:
-        The models, and why some arms could not be built.
+        The models, and why some variants could not be built.
     """
     torch.manual_seed(seed)
     with torch.device(device):
@@ -146,13 +146,13 @@ def build(
 def check(
     arms: dict[str, Arm], models: dict[str, PreTrainedModel], seed: int
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Compares the logits of every arm with those of its reference on a few random tokens, in float32.
+    """Compares the logits of every variant with those of its reference on a few random tokens, in float32.
 
     Returns:
-        Per arm the error, norm of the difference by norm of the reference; and why some arms cannot run here.
+        Per variant the error, norm of the difference by norm of the reference; and why some variants cannot run here.
 
     Raises:
-        ValueError: an arm computes something else.
+        ValueError: a variant computes something else.
     """
     some = next(iter(models.values()))
     generator = torch.Generator().manual_seed(seed)

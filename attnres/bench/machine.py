@@ -1,4 +1,4 @@
-"""What the figures depend on besides the code."""
+"""Facts about the machine and the installed versions, recorded with the figures."""
 
 import os
 import platform

@@ -1,7 +1,7 @@
 """Attention Residuals as the paper's pseudo-code writes them: stack the sources, norm, softmax and sum, every time.
 
 Runs inside the transformers backbone itself: its decoder layers keep their sublayers and get another forward pass. The
-arm to beat, and the check of every other arm. Shapes: B batch, T tokens, D hidden size, n sources.
+variant to beat, and the check of every other variant. Shapes: B batch, T tokens, D hidden size, n sources.
 """
 
 from collections.abc import Callable, Sequence

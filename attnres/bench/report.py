@@ -1,4 +1,4 @@
-"""The results as files: bench.json, the tables of bench.md and overhead.png."""
+"""Result files: bench.json, the tables of bench.md and overhead.png."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def as_markdown(result: dict) -> str:
     if errors:
         lines += [
             "",
-            f"Every arm computes what its reference does: largest relative error of logits {max(errors):.0e}.",
+            f"Every variant computes what its reference does: largest relative error of logits {max(errors):.0e}.",
         ]
     if result["timings"]:
         lines += ["", "## Overhead over plain residuals: median and quartiles of the ratios within each round", ""]
@@ -144,8 +144,8 @@ def _machine_lines(machine: dict, settings: dict) -> list[str]:
         f"{device}{machine['cpu']}, {machine['usable_cpus']} of {machine['logical_cpus']} logical CPUs, "
         f"threads: {machine['threads']}; {load}; {machine['system']}.",
         f"{versions}.",
-        f"{settings['rounds']} rounds after {settings['warmup']} for warming up; arms interleaved, in rotating order; "
-        f"random weights, shared by all arms, and random pseudo-queries (seed {settings['seed']}).",
+        f"{settings['rounds']} rounds after {settings['warmup']} for warm-up; interleaved, in rotating order; "
+        f"random weights, shared by all variants, and random pseudo-queries (seed {settings['seed']}).",
     ]
 
 

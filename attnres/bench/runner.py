@@ -1,4 +1,4 @@
-"""Builds the arms for every combination of sizes, checks that they compute the same, and measures them."""
+"""Builds the variants for every combination of sizes, checks that they compute the same, and measures them."""
 
 import sys
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def run(settings: Settings) -> dict:
         The content of bench.json.
 
     Raises:
-        ValueError: an option is out of range, or an arm computes something else than it should.
+        ValueError: an option is out of range, or a variant computes something else than it should.
     """
     arms = select(settings.arms, settings.implementations)
     _check_names("measure", settings.measures, MEASURES)
@@ -106,7 +106,7 @@ def _measure_models(result: dict, arms: dict, config: PreTrainedConfig, per_bloc
     size = {"decoder_layers": config.num_hidden_layers, "layers_per_block": per_block, "blocks": blocks}
     title = f"{config.num_hidden_layers} layers in {blocks} blocks"
     for dtype in settings.dtypes:
-        _say(f"{title}, {dtype}: building the arms and checking that they compute the same")
+        _say(f"{title}, {dtype}: building the variants and checking that they compute the same")
         models, left_out = build(arms, config, per_block, device, settings.seed)
         errors, cannot_run = check(arms, models, settings.seed)
         result["left_out"] |= left_out | cannot_run
@@ -254,7 +254,7 @@ def _memory_errors():
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"out of memory; choose fewer tokens, depths, batches or arms ({error})") from None
+        raise ValueError(f"out of memory; choose fewer tokens, depths, batches or variants ({error})") from None
 
 
 def _say(text: str):

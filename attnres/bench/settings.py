@@ -76,8 +76,8 @@ class Settings:
         num_blocks: at most this many blocks; or, where given, layers_per_block: decoder layers per block.
         tokens: sequence lengths of prefill, train and memory, batch 1.
         batches, context, new_tokens: of decode; generate has batch 1.
-        implementations: of the depth mixing, an arm for each; empty: only the one that is shipped as default.
-        rounds: in each of them every arm is measured once.
+        implementations: of the depth mixing, a variant for each; empty: only the one that is shipped as default.
+        rounds: in each of them every variant is measured once.
     """
 
     arms: tuple[str, ...]

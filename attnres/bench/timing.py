@@ -1,4 +1,4 @@
-"""Interleaved timing: in every round each arm runs once, in an order that rotates, so that a slow spell of the machine
+"""Interleaved timing: each variant runs once per round, in rotating order, so that a slow spell of the machine
 falls on all of them; what counts is the ratio to the baseline within a round."""
 
 import statistics
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sample:
-    """One arm's part in a round.
+    """One variant's part in a round.
 
     Attributes:
         run: what is timed; takes what `prepare` returned.
@@ -29,10 +29,10 @@ def interleave(
     synchronize: Callable[[], None] = lambda: None,
     after_sample: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of every arm in every round.
+    """Seconds of every variant in every round.
 
     Args:
-        samples: per arm what to run.
+        samples: per variant what to run.
         rounds: that count; `warmup` more come first.
         clock: in seconds.
         synchronize: waits for an accelerator.
@@ -67,11 +67,11 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def compare(seconds: Mapping[str, list[float]], baseline: str, divisor: int = 1) -> dict[str, dict]:
-    """Per arm the ratio to the baseline, taken within each round, and the seconds, each as median and quartiles.
+    """Per variant the ratio to the baseline, taken within each round, and the seconds, each as median and quartiles.
 
     Args:
         seconds: what `interleave` returned.
-        baseline: the arm to divide by.
+        baseline: the variant to divide by.
         divisor: units of work, such as tokens, in one run; `seconds` are per unit.
     """
     return {

@@ -1,4 +1,4 @@
-"""What is timed, as samples for every arm. Shapes: B batch, T tokens, D hidden size."""
+"""Workloads that are timed, as samples for every variant. Shapes: B batch, T tokens, D hidden size."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +13,7 @@ from .arms import PLAIN
 from .settings import Settings
 from .timing import Sample
 
-RECOMPILATIONS = 64  # torch gives up after 8 of one function, which all arms share
+RECOMPILATIONS = 64  # torch gives up after 8 of one function, which all variants share
 
 Models = Mapping[str, PreTrainedModel]
 
@@ -25,7 +25,7 @@ class Workload:
     Attributes:
         name: shown in the results.
         parameters: `batch`, `tokens` and what else tells it from others of that name.
-        samples: per arm.
+        samples: per variant.
         steps: pieces of work in one run; times are given per piece.
     """
 

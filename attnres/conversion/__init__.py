@@ -1,4 +1,4 @@
-"""Checkpoints in and out: plain PreNorm, AttnRes and Kimi K3-style folders, converted without loading the model."""
+"""Conversion between plain PreNorm, AttnRes and Kimi K3 checkpoint folders without loading the model."""
 
 from .checkpoint import CheckpointError, read_checkpoint
 from .converter import Conversion, convert

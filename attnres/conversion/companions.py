@@ -1,4 +1,4 @@
-"""What comes along with the weights of a checkpoint."""
+"""The files copied along with a checkpoint's weights: tokenizer, generation settings, licence."""
 
 import shutil
 from fnmatch import fnmatch

@@ -1,6 +1,6 @@
 """Converting a checkpoint folder without loading the model.
 
-Weight shards are carried over as they are; what changes is the configuration, the index and one small shard with the
+Weight shards are copied unchanged; what changes is the configuration, the index and one small shard with the
 depth tensors. Only where a name or a shape differs between layouts is a shard's header rewritten, never its data.
 """
 

@@ -1,4 +1,4 @@
-"""Which engines serve a Kimi K3 checkpoint, and what each of them insists on: as data."""
+"""Serving engines for Kimi K3 checkpoints and the requirements of each, as a table."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

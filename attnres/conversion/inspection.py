@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds, from its headers alone."""
+"""Summary of a checkpoint folder, from its headers alone."""
 
 import os
 from math import prod

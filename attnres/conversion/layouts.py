@@ -1,4 +1,4 @@
-"""What a checkpoint is (plain, AttnRes, Kimi K3-style) and how each is written: configuration keys, names, shapes.
+"""Checkpoint layouts (plain, AttnRes, Kimi K3) and how each is written: configuration keys, names, shapes.
 
 Whatever the layout on disk, tensors have one canonical name in here: that of an AttnRes checkpoint on disk.
 """

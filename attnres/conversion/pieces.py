@@ -1,4 +1,4 @@
-"""Tensors of a result, each made of tensors on disk: copied, cut, padded, or computed, one at a time."""
+"""Output tensors, each built from tensors on disk: copied, cut, padded, or computed, one at a time."""
 
 import json
 import struct

@@ -1,4 +1,4 @@
-"""A from_pretrained folder out of what FSDP saves in shards (`torch.distributed.checkpoint`).
+"""Builds a from_pretrained folder from FSDP's sharded checkpoints (`torch.distributed.checkpoint`).
 
 `accelerate merge-weights` writes the names that tensors have in memory, no configuration, and opens the metadata, a
 pickle, as it is. Here nothing but the classes that metadata of tensors consists of is unpickled, and the result is what

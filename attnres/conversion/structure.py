@@ -1,4 +1,4 @@
-"""Which tensors a checkpoint must have, taken from transformers' own model and converters on the meta device."""
+"""The tensors a checkpoint must have, taken from transformers' own model and converters on the meta device."""
 
 import re
 from math import prod
@@ -47,7 +47,7 @@ def check_structure(origin: Source):
     missing = sorted(set(expected) - found - tied)
     surplus = sorted(found - set(expected) - tied)
     quantised = bool(origin.checkpoint.config.get("quantization_config")) and not origin.packed
-    if quantised:  # packed under names and in shapes of the quantiser's own: carried over as they are
+    if quantised:  # packed under names and in shapes of the quantiser's own: copied unchanged
         missing = [name for name in missing if name in origin.depth_names]
         surplus = []
     misshapen = [

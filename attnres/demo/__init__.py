@@ -1,6 +1,6 @@
-"""The whole life of an AttnRes model on real text: the main job, written only with public interfaces.
+"""The demo: pre-training, conversion, training and evaluation of a small model on real text, with public APIs only.
 
-A small PreNorm mixture of experts is trained on Python's standard library and saved half-way. Three arms are compared
+A small PreNorm mixture of experts is trained on Python's standard library and saved half-way. Three models are compared
 on held-out files: the plain backbone trained to the end, the half-way checkpoint converted to Block AttnRes and trained
 to the end, and Block AttnRes trained from scratch.
 """
@@ -180,13 +180,13 @@ def backbone_config(settings: Settings, eos_token_id: int):
 
 
 def build_plain(settings: Settings, eos_token_id: int) -> PreTrainedModel:
-    """The plain arm at initialisation."""
+    """The plain model at initialisation."""
     set_seed(settings.seed)
     return AutoModelForCausalLM.from_config(backbone_config(settings, eos_token_id))
 
 
 def build_scratch(settings: Settings, eos_token_id: int) -> AttnResForCausalLM:
-    """The from-scratch arm at initialisation; its backbone weights are those of `build_plain`."""
+    """The from-scratch model at initialisation; its backbone weights are those of `build_plain`."""
     set_seed(settings.seed)
     config = AttnResConfig.from_backbone(backbone_config(settings, eos_token_id), num_blocks=settings.num_blocks)
     return AttnResForCausalLM(config)
@@ -236,7 +236,7 @@ def _run_in(folder: Path, settings: Settings) -> dict:
 
 
 def _add_intervals(arms: dict, sizes: list[int], settings: Settings):
-    """Intervals over files, of every arm and of its difference from the plain one on the same files."""
+    """Intervals over files, of every model and of its difference from the plain one on the same files."""
     plain = arms[PLAIN]["file_bits"]
     for row in arms.values():
         differences = [bits - other for bits, other in zip(row["file_bits"], plain, strict=True)]
@@ -245,7 +245,7 @@ def _add_intervals(arms: dict, sizes: list[int], settings: Settings):
 
 
 def _make_card(documents: Path, folder: Path):
-    """A folder of the from-scratch arm as it would go to the Hub; depth weights are those over a held-out document."""
+    """The from-scratch model as a Hub folder; depth weights are those over a held-out document."""
     with TemporaryDirectory() as temporary, documents.open(encoding="utf-8") as lines:
         text = Path(temporary) / "held-out.txt"
         text.write_text(json.loads(next(lines))["text"], encoding="utf-8")
@@ -305,17 +305,17 @@ def _require_equal_start(plain: PreTrainedModel, scratch: AttnResForCausalLM):
     initial = plain.state_dict()
     for name, parameter in scratch.named_parameters():
         if name in initial and not torch.equal(initial.pop(name), parameter):
-            raise RuntimeError(f"the arms do not start from the same weights: {name} differs")
+            raise RuntimeError(f"the models do not start from the same weights: {name} differs")
     left = set(initial) - set(scratch.state_dict())
     if left:
-        raise RuntimeError(f"the arms do not start from the same weights: AttnRes has no {sorted(left)[0]}")
+        raise RuntimeError(f"the models do not start from the same weights: AttnRes has no {sorted(left)[0]}")
 
 
 def _require_equal_batches(histories: dict[str, History], settings: Settings):
     plain = histories[PLAIN].batch_digests
     expected = {SCRATCH: plain, CONVERTED: plain[settings.half_way_step :]}
     if any(histories[arm].batch_digests != digests for arm, digests in expected.items()):
-        raise RuntimeError("the arms were not trained on the same batches in the same order")
+        raise RuntimeError("the models were not trained on the same batches in the same order")
 
 
 @contextmanager

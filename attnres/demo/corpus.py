@@ -1,4 +1,4 @@
-"""Text that every machine with Python has: the standard library, split by file, tokenised and packed.
+"""The demo's corpus: Python's standard library, split by file, tokenised and packed.
 
 Shapes: N sequences, T tokens per sequence.
 """

@@ -1,4 +1,4 @@
-"""What is measured on held-out text. Shapes: N sequences, T tokens, V vocabulary, L decoder layers, n sources."""
+"""Evaluation on held-out text. Shapes: N sequences, T tokens, V vocabulary, L decoder layers, n sources."""
 
 import io
 import json
@@ -49,7 +49,7 @@ def doublings(length: int) -> list[tuple[int, int]]:
 
 
 def interval_over_files(bits: Sequence[float], sizes: Sequence[int], resamples: int, seed: int) -> tuple[float, float]:
-    """95 % percentile interval of bits per byte, whole files redrawn: tokens of one file are no independent items."""
+    """95 % percentile interval of bits per byte by resampling files, as tokens of one file are not independent."""
     bits, sizes = np.asarray(bits, dtype=float), np.asarray(sizes, dtype=float)
     drawn = np.random.default_rng(seed).integers(0, len(bits), (resamples, len(bits)))
     low, high = np.quantile(bits[drawn].sum(axis=1) / sizes[drawn].sum(axis=1), [0.025, 0.975])
@@ -99,7 +99,7 @@ def evaluate_with_lm_eval(model: PreTrainedModel, tokenizer, documents: Path, se
 
     Args:
         documents: JSON lines with a `text` each.
-        name: of the arm, for the progress bar.
+        name: of the model, for the progress bar.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -176,7 +176,7 @@ def _text_of(document: dict) -> str:
 
 @contextmanager
 def _quiet_lm_eval():
-    """lm-eval warns about options that the demo leaves alone on purpose, and shows bars that last no time."""
+    """lm-eval warns about options that the demo leaves alone on purpose, and shows bars that vanish at once."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

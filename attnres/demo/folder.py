@@ -1,4 +1,4 @@
-"""A result folder that appears complete or not at all, and is never lost to a failed run."""
+"""A result folder that appears only when complete, and is never lost to a failed run."""
 
 import os
 import shutil

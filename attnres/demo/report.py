@@ -1,4 +1,4 @@
-"""Results as tables, figures and a few printed lines. Nothing here knows what the comparison will show."""
+"""Results as tables, figures and printed lines. The text does not depend on which model wins."""
 
 import json
 import platform
@@ -14,7 +14,7 @@ PLAIN, HALF_WAY, CONVERTED, SCRATCH = "plain", "half-way", "converted", "from-sc
 CARD = "hub"
 ARMS = (HALF_WAY, PLAIN, CONVERTED, SCRATCH)
 DESCRIPTIONS = {
-    HALF_WAY: "the plain arm after half of the steps",
+    HALF_WAY: "the plain model after half of the steps",
     PLAIN: "PreNorm residuals, all steps",
     CONVERTED: "the half-way checkpoint as Block AttnRes, then the other half",
     SCRATCH: "Block AttnRes, all steps",
@@ -28,9 +28,9 @@ def versions() -> dict[str, str]:
 
 
 def table(results: dict) -> str:
-    """The arms as a Markdown table."""
+    """The models as a Markdown table."""
     header = (
-        "| arm | steps | tokens | held-out loss | bits per byte | 95 % interval | minus plain | 95 % interval "
+        "| model | steps | tokens | held-out loss | bits per byte | 95 % interval | minus plain | 95 % interval "
         "| parameters | training s |"
     )
     baseline = results["arms"][PLAIN]["bits_per_byte"]
@@ -50,7 +50,7 @@ def _interval(interval: tuple[float, float], form: str) -> str:
 
 
 def position_table(results: dict) -> str:
-    """Loss by the number of tokens before, for every arm, as a Markdown table."""
+    """Loss by the number of tokens before, for every model, as a Markdown table."""
     spans = doublings(results["settings"]["sequence_length"])
     names = [str(first) if first == last else f"{first} to {last}" for first, last in spans]
     lines = [f"| tokens before | {' | '.join(names)} |", f"|---|{'--:|' * len(names)}"]
@@ -118,9 +118,9 @@ Held-out loss (nats per token) by the number of tokens before:
 {position_table(results)}
 
 {completions}
-{results["seconds"]:.0f} s in all. In {out}: a checkpoint per arm, results.md, results.json and the figures.
+{results["seconds"]:.0f} s in all. In {out}: a checkpoint per model, results.md, results.json and the figures.
 
-The from-scratch arm as it would go to the Hub, code, figures and model card included: open {out / CARD / "README.md"}
+The from-scratch model as a Hub folder, with code, figures and model card: open {out / CARD / "README.md"}
 
 Next, your own model: any PreNorm checkpoint of a supported family starts as an AttnRes model without loss:
 

@@ -42,7 +42,7 @@ class Settings:
 
     @property
     def half_way_step(self) -> int:
-        """Steps after which the plain arm is saved and converted."""
+        """Steps after which the plain model is saved and converted."""
         return self.steps // 2
 
     @property

@@ -1,4 +1,4 @@
-"""Training of one arm with transformers' Trainer, on batches whose content and order the arms share.
+"""Training of one model with transformers' Trainer, on batches whose content and order the models share.
 
 Shapes: N sequences, T tokens per sequence.
 """
@@ -22,7 +22,7 @@ OptimizerState = dict[str, dict[str, torch.Tensor]]
 
 @dataclass
 class History:
-    """What happened to one arm: losses in nats per token, by optimiser step of the whole budget."""
+    """The history of one model: losses in nats per token, by optimiser step of the whole budget."""
 
     first_step: int
     train_loss: list[float] = field(default_factory=list)
@@ -43,7 +43,7 @@ class History:
 
 @dataclass(frozen=True)
 class HalfWay:
-    """Where an arm that starts half-way goes on: the step, and the optimizer state by parameter name."""
+    """Where a model that starts half-way goes on: the step, and the optimizer state by parameter name."""
 
     step: int
     optimizer_state: OptimizerState
@@ -145,7 +145,7 @@ def train_arm(
     """Trains `model` in place to the end of the budget.
 
     Args:
-        name: of the arm, for the progress bar.
+        name: of the model, for the progress bar.
         sequences: those of the whole budget `[steps * batch_size, T]`, in the order of training.
         held_out: `[N, T]`, for the held-out loss every `eval_every` steps.
         folder: for the Trainer's own use.

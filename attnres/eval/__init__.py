@@ -1,4 +1,4 @@
-"""The paper's benchmark table on any causal language model, by lm-eval as it is. Knows no AttnRes."""
+"""The paper's benchmark table on any causal language model, with unmodified lm-eval. Independent of AttnRes."""
 
 from .driver import evaluate
 from .suites import ROWS, SUITES

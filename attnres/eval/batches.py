@@ -1,4 +1,4 @@
-"""Which requests go through the model together, and which tokens they share: decided from the tokens alone.
+"""Groups requests into batches and finds the tokens that they share, from the tokens alone.
 
 So the batches, and with them the last bits of a score, are the same however many processes run them.
 """

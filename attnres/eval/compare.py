@@ -1,4 +1,4 @@
-"""Evaluations compared on the same items: `DIR/<row>/result.json` and `samples.jsonl` of each.
+"""Compares evaluations on the same items: `DIR/<row>/result.json` and `samples.jsonl` of each.
 
 Every difference is second minus first, in per cent points.
 """
@@ -333,7 +333,7 @@ def _same_items(row: str, first: Path, second: Path, before: set, after: set):
 
 
 def _questions(before: dict, after: dict) -> list[tuple[str, float, float]]:
-    """(subtask, value, value) per question, its seeds averaged: they are no independent items.
+    """(subtask, value, value) per question, its seeds averaged: they are not independent items.
 
     Each order of the choices has a doc_hash of its own, so that a question is known by its number.
     """
@@ -347,7 +347,7 @@ def _questions(before: dict, after: dict) -> list[tuple[str, float, float]]:
 
 
 def as_markdown(comparison: Comparison, tests: int | None = None) -> str:
-    """The table for people.
+    """The table as readable text.
 
     Args:
         tests: rows over which p was adjusted, where they are more than those of the table.

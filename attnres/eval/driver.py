@@ -1,4 +1,4 @@
-"""Runs rows one after the other: measure, write, go on. What is finished is kept and not measured again."""
+"""Runs rows one after the other and writes each as it ends. Finished rows are kept and not measured again."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""What a result depends on besides its task: the checkpoint's content and the versions of packages."""
+"""Hashes of the checkpoint and versions of packages: what a result depends on besides its task."""
 
 import hashlib
 import json

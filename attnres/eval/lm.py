@@ -1,4 +1,4 @@
-"""lm-eval's transformers model, which here counts what it cuts, refuses NaN, and computes once what requests share."""
+"""lm-eval's transformers model with truncation counts, an error on NaN, and shared prefixes computed once."""
 
 import copy
 import inspect

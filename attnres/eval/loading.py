@@ -1,4 +1,4 @@
-"""From a row to lm-eval task objects: names expanded to leaf tasks, shots and token limits set."""
+"""Turns a row into lm-eval task objects: names expanded to leaf tasks, shots and token limits set."""
 
 import hashlib
 import inspect

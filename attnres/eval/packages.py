@@ -1,4 +1,4 @@
-"""Data sets of rows that packages of a registry carry, laid out as a mirror from the installed package.
+"""Data sets that installed packages contain, laid out as a local mirror.
 
 Nothing is downloaded here and no data are shipped: `pip install` fetches the package, its licence travels with it.
 `python -m attnres.eval.packages` lists the rows and what is installed.

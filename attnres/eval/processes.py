@@ -1,6 +1,6 @@
 """One evaluation on several processes, as `accelerate launch` or torchrun starts them.
 
-The first process leads: it does all that a single process does, but deals the model's batches out to all. The others
+Rank 0 leads: it does all that a single process does, but deals the model's batches out to all. The others
 hold a copy of the model each and answer. So prompts, batches and scores are those of one process, only one decides what
 is measured, reads data and writes, and an error in any share reaches the one place where rows fail.
 """
@@ -48,9 +48,9 @@ class Team:
 
     @contextmanager
     def leading(self) -> Iterator[Callable[[object], None]]:
-        """What the first process does; gives the function that tells the others the outcome.
+        """What rank 0 does; gives the function that tells the others the outcome.
 
-        An error that the first process raises in here, the others raise, too.
+        An error that rank 0 raises in here is raised by the others too.
         """
         with _termination_raises(f"this process was told to end, as launchers do when another of {self.size} is lost"):
             try:

@@ -37,7 +37,7 @@ def request_bar(lm, description: str, stream: TextIO):
 
 @contextmanager
 def quiet_lm_eval():
-    """lm-eval warns of options that are set on purpose, logs every task, prints, and shows bars that last no time."""
+    """lm-eval warns of options that are set on purpose, logs every task, prints, and shows fleeting bars."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

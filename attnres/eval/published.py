@@ -1,4 +1,4 @@
-"""What the paper reports, written down once: Table 3, base models after 1.4T tokens, in per cent."""
+"""The paper's reported scores: Table 3, base models after 1.4T tokens, in per cent."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Result files: written whole or not at all, read with suspicion, never deleted."""
+"""Result files: written atomically, validated when read, never deleted."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Runs programs that a model wrote and says whether the tests hold. Not a security sandbox: it shares the kernel.
+"""Runs programs that a model wrote and reports whether their tests pass. Not a security sandbox: it shares the kernel.
 
 What is guaranteed on any Linux:
 

@@ -56,7 +56,7 @@ def _score(metric: str, filter_name: str, items: list[dict], row: Row) -> dict:
 
 
 def _by_task(items: Iterable[dict], metric: str, filter_name: str) -> dict[str, list[float]]:
-    """Values in per cent per task, the seeds of a question averaged first: they are no independent items."""
+    """Values in per cent per task, the seeds of a question averaged first: they are not independent items."""
     values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for item in items:
         if item["filter"] == filter_name and metric in item["metrics"]:

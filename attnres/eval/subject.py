@@ -1,4 +1,4 @@
-"""What is evaluated, and with what settings: known by its hashes before anything is loaded."""
+"""The model under evaluation and its settings, identified by hashes before anything is loaded."""
 
 import os
 import uuid

@@ -1,4 +1,4 @@
-"""The rows of the paper's table as data: which lm-eval tasks a row runs, how, and who says so.
+"""The rows of the paper's table as data: the lm-eval tasks of a row, their settings, and the source of each choice.
 
 A row names leaf tasks, tags or groups of lm-eval; its own numbers are computed from the items (scores.py).
 """

@@ -1,4 +1,4 @@
-"""The sections of a card that say what the model is: architecture, depth, conversion."""
+"""The card's sections about the model: architecture, depth, conversion."""
 
 from ..configuration_attnres import AttnResConfig
 from ..conversion.inspection import EXPERT_KEYS, ROUTED_KEYS, shown_size

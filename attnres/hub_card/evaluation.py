@@ -1,4 +1,4 @@
-"""The sections of a card with numbers of benchmarks: measured ones, the paper's, and what is no benchmark."""
+"""The card's benchmark sections: measured results, the paper's numbers, and the smoke test."""
 
 from ..eval.published import TABLE_3
 from ..eval.results import SAMPLE

@@ -1,4 +1,4 @@
-"""The figures of a card with the sentences below them: depth weights over a text, training dynamics."""
+"""The card's figures and their captions: depth weights over a text, training dynamics."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

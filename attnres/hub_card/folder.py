@@ -1,4 +1,4 @@
-"""Makes a folder for the Hub from a checkpoint: it appears when everything in it has been run and checked, or not."""
+"""Builds a Hub folder from a checkpoint. The folder appears only when all of its contents have passed their checks."""
 
 import os
 import shutil

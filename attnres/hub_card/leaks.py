@@ -1,4 +1,4 @@
-"""Finds what must not travel to the Hub: access tokens, private keys, paths of the machine that built the folder."""
+"""Finds what must not be uploaded: access tokens, private keys, paths of the machine that built the folder."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Text for Markdown from strings that other people chose."""
+"""Escapes untrusted strings for Markdown."""
 
 import re
 from collections.abc import Iterable, Sequence

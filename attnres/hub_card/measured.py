@@ -1,4 +1,4 @@
-"""Which of the user's evaluations belong on a card: measured on these weights, whole, and read with suspicion."""
+"""Selects the evaluations that belong on a card: measured on these weights, complete and validated."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from and under which licence, as far as its folder says: carried over, never invented."""
+"""Origin and licence of a checkpoint, as stated in its folder and never guessed."""
 
 import re
 from dataclasses import dataclass
@@ -114,7 +114,7 @@ def _licence(folder: Path, stated: dict, given: str | None) -> dict[str, str]:
         link = found.get("license_link", "")
         if link and not link.startswith(WEB) and not (folder / link).is_file():
             del found["license_link"]
-        return {**found, "license_from": "carried over from the card of the checkpoint"}
+        return {**found, "license_from": "taken from the card of the checkpoint"}
     name = next((name for name in LICENSE_FILES if (folder / name).is_file()), None)
     if name is None:
         return {}

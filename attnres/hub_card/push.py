@@ -1,4 +1,4 @@
-"""Uploads a finished folder to the Hub, after showing what goes up."""
+"""Uploads a finished folder to the Hub after listing its files."""
 
 from pathlib import Path
 

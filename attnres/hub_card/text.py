@@ -1,4 +1,4 @@
-"""The card itself: its sections in their order, as Markdown."""
+"""The card's sections, in order, as Markdown."""
 
 from urllib.parse import quote
 

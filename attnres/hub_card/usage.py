@@ -1,4 +1,4 @@
-"""The usage snippets of a card, and running them as somebody who does not have this package."""
+"""The card's usage snippets, and running them in a process without this package."""
 
 import json
 import os

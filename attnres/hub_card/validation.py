@@ -1,4 +1,4 @@
-"""What must hold for a folder before it may be called done; works offline."""
+"""Checks that a finished folder must pass. Works offline."""
 
 import json
 import re

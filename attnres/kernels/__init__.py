@@ -1,4 +1,4 @@
-"""The fused operator `attnres::mix` and its back ends. They know nothing of the package; `depth_kernels` picks them.
+"""The fused operator `attnres::mix` and its back ends. They import nothing from the package; `depth_kernels` picks one.
 
 Nothing is imported here: `triton_backend` needs Triton and `cpu_backend` numba, which not every platform has.
 """

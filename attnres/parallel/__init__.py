@@ -1,4 +1,4 @@
-"""Several processes for one model: pipelines with the paper's cross-stage caching, and sequence-sharded prefill."""
+"""One model on several processes: pipelines with the paper's cross-stage caching, and sequence-sharded prefill."""
 
 from .pipeline import Pipeline, PipelineError
 from .sequence import SequenceShards, shard_sequence, unshard_sequence

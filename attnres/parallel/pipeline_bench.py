@@ -38,7 +38,7 @@ class Settings:
         tokens: of a micro-batch, one sequence.
         micro_batches: Default: 2 per rank.
         modes: of the residuals, besides standard ones.
-        rounds: in each of them every arm runs once; 0: nothing is timed.
+        rounds: in each of them every variant runs once; 0: nothing is timed.
     """
 
     ranks: int = 4
@@ -100,7 +100,7 @@ def run(settings: Settings) -> dict:
     """Measures, in `settings.ranks` processes of its own.
 
     Returns:
-        Settings; per mode and way ("naive", "cached") the traffic and what ranks held; per arm the times.
+        Settings; per mode and way ("naive", "cached") the traffic and what ranks held; per variant the times.
 
     Raises:
         PipelineError: a rank was lost or failed.
@@ -183,7 +183,7 @@ def _times_of(settings: Settings, each_rank: list[dict[str, list[float]]]) -> di
 
 
 def _measure(settings: Settings) -> dict:
-    """What one rank does: one counted step of every arm, then the rounds."""
+    """What one rank does: one counted step of every variant, then the rounds."""
     pipelines = {}
     for mode in (BASELINE, *settings.modes):
         for way in ("cached",) if mode == BASELINE else WAYS:

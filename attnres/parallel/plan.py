@@ -1,4 +1,4 @@
-"""`attnres plan`: parameters, memory per device and traffic per rank before anything is rented."""
+"""`attnres plan`: parameters, memory per device and traffic per rank before any machine is rented."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace

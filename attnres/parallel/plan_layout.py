@@ -1,4 +1,4 @@
-"""How ranks are divided: the numbers, which of them are impossible, and which are tried when only some are given."""
+"""Layouts of ranks: their sizes, their rules, and the candidates when only some sizes are given."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Bytes per device: what the parameters cost, and what a step or a prefill keeps beside them."""
+"""Bytes per device: parameters, and what a training step or a prefill keeps besides them."""
 
 import math
 from dataclasses import dataclass

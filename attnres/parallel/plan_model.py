@@ -1,4 +1,4 @@
-"""What `attnres plan` reads off a model on the meta device: parameters, decoder layers and parallel plans."""
+"""Facts about a model on the meta device: parameters, decoder layers and parallel plans."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""A plan as text for people; the plan itself is what `--json` prints."""
+"""A plan as readable text; `--json` prints the plan itself."""
 
 UNITS = (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 

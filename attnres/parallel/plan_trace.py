@@ -1,4 +1,4 @@
-"""One forward pass of a model whose tensors have shapes and no memory: what it would keep, and what it would send.
+"""Traces a forward pass on the meta device: the memory it would keep and the messages it would send.
 
 The real model classes run, on torch's fake tensors. Parameters have the shapes of one rank, and where the family's
 parallel plan names a module, hooks change shapes as transformers' own hooks do and write down the collectives.
@@ -56,7 +56,7 @@ class Trace:
             `HEAD` after the last.
         inputs: storages of the hidden states, sources and partial sums with which a decoder layer was called, by its
             index.
-        streams: of those, all `[B, T, D]` that decoder layers hand on: block representations and partial sums.
+        streams: of those, all `[B, T, D]` that decoder layers pass on: block representations and partial sums.
         copies: of weights, that autocast made for a decoder layer, or `EMBEDDING`, `NORM` or `HEAD`, and keeps.
         collectives: of the tensor- and expert-parallel plans.
         logits: number of elements of the logits.
@@ -387,7 +387,7 @@ AttentionInterface.register(ATTENTION, _attention)
 
 class _KeepLinearAttention(torch.autograd.Function):
     """What flash-linear-attention's chunk kernels keep: normed query and key, value, decay as given and summed up,
-    beta, and two matrices per chunk; what is left out here is a number per token and head."""
+    beta, and two matrices per chunk; what is omitted here is a number per token and head."""
 
     @staticmethod
     def forward(ctx, query, key, value, decay, beta):

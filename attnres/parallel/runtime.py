@@ -1,4 +1,4 @@
-"""torch's pipeline stage with messages that are counted, and with buffers that live as long as they are needed."""
+"""torch's pipeline stage with counted messages, and with buffers that live only as long as they are needed."""
 
 from collections import deque
 

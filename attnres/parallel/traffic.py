@@ -1,4 +1,4 @@
-"""What crosses between pipeline stages: which sources every stage receives and sends, and the paper's formulas.
+"""Traffic between pipeline stages: the sources every stage sends and receives, and the paper's formulas.
 
 Symbols: P ranks, V virtual stages each, C = P V stages, stage c on rank c mod P; D hidden size; N_p blocks per rank and
 virtual stage. Source 0 is the embedding.

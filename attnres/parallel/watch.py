@@ -1,8 +1,8 @@
-"""Who of the ranks is still there: a lost rank must end the job with its name, never leave the others waiting.
+"""Rank liveness: a lost rank must end the job with its name, never leave the others waiting.
 
-Every rank counts up a beat in the job's key-value store, from a thread of its own. A rank whose connection breaks looks
-up who has failed or fallen silent, and says so. A rank that would wait for ever, because another was stopped or its
-machine is gone without closing a connection, is ended by its thread.
+Every rank increments a heartbeat in the job's key-value store from a thread of its own. A rank whose connection breaks
+looks up which rank has failed or fallen silent, and names it. A rank that would wait forever, because another was
+stopped or its machine vanished without closing a connection, is ended by its thread.
 """
 
 import atexit
@@ -78,7 +78,7 @@ class Watch:
                 self._guarded = ()
 
     def explain(self, error: Exception, ranks: Collection[int], what: str) -> str:
-        """One line: who of the ranks has failed or is lost, and tells the others of it if it is this one."""
+        """One line: which of the ranks has failed or is lost, and tells the others of it if it is this one."""
         message = _innermost(error)
         if not _BROKEN.search(message):
             self._report(f"failed: {message}")

@@ -1,4 +1,4 @@
-"""What a run is told: flags and a YAML file with the same names, every field of `TrainingArguments` among them."""
+"""Arguments of a run: flags and YAML keys of the same names, including every field of `TrainingArguments`."""
 
 import argparse
 import difflib

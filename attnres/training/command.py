@@ -1,4 +1,4 @@
-"""What `attnres train` does, in order: everything is read and checked before anything is written."""
+"""`attnres train`, step by step: everything is read and checked before anything is written."""
 
 import json
 import os

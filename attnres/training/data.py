@@ -1,4 +1,4 @@
-"""From documents to sequences of equal length.
+"""Packs documents into sequences of equal length.
 
 Documents are joined with an end-of-text token after each and cut every T tokens, wherever that falls: the plain
 concatenation of transformers' own run_clm. Positions do not start over, and attention reaches across documents.

@@ -1,4 +1,4 @@
-"""Muon for the backbone's matrices and AdamW for all else, as one optimizer."""
+"""Muon for the backbone's matrices and AdamW for everything else, as one optimizer."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""The folder of a run: what began in it, its complete checkpoints, and how files appear in it whole or not at all."""
+"""A run's folder: its settings, its complete checkpoints, and atomic writes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A Trainer whose checkpoints are there whole or not at all, and that stops where a run diverges."""
+"""A Trainer that writes checkpoints atomically and stops when a run diverges."""
 
 import os
 import sys
@@ -39,7 +39,7 @@ class RunTrainer(Trainer):
 
     Args:
         muon: whether to train the backbone's matrices with Muon.
-        begin: called by the first process when everything is made and training begins.
+        begin: called by rank 0 when everything is made and training begins.
     """
 
     def __init__(self, *args, muon: bool, begin: Callable[[], None], **kwargs):

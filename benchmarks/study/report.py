@@ -27,7 +27,7 @@ def quantile(table: list[float], freedom: int) -> float:
 
 
 def group(results: list[dict]) -> dict[tuple[str, int], dict[str, dict[int, dict]]]:
-    """Finished runs outside sweeps, by (size, steps), arm and seed."""
+    """Finished runs outside sweeps, by (size, steps), model and seed."""
     groups = defaultdict(lambda: defaultdict(dict))
     for result in results:
         if not result["sweep"]:
@@ -36,7 +36,7 @@ def group(results: list[dict]) -> dict[tuple[str, int], dict[str, dict[int, dict
 
 
 def differences(arm: dict[int, dict], plain: dict[int, dict]) -> np.ndarray:
-    """Held-out loss of an arm less that of the plain arm on the same batches, one per seed that both have."""
+    """Held-out loss of a model less that of the plain model on the same batches, one per seed that both have."""
     for seed in arm.keys() & plain.keys():
         if arm[seed]["batches"] != plain[seed]["batches"] or arm[seed]["corpus"] != plain[seed]["corpus"]:
             raise ValueError(f"seed {seed} of {arm[seed]['arm']!r} and 'plain' saw different text: run both again.")
@@ -46,7 +46,7 @@ def differences(arm: dict[int, dict], plain: dict[int, dict]) -> np.ndarray:
 def smallest_difference(arms: dict[str, dict[int, dict]]) -> tuple[float, int] | None:
     """What a paired comparison at a size sees with a power of 80 % at p = 0.05, and for how many seeds.
 
-    The variance of the differences is pooled over the arms.
+    The variance of the differences is pooled over the models.
     """
     found = [d for name, runs in arms.items() if name != "plain" and len(d := differences(runs, arms["plain"])) > 1]
     if not found:
@@ -73,14 +73,14 @@ def resampled_fits(points: list[list[tuple[float, float]]], rng: np.random.Gener
 
 
 def advantage(fits: np.ndarray, plain: np.ndarray, cost: float) -> tuple[float, float, float]:
-    """Cost at which plain has the loss that the arm has at `cost`, over `cost`: median and 95 % interval."""
+    """Cost at which plain has the loss that the model has at `cost`, over `cost`: median and 95 % interval."""
     loss = fits[:, 0] * cost ** -fits[:, 1]
     ratio = (plain[:, 0] / loss) ** (1 / plain[:, 1]) / cost
     return tuple(np.quantile(ratio, [0.5, 0.025, 0.975]))
 
 
 def fit_lines(groups: dict) -> list[str]:
-    """Fits of the arms that have three sizes, against training FLOPs and against seconds of one core."""
+    """Fits of the models that have three sizes, against training FLOPs and against seconds of one core."""
     arms = [name for name in next(iter(groups.values()), {}) if sum(name in g for g in groups.values()) >= 3]
     if "plain" not in arms:
         return ["No fit: it takes three sizes of the plain arm."]
@@ -151,7 +151,7 @@ def report(results: list[dict]) -> str:
 
 
 def draw(results: list[dict], path: Path):
-    """Left: each arm less plain, a point per seed. Right: loss against seconds of one core, by arm and size."""
+    """Left: each model less plain, a point per seed. Right: loss against seconds of one core, by model and size."""
     groups = group(results)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     names = list(dict.fromkeys(arm for arms in groups.values() for arm in arms if arm != "plain"))

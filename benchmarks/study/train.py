@@ -2,8 +2,8 @@
 
     python -m benchmarks.study.train --minutes 60 --processes 2
 
-One thread per process: operations this small gain nothing from more. Every arm sees the same batches in the same order
-for the same seed, with the learning rate that is best for the plain arm of its size. The held-out text is read once,
+One thread per process: operations are too small to gain from more. Every model sees the same batches in the same order
+for the same seed, at the learning rate that is best for the plain model of its size. The held-out text is read once,
 at the end of a run; sweeps are judged on validation text and never read it.
 """
 
@@ -50,7 +50,7 @@ def expand(grid: dict) -> list[dict]:
 
 
 def tuned_rate(size: str, runs: list[dict], results: list[dict]) -> float | None:
-    """The learning rate of the plain arm's lowest validation loss at a size; `None` until its sweep is complete."""
+    """The learning rate of the plain model's lowest validation loss at a size; `None` until its sweep is complete."""
     wanted = {key(run) for run in runs if run["sweep"] and run["size"] == size}
     found = [result for result in results if result["sweep"] and key(result) in wanted]
     if not wanted or len(found) < len(wanted):

@@ -118,7 +118,7 @@ def test_the_table_is_printed_and_progress_goes_to_stderr(folder, tmp_path, caps
     assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
     said = capsys.readouterr()
     assert said.out == (tmp_path / "bench.md").read_text()
-    assert "building the arms" in said.err and "wrote bench.json, bench.md to" in said.err
+    assert "building the variants" in said.err and "wrote bench.json, bench.md to" in said.err
 
 
 def test_low_precision_and_a_named_implementation_run(folder, tmp_path, monkeypatch):
