@@ -4,13 +4,14 @@ The depth mixer lives at the root and is used before the decoder layers, which g
 then, and its gradients have to come from all processes. Models are float64 where equality is claimed.
 """
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from helpers import random_attnres
+from helpers import random_attnres, short_config
 from launching import CPUS_AS_ACCELERATORS, ROOT, largest_error, launcher, outcomes_of, run
 from once import once
 from safetensors.torch import load_file
@@ -185,3 +186,24 @@ def test_attnres_train_by_the_example_configuration(material, tmp_path):
     joined, saved_whole = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "two"))
     assert joined.keys() == saved_whole.keys()
     assert all(torch.equal(joined[key], saved_whole[key]) for key in joined)
+
+
+def test_transformers_own_fsdp_wraps_what_it_wraps_of_the_plain_model(tmp_path):
+    for name, tied in (("untied", False), ("tied", True)):
+        plain = AutoModelForCausalLM.from_config(short_config("llama", tie_word_embeddings=tied))
+        plain.save_pretrained(tmp_path / f"{name}-plain")
+        for mode in ("block", "full"):
+            AttnResForCausalLM.from_backbone(plain, residual_mode=mode).save_pretrained(tmp_path / f"{name}-{mode}")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    output = run(*torchrun, Path(__file__).with_name("fsdp_structure.py"), tmp_path)
+    ranks = [json.loads(line[line.index("{") :]) for line in output.splitlines() if '"modules"' in line]
+    assert len(ranks) == 2
+    for found in ranks:
+        for name in ("untied", "tied"):
+            plain = found[f"{name}-plain"]
+            assert ("lm_head" in plain["modules"]) == (name == "untied") and "" in plain["modules"]
+            for mode in ("block", "full"):
+                ours = found[f"{name}-{mode}"]
+                assert ours["modules"] == plain["modules"] and ours["plan"] == plain["plan"]
+                assert ours["class"] == "FSDPAttnResForCausalLM"
+                assert ours["name"] == "AttnResForCausalLM"  # by which Trainer decides whether labels are shifted
