@@ -187,3 +187,16 @@ def test_generation_reports_scores_and_hidden_states_per_step():
     assert len(last_step) == model.config.num_hidden_layers + 1
     for state, wanted in zip(last_step, expected.hidden_states, strict=True):
         assert relative_error(state[:, -1], wanted[:, -1]) < TOLERANCE
+
+
+@pytest.mark.parametrize("mode", ["block", "full"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "kimi_linear", "gemma3_text"])
+def test_a_text_alone_and_in_a_batch_of_eight_gets_equal_greedy_tokens(family, mode):
+    model, lengths = random_attnres(family, mode), [3, 9, 5, 7, 4, 9, 6, 8]
+    tokens = random_tokens(8, max(lengths))
+    mask = torch.tensor([[0] * (max(lengths) - length) + [1] * length for length in lengths])
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    together = model.generate(tokens, attention_mask=mask, **options)[:, max(lengths) :]
+    for row, length in enumerate(lengths):
+        alone = model.generate(tokens[row : row + 1, -length:], **options)[0, length:]
+        assert torch.equal(alone, together[row]), row

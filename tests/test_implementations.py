@@ -177,7 +177,8 @@ def test_implementations_of_two_models_with_one_configuration_class_are_independ
 def test_a_model_claims_what_its_family_claims(family):
     plain = AutoModelForCausalLM.from_config(short_config(family))
     model = AttnResForCausalLM.from_backbone(plain)
-    for name in ("_is_stateful", "_supports_flash_attn", "_supports_sdpa", "_supports_flex_attn", "_can_compile_fullgraph"):
+    supports = ("_supports_flash_attn", "_supports_sdpa", "_supports_flex_attn")
+    for name in (*supports, "_is_stateful", "_can_compile_fullgraph"):
         assert getattr(model, name) == getattr(plain, name), name
     for each in (model, model.model):
         assert each._can_set_experts_implementation() == plain._can_set_experts_implementation()
