@@ -8,7 +8,8 @@ import warnings
 
 import pytest
 import torch
-from helpers import compiles, random_attnres, random_tokens, relative_error
+from families import FAMILIES
+from helpers import compiles, random_attnres, random_tokens, relative_error, short_config
 
 from attnres import depth_kernels, kernels
 
@@ -22,8 +23,8 @@ def fresh_choice():
         function.cache_clear()
 
 
-def twins(implementation, mode="block", **options):
-    eager = random_attnres("qwen3_moe", mode, **options)
+def twins(implementation, mode="block", family="qwen3_moe", **options):
+    eager = random_attnres(family, mode, **options)
     eager.set_depth_implementation("eager")
     other = copy.deepcopy(eager)
     other.set_depth_implementation(implementation)
@@ -46,6 +47,77 @@ def test_logits_weights_and_gradients_are_those_of_eager(mode, implementation):
     for (name, expected), found in zip(eager.named_parameters(), fused.parameters(), strict=True):
         if expected.grad is not None:
             assert relative_error(found.grad, expected.grad) < 1e-3, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["block", "full"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_familys_norm_is_fused_to_the_same_logits(family, mode):
+    for seed in range(2):
+        eager, fused = twins("auto", mode, family, seed=seed)
+        tokens = random_tokens(2, 5, seed)
+        expected, found = (model(tokens, output_depth_weights=True) for model in (eager, fused))
+        assert relative_error(found.logits, expected.logits) < 1e-4
+        for ours, theirs in zip(found.depth_weights, expected.depth_weights, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["input_layernorm", "post_attention_layernorm"])
+def test_a_norm_with_a_hook_or_in_place_of_the_familys_is_called(place):
+    model, tokens = random_attnres("llama"), random_tokens(2, 5)
+    expected, seen = model(tokens).logits, []
+    norm = model.model.layers[2].get_submodule(place)
+    handle = norm.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    assert relative_error(model(tokens).logits, expected) < 1e-5
+    ((mixture, normed),) = seen
+    assert relative_error(norm(mixture), normed) < 1e-6
+    handle.remove()
+
+    class Doubled(torch.nn.Module):
+        def forward(self, hidden_states):
+            return 2 * norm(hidden_states)
+
+    model.model.layers[2].set_submodule(place, Doubled())
+    doubled = model(tokens).logits
+    model.set_depth_implementation("eager")
+    assert relative_error(doubled, expected) > 1e-3
+    assert relative_error(doubled, model(tokens).logits) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["block", "full"])
+def test_bfloat16_costs_no_more_accuracy_than_it_costs_the_plain_model(mode):
+    from transformers import AutoModelForCausalLM
+
+    from attnres import AttnResForCausalLM
+
+    tokens, errors = random_tokens(4, 13), {"plain": [], "ours": []}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        plain = AutoModelForCausalLM.from_config(short_config("llama")).eval()
+        expected = plain(tokens).logits
+        ours = AttnResForCausalLM.from_backbone(plain, residual_mode=mode).eval()
+        for name, model in (("plain", plain), ("ours", ours)):
+            errors[name].append(relative_error(model.to(torch.bfloat16)(tokens).logits.float(), expected))
+    assert sum(errors["ours"]) < 1.3 * sum(errors["plain"])
+
+
+def test_what_a_first_forward_pass_saves_is_what_every_later_one_saves():
+    from attnres.kernels import cpu_backend
+
+    cpu_backend.problem.cache_clear()  # so that the kernels are checked within the first
+    model, tokens, counts = random_attnres("llama").train(), random_tokens(1, 5), []
+    for _ in range(2):
+        counts.append(0)
+
+        def pack(tensor):
+            counts[-1] += 1
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(tokens, labels=tokens).loss.backward()
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

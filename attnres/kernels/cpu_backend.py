@@ -118,7 +118,7 @@ def backward(
         addresses = addresses[3:]
         addresses += [gradient.data_ptr() if need else 0 for gradient, need in zip(gradients, needs, strict=True)]
         _run(module, kernel, parts, fields, addresses)
-    of_query, *of_gain = sums.sum(1).unbind()
+    of_query, *of_gain = (parts.sum(0) for parts in sums)  # apart: results of an operator must not share memory
     return gradients, of_query, of_gain[0] if of_gain else None
 
 

@@ -59,3 +59,49 @@ def test_one_result_alone_has_its_gradient(which):
     expected = torch.autograd.grad((normed, weights)[which].square().sum(), double)
     for gradient, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(gradient.double(), wanted, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own parts
+@pytest.mark.parametrize("normed", [True, False])
+def test_the_backward_operator_keeps_torchs_rules(normed):
+    def plain(value):
+        if isinstance(value, list):
+            return [plain(each) for each in value]
+        return value.detach() if isinstance(value, torch.Tensor) else value
+
+    sources, query, eps, gain, *norm, backend = map(plain, arguments(normed=normed))
+    output, weights = torch.ops.attnres.mix(sources, query, eps, gain, *norm, backend)
+    given = (torch.randn_like(output), torch.randn_like(weights), sources, query, eps, weights, gain, *norm)
+    needs = [True, False, True, True]
+    torch.library.opcheck(
+        torch.ops.attnres.mix_backward.default, (*given, needs, backend), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("normed", [True, False])
+def test_gradients_of_gradients_are_those_of_the_formula(normed, seed):
+    given = arguments(normed=normed)
+    torch.manual_seed(seed)
+    side = torch.randn(2, 3, 13)
+
+    def twice(inputs, mix):
+        *sources, query, gain = inputs
+        output = mix(sources, query, gain)
+        kept = [each for each in inputs if each is not None]
+        first = torch.autograd.grad((output * side.to(output.dtype)).sum(), kept, create_graph=True)
+        return torch.autograd.grad(sum(each.square().sum() for each in first), kept)
+
+    def formula(sources, query, gain):
+        values = torch.stack(sources, dim=2)
+        logits = (values * torch.rsqrt(values.square().mean(-1, keepdim=True) + EPS) * query).sum(-1)
+        mixed = 2.0 * (torch.softmax(logits, dim=-1).unsqueeze(-1) * values).sum(2)
+        if gain is None:
+            return mixed
+        return mixed * torch.rsqrt(mixed.square().mean(-1, keepdim=True) + EPS) * (gain + 1.0)
+
+    inputs = [*given[0], given[1], given[3]]
+    double = [None if each is None else each.detach().double().requires_grad_() for each in inputs]
+    found = twice(inputs, lambda sources, query, gain: torch.ops.attnres.mix(sources, query, EPS, gain, *given[4:])[0])
+    for ours, exact in zip(found, twice(double, formula), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-3, atol=1e-3)
