@@ -42,7 +42,7 @@ docs: .venv/.docs
 
 clean:
 	rm -rf .venv .venv-floor .venv-engines .venv-network site build dist demo-out .demo-out.* .pytest_cache .ruff_cache \
-	    .hypothesis attnres.egg-info
+	    .hypothesis attention_residuals.egg-info
 	find attnres tests -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.installed .venv-network/.installed: requirements/current.txt

@@ -1043,4 +1043,4 @@ def _whole(value: str, least: int, most: int | None, rule: str) -> int:
 def _require(*modules: str, extra: str):
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
-        raise CommandError(f"{', '.join(missing)} not installed: pip install 'attnres[{extra}]'")
+        raise CommandError(f"{', '.join(missing)} not installed: pip install 'attention-residuals[{extra}]'")

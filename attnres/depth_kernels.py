@@ -83,7 +83,7 @@ def _problem(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     try:
         problem = _abi_problem()
     except ImportError:
-        return "" if backend == "cpu" else "attnres is not installed; pip install attnres[triton]"
+        return "" if backend == "cpu" else "attnres is not installed; pip install attention-residuals[triton]"
     return problem or importlib.import_module("attnres.kernels.operator").problem(backend, device, dtype)
 
 

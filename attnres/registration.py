@@ -1,5 +1,8 @@
 """The public classes, registered with the Auto classes of transformers. `import attnres` imports this."""
 
+import warnings
+from importlib import metadata
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -32,3 +35,20 @@ AttnResConfig.register_for_auto_class()
 for _auto_class, _model_class in _CLASSES.items():
     _auto_class.register(AttnResConfig, _model_class, exist_ok=True)
     _model_class.register_for_auto_class(_auto_class.__name__)
+
+
+def _warn_of_a_clash():
+    """Another distribution installs files in a folder of the same name, over these."""
+    try:
+        others = metadata.distribution("fast-attnres").files or ()
+    except metadata.PackageNotFoundError:
+        return
+    if any(file.parts[0] == __package__ for file in others):
+        warnings.warn(
+            f"fast-attnres is installed too, and both put files in {__package__}/: whichever came last has replaced "
+            "files of the other. Uninstall both, then install attention-residuals in an environment of its own.",
+            stacklevel=2,
+        )
+
+
+_warn_of_a_clash()

@@ -58,7 +58,7 @@ for kind, means in found.summary()["overall"].items():
         f"as many as {means['effective_sources']:.2f} sources"
     )
 
-# %% A picture (pip install 'attnres[hub]')
+# %% A picture (pip install 'attention-residuals[hub]')
 from attnres import plots  # noqa: E402
 
 plots.depth_weights(

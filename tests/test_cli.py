@@ -105,7 +105,7 @@ def test_a_folder_in_use_is_one_line(tmp_path, capsys):
 def test_a_missing_package_names_the_extra(monkeypatch, capsys):
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "lm_eval" else object())
     error = error_of(capsys, "demo")
-    assert "lm_eval" in error and "matplotlib" not in error and "pip install 'attnres[eval]'" in error
+    assert "lm_eval" in error and "matplotlib" not in error and "pip install 'attention-residuals[eval]'" in error
 
 
 @pytest.mark.parametrize("error", [ValueError("two\nlines"), OSError("two lines")], ids=["value", "os"])

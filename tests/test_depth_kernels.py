@@ -189,7 +189,7 @@ def test_without_numba_the_warning_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "attnres.kernels.cpu_kernels", None)
     for function in (cpu_backend._kernels, cpu_backend.problem):
         function.cache_clear()
-    check_falls_back("auto", "pip install numba")
+    check_falls_back("auto", r"pip install .attention-residuals\[cpu\]")
     for function in (cpu_backend._kernels, cpu_backend.problem):
         function.cache_clear()
 

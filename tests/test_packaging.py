@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "attnres"
 
 # What lies beside the flat files that travel to the Hub, and stays here.
-NOT_REMOTE_CODE = {"__init__", "__main__", "cli", "demo", "plots"}
+NOT_REMOTE_CODE = {"__init__", "__main__", "cli", "demo", "plots", "registration"}
 REMOTE_CODE = sorted({path.stem for path in PACKAGE.glob("*.py")} - NOT_REMOTE_CODE)
 MODEL = {"attnres", *REMOTE_CODE}  # "attnres" are the public names
 
@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "plots": set(),
     "kernels": set(),  # depth_kernels reaches them by name
     **{name: set(REMOTE_CODE) for name in REMOTE_CODE},
+    "registration": set(REMOTE_CODE),
     "__init__": {*REMOTE_CODE, "analysis"},  # whose callback it hands out on demand
     "conversion": MODEL,
     "analysis": MODEL | {"plots"},
@@ -115,7 +116,7 @@ def test_version_is_read_from_the_source(metadata):
         ("transformers", None, "<6,>=5.17"),
         ("accelerate", None, ">=1.1"),
         ("safetensors", None, ">=0.8"),
-        ("numba", None, "<1,>=0.64"),
+        ("numba", "cpu", "<1,>=0.64"),
         ("huggingface_hub", None, "<3,>=1.5"),
         ("lm-eval", "eval", "<0.5,>=0.4.13"),
         ("datasets", "eval", ">=2.16"),
@@ -148,7 +149,7 @@ def test_wheel_and_sdist_hold_licence_and_every_file_of_the_package(distribution
     assert package <= in_wheel
     assert package | {"LICENSE", "pyproject.toml"} <= in_sdist
     assert any(name.endswith("/licenses/LICENSE") for name in in_wheel)
-    assert not [name for name in in_wheel if not name.startswith(("attnres/", "attnres-"))]
+    assert not [name for name in in_wheel if not name.startswith(("attnres/", "attention_residuals-"))]
 
 
 def test_console_script_is_the_command_line(distributions):
@@ -206,3 +207,41 @@ def test_no_tracked_file_contains(pattern):
         matches = (number for number, line in enumerate(lines, 1) if re.search(pattern, line))
         found += [f"{path.relative_to(ROOT)}:{number}" for number in matches]
     assert not found
+
+
+# What a name that is imported is called on the index, where that differs.
+DISTRIBUTIONS = {"yaml": "pyyaml", "lm_eval": "lm-eval"}
+OPTIONAL = {"fla"}  # a rival to be measured, where someone has it
+BROUGHT_ALONG = {"pyarrow": "datasets", "PIL": "matplotlib"}  # by what is declared
+
+
+def test_every_import_is_declared(metadata):
+    declared = {Requirement(text).name.lower().replace("_", "-") for text in metadata.get_all("Requires-Dist")}
+    used = set()
+    for path in package_sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            used |= {name.split(".")[0] for name in names}
+    siblings = {path.stem for path in package_sources()}  # of a script that runs in a process of its own
+    used -= {*sys.stdlib_module_names, "attnres", *OPTIONAL, *siblings}
+    missing = {
+        name
+        for name in used
+        if DISTRIBUTIONS.get(name, BROUGHT_ALONG.get(name, name)).lower().replace("_", "-") not in declared
+    }
+    assert not missing
+
+
+def test_the_wheel_says_that_it_is_typed(distributions):
+    assert "attnres/py.typed" in distributions[0].namelist()
+
+
+def test_another_package_of_the_same_module_is_not_silent(tmp_path):
+    info = tmp_path / "fast_attnres-2.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fast-attnres\nVersion: 2.1.0\n")
+    (info / "RECORD").write_text("attnres/__init__.py,,\n")
+    code = f"import sys; sys.path.append({str(tmp_path)!r}); import attnres"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "fast-attnres is installed too, and both put files in attnres/" in done.stderr

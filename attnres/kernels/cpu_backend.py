@@ -135,6 +135,7 @@ def problem(device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         return compare(forward, backward, device, dtype)
     except ImportError as error:
-        return f"mixing on the CPU is slower than it could be ({' '.join(str(error).split())}); pip install numba"
+        reason = " ".join(str(error).split())
+        return f"mixing on the CPU is slower than it could be ({reason}); pip install 'attention-residuals[cpu]'"
     except Exception as error:  # whatever a compiler raises
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -34,7 +34,7 @@ def problem(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     try:
         module = importlib.import_module(f"attnres.kernels.{BACKENDS[backend]}")
     except ImportError as error:
-        return f"{' '.join(str(error).split())}; pip install attnres[{backend}]"
+        return f"{' '.join(str(error).split())}; pip install attention-residuals[{backend}]"
     return module.problem(device, dtype)
 
 

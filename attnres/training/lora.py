@@ -16,7 +16,7 @@ ADAPTER = "adapter"
 def with_adapters(model: AttnResForCausalLM, arguments: RunArguments) -> nn.Module:
     """The model with adapters; all else but the depth mixer is frozen."""
     if find_spec("peft") is None:
-        raise ValueError("--train lora needs peft, which is not installed: pip install 'attnres[train]'")
+        raise ValueError("--train lora needs peft, which is not installed: pip install 'attention-residuals[train]'")
     from peft import LoraConfig, get_peft_model
 
     alpha = 2 * arguments.lora_rank if arguments.lora_alpha is None else arguments.lora_alpha

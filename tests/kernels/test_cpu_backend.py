@@ -243,7 +243,9 @@ def test_without_numba_the_module_is_there_and_says_so():
         "print(cpu_backend.problem(torch.device('cpu'), torch.float32))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip().endswith("pip install numba") and len(found.stdout.splitlines()) == 1
+    assert (
+        found.stdout.strip().endswith("pip install 'attention-residuals[cpu]'") and len(found.stdout.splitlines()) == 1
+    )
 
 
 def test_devices_and_dtypes_without_kernels_are_named():
