@@ -95,6 +95,7 @@ class RunArguments:
     lora_alpha: float | None = _option(None, "scale of the adapters, divided by the rank (default: 2 N)", "ALPHA")
     lora_dropout: float = _option(0.0, "of the adapters' inputs", "P")
     optimizer: Literal["adamw", "muon"] = _option("adamw", "muon: Muon for the backbone's matrices, AdamW for all else")
+    depth_learning_rate: float | None = _option(None, "of the depth mixer (default: --learning-rate)", "LR")
     schedule: Literal["cosine", "wsd"] | None = _option(
         None,
         "cosine to a tenth, or warm-up, stable and linear decay over the last fifth (default: cosine, unless "
@@ -126,6 +127,7 @@ RULES = {
     "lora_dropout": Rule("at least 0 and below 1", lambda value: 0 <= value < 1),
     "depth_dynamics_steps": _AT_LEAST_1,
     "learning_rate": _POSITIVE,
+    "depth_learning_rate": _POSITIVE,
     "weight_decay": _AT_LEAST_0,
     "max_grad_norm": _AT_LEAST_0,
     "num_train_epochs": _POSITIVE,
@@ -365,6 +367,9 @@ def _check_together(arguments: RunArguments, of_trainer: dict):
         ),
         "--residual-mode standard has no depth mixer to train: use --train all": (
             arguments.residual_mode == "standard" and arguments.train == "depth"
+        ),
+        "--residual-mode standard has no depth mixer: leave out --depth-learning-rate": (
+            arguments.residual_mode == "standard" and arguments.depth_learning_rate is not None
         ),
     }
     for line, applies in mistakes.items():

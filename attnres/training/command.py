@@ -64,6 +64,7 @@ def run(command_line: Sequence[str]):
             processing_class=tokenizer,
             callbacks=[DepthDynamicsCallback(arguments.depth_dynamics_steps)] if arguments.depth_dynamics else [],
             muon=arguments.optimizer == "muon",
+            depth_learning_rate=arguments.depth_learning_rate,
             begin=begin,
         )
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -31,20 +31,25 @@ class _Finished(Exception):
 
 
 class RunTrainer(Trainer):
-    """`Trainer` with four differences.
+    """`Trainer` with five differences.
 
     A checkpoint is written under another name and renamed when it is complete. Every process stops before the optimizer
     when a loss or a gradient is not finite on any of them, and nothing that is not finite is saved. Evaluation leaves
-    the random number generators as they were. With `muon` the backbone's matrices are trained by Muon.
+    the random number generators as they were. With `muon` the backbone's matrices are trained by Muon. The depth mixer
+    may have a learning rate of its own.
 
     Args:
         muon: whether to train the backbone's matrices with Muon.
+        depth_learning_rate: peak, of the depth mixer; default: that of all.
         begin: called by rank 0 when everything is made and training begins.
     """
 
-    def __init__(self, *args, muon: bool, begin: Callable[[], None], **kwargs):
+    def __init__(
+        self, *args, muon: bool, begin: Callable[[], None], depth_learning_rate: float | None = None, **kwargs
+    ):
         super().__init__(*args, **kwargs)
         self.muon = muon
+        self.depth_learning_rate = depth_learning_rate
         self._saving = False
         self._not_finite: torch.Tensor | None = None
         self.remove_callback(PrinterCallback)
@@ -66,6 +71,20 @@ class RunTrainer(Trainer):
         return found
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer = self._create_optimizer(model)
+        if is_new and self.depth_learning_rate is not None:
+            named = (self.model if model is None else model).named_parameters()
+            depth = {id(parameter) for name, parameter in named if "depth_mixer." in name}
+            for group in list(optimizer.param_groups):
+                inside = [parameter for parameter in group["params"] if id(parameter) in depth]
+                if inside:
+                    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in depth]
+                    optimizer.add_param_group({**group, "params": inside, "lr": self.depth_learning_rate})
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    def _create_optimizer(self, model: nn.Module | None) -> torch.optim.Optimizer:
         if not self.muon or self.optimizer is not None:
             return super().create_optimizer(model)
         flattened = self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1

@@ -128,6 +128,27 @@ def test_the_depth_mixer_alone_is_trained(plain, converted, documents, tmp_path)
     assert moved(out, converted) and all("_res_" in name for name in moved(out, converted))
 
 
+@pytest.mark.parametrize("options", [{}, {"optimizer": "muon"}, {"train": "lora"}, {"train": "depth"}], ids=str)
+def test_the_depth_mixer_has_the_learning_rate_that_is_given_for_it(plain, documents, tmp_path, monkeypatch, options):
+    seen, create = [], RunTrainer.create_optimizer
+
+    def note(self, model=None):
+        optimizer = create(self, model)
+        seen.append((self.model, optimizer))
+        return optimizer
+
+    monkeypatch.setattr(RunTrainer, "create_optimizer", note)
+    train(plain, documents, tmp_path / "run", num_blocks=2, max_steps=2, depth_learning_rate=1e-4, **options)
+    model, optimizer = seen[0]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    initial = {names[id(each)]: group["initial_lr"] for group in optimizer.param_groups for each in group["params"]}
+    assert initial.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, rate in initial.items():
+        assert rate == (1e-4 if "depth_mixer" in name else 3e-3), name
+    assert sum("depth_mixer" in name for name in initial) == 6
+    assert all(group["params"] for group in optimizer.param_groups)
+
+
 def test_lora_trains_adapters_with_the_depth_mixer_and_leaves_a_merged_model(plain, converted, documents, tmp_path):
     from peft import PeftModel
 
