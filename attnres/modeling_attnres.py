@@ -9,8 +9,9 @@ import copy
 import os
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -115,6 +116,9 @@ class HiddenStatesRecorder(OutputRecorder):
     """Records L + 1 states; a negative index in `output_hidden_states` counts back from there."""
 
     num_hidden_layers_key: str = "num_hidden_states"
+
+
+Model = TypeVar("Model", bound="AttnResPreTrainedModel")
 
 
 class AttnResPreTrainedModel(PreTrainedModel):
@@ -239,26 +243,26 @@ class AttnResPreTrainedModel(PreTrainedModel):
             self._register_conversions()
             return super().load_adapter(*args, **kwargs)
 
-    def depth_parameters(self):
+    def depth_parameters(self) -> Iterator[nn.Parameter]:
         """The pseudo-queries and key-norm gains: 6 parameters, none in `"standard"` mode."""
         return (parameter for name, parameter in self.named_parameters() if _is_depth_name(name))
 
-    def backbone_parameters(self):
+    def backbone_parameters(self) -> Iterator[nn.Parameter]:
         """All parameters but those of the depth mixer."""
         return (parameter for name, parameter in self.named_parameters() if not _is_depth_name(name))
 
-    def freeze_backbone(self):
+    def freeze_backbone(self: Model) -> Model:
         """Leaves only the depth mixer trainable; returns the model."""
         for parameter in self.backbone_parameters():
             parameter.requires_grad_(False)
         return self
 
-    def set_depth_implementation(self, depth_implementation: str):
+    def set_depth_implementation(self, depth_implementation: str) -> None:
         """Chooses which implementation mixes over depth, as `set_attn_implementation` does for attention."""
         self.config.depth_implementation = depth_implementation
 
     @classmethod
-    def from_backbone(cls, model_or_path, **kwargs):
+    def from_backbone(cls: type[Model], model_or_path: PreTrainedModel | str | os.PathLike, **kwargs: Any) -> Model:
         """The lossless conversion of a PreNorm model: with zero pseudo-queries it computes what the model computed.
 
         Args:
