@@ -174,7 +174,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return True  # of the class; whether a model has experts is a trait of its family
+        return False  # of the class, which may have any backbone; a model has this trait from its family
 
     def __init_subclass__(cls, **kwargs):
         """The class that FSDP makes of a model has its code where the model's own class has: that is what is saved."""
