@@ -42,7 +42,7 @@ def __getattr__(name: str):
 def _is_command() -> bool:
     """Whether Python runs `attnres` or `python -m attnres`, which answers `--help` without importing torch."""
     if sys.argv[:1] == ["-m"]:
-        return sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == [__name__]
+        return any(word == __name__ or word.endswith(f"m{__name__}") for word in sys.orig_argv)  # -mattnres is one word
     return bool(sys.argv) and PurePath(sys.argv[0]).name in ("attnres", "attnres.exe")
 
 

@@ -136,9 +136,11 @@ def test_interruption_exits_with_status_130(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "how", [["-m", "attnres"], [Path(sys.executable).with_name("attnres")]], ids=["module", "script"]
+    "how",
+    [["-m", "attnres"], ["-mattnres"], ["-Im", "attnres"], [Path(sys.executable).with_name("attnres")]],
+    ids=["module", "one word", "isolated", "script"],
 )
-@pytest.mark.parametrize("arguments", ["--help", "--version", "convert --help", "eval --help", "bench --help"])
+@pytest.mark.parametrize("arguments", ["--help", "convert --help", "bench --help"])
 def test_help_imports_neither_torch_nor_transformers(how, arguments):
     script = [sys.executable, "-X", "importtime", *how, *arguments.split()]
     done = subprocess.run(script, capture_output=True, text=True)
