@@ -235,6 +235,7 @@ def inspect(options: argparse.Namespace):
         keep_tokens=options.tokens,
         dtype=options.dtype,
         device=options.device,
+        ablation_tokens=options.ablate,
         progress=True,
     )
     print("\n".join(as_markdown(weights) for weights in found), end="")
@@ -589,6 +590,10 @@ def _at_least_1(value: str) -> int:
     return _whole(value, 1, None, "a whole number of at least 1")
 
 
+def _at_least_2(value: str) -> int:
+    return _whole(value, 2, None, "a whole number of at least 2")
+
+
 def _at_least_0(value: str) -> int:
     return _whole(value, 0, None, "a whole number of at least 0")
 
@@ -661,6 +666,15 @@ def _add_inspect(commands):
         type=_at_least_0,
         default=64,
         help="first tokens whose own weights the page shows (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ablate",
+        metavar="TOKENS",
+        type=_at_least_2,
+        nargs="?",
+        const=512,
+        help="measure also how the loss changes without each source of each sublayer, on the first tokens of the text "
+        "(default: %(const)s); takes a forward pass for each",
     )
     parser.add_argument(
         "--context",

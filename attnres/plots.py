@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import CenteredNorm, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -161,6 +161,60 @@ def depth_panels(path: str | PathLike, models: Sequence[Mapping]):
         bar = part.colorbar(image, ax=list(all_axes.values()), label="mean depth weight", fraction=0.03, pad=0.01)
         bar.set_ticks([0, 0.05, 0.2, 0.5, 1])
         part.suptitle("\n".join(textwrap.wrap(model["title"], 120)), fontsize=11, parse_math=False)
+    _save(figure, path)
+
+
+def source_effects(path: str | PathLike, effects: Mapping):
+    """Draws by how much the loss changes without a source, before attention, before MLP and before the output, and with
+    a random source of every token left out beside that. Colours are linear, with white for no change.
+
+    Args:
+        path: PNG to write.
+        effects: `title`; `columns`, labels of the sources; `rows`, labels of the decoder layers; `attention`, `mlp` and
+            `output`, changes in nats per token by row, `None` for the only source; `attention_control`, `mlp_control`
+            and `output_control`, one change per row, `None` likewise.
+    """
+    columns, rows = [*effects["columns"], "", "random"], effects["rows"]
+    height = max(2.6, min(9.0, 0.24 * len(rows)))
+    figure = Figure(figsize=(13, 2.4 + height), layout="constrained")
+    all_axes = figure.subplot_mosaic(
+        [["attention", "mlp"], ["output", "output"]], height_ratios=[height, max(0.3, height / len(rows))]
+    )
+    matrices = {}
+    for name in all_axes:
+        given = [effects[name]] if name == "output" else effects[name]
+        controls = [effects["output_control"]] if name == "output" else effects[f"{name}_control"]
+        padded = [
+            [*row, *[None] * (len(columns) - 1 - len(row)), control]
+            for row, control in zip(given, controls, strict=True)
+        ]
+        matrices[name] = np.ma.masked_invalid(np.array(padded, dtype=float))
+    largest = max(float(np.abs(matrix).max() or 0) for matrix in matrices.values()) or 1.0
+    for name, title in (("attention", "before attention"), ("mlp", "before MLP"), ("output", "output")):
+        axes, matrix = all_axes[name], matrices[name]
+        norm = CenteredNorm(0, largest)
+        image = axes.imshow(matrix, cmap="PuOr_r", norm=norm, aspect="auto", interpolation="nearest")
+        axes.patch.set(hatch="////", edgecolor="0.85", facecolor="white")
+        axes.set_title(title, fontsize=10)
+        across = -(-len(columns) // (40 if name == "output" else 18))
+        shown = sorted({*range(0, len(columns) - 2, across), len(columns) - 1})
+        axes.set_xticks(shown, [columns[place] for place in shown], fontsize=8)
+        labels = [""] if name == "output" else rows
+        down = -(-len(labels) * 9 // int(72 * height))
+        axes.set_yticks(range(0, len(labels), down), labels[::down], fontsize=8)
+        axes.spines[:].set_visible(False)
+        if len(columns) <= 18 and height / len(rows) >= 0.16:
+            for (row, column), change in np.ndenumerate(matrix.filled(np.nan)):
+                if not np.isnan(change):
+                    colour = "white" if abs(change) > 0.6 * largest else "black"
+                    axes.text(column, row, f"{change:+.3f}", ha="center", va="center", fontsize=6.5, color=colour)
+    all_axes["attention"].set_ylabel("decoder layer")
+    all_axes["output"].tick_params(axis="y", length=0)
+    all_axes["output"].set_xlabel("source that is left out")
+    figure.colorbar(
+        image, ax=list(all_axes.values()), label="change of the loss, nats per token", fraction=0.03, pad=0.01
+    )
+    figure.suptitle("\n".join(textwrap.wrap(effects["title"], 120)), fontsize=11, parse_math=False)
     _save(figure, path)
 
 

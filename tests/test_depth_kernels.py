@@ -180,7 +180,7 @@ def test_a_device_without_triton_kernels_mixes_by_eager(monkeypatch):
 
 def test_without_triton_the_warning_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "attnres.kernels.triton_backend", None)
-    check_falls_back("triton", r"pip install attnres\[triton\]")
+    check_falls_back("triton", r"pip install attention-residuals\[triton\]")
 
 
 def test_without_numba_the_warning_names_it(monkeypatch):

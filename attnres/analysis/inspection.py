@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,11 +18,13 @@ from transformers import AutoTokenizer
 
 from .. import plots
 from ..modeling_attnres import AttnResForCausalLM
+from .ablation import Ablation, ablate, passes
 from .depth_weights import KINDS, DepthWeights, depth_weights, write_text
 from .page import render
-from .text import printable, read_pieces
+from .text import printable, read_pieces, tokens_of
 
 STDIN = "-"
+CONTROL_DRAWS = 3  # of an ablation
 SHOWN_SOURCES = 8  # in the list of those that are ignored
 
 
@@ -35,6 +38,7 @@ def inspect(
     keep_tokens: int = 64,
     dtype: str = "auto",
     device: str | None = None,
+    ablation_tokens: int | None = None,
     progress: bool = False,
 ) -> tuple[list[DepthWeights], list[Path]]:
     """Measures the depth weights of AttnRes checkpoints over a text, one after the other, and writes what it found.
@@ -47,6 +51,8 @@ def inspect(
         context, max_tokens, keep_tokens: as in `depth_weights`.
         dtype: "auto" (as in the checkpoint), "float32", "bfloat16" or "float16".
         device: as torch calls it (default: a GPU where there is one).
+        ablation_tokens: measure also what each source is worth (`ablation.ablate`), on as many first tokens, and write
+            ablation.json and ablation.png (of a second model ablation-2.json, ...).
         progress: show a bar on stderr.
 
     Returns:
@@ -61,7 +67,7 @@ def inspect(
         _check_checkpoint(name, Path(folder))
     out = Path(os.path.abspath(out))
     _check_writable(out)
-    found = []
+    found, effects = [], []
     with _opened(text) as file:
         for name, folder in models.items():
             tokenizer = _load_tokenizer(name, folder)
@@ -85,8 +91,19 @@ def inspect(
                     progress=bar.update,
                 )
             found.append(weights)
+            if ablation_tokens is not None:
+                with _decoded(file) as decoded:
+                    stream = tokens_of(tokenizer, read_pieces(decoded, text_name))
+                    ids = [id for id, _ in islice(stream, min(ablation_tokens, context or ablation_tokens))]
+                counts = [len(mixture.mean) for mixture in weights.mixtures]
+                total = passes(counts, CONTROL_DRAWS)
+                with tqdm(
+                    desc=f"{name} without", unit="pass", total=total, leave=False, disable=not progress, file=sys.stderr
+                ) as bar:
+                    ids = torch.tensor([ids])
+                    effects.append((weights, ablate(model, ids, draws=CONTROL_DRAWS, name=name, progress=bar.update)))
             del model  # before the next one is loaded
-    return found, write(found, out)
+    return found, [*write(found, out), *write_ablations(effects, out)]
 
 
 def named(models: Sequence[str], folders: Sequence[str | os.PathLike]) -> dict[str, str | os.PathLike]:
@@ -113,6 +130,32 @@ def write(found: list[DepthWeights], out: str | os.PathLike) -> list[Path]:
     written += [out / "depth-weights.png", out / "depth-weights.html"]
     plots.depth_panels(written[-2], [panels(weights) for weights in found])
     write_text(written[-1], render(found))
+    return written
+
+
+def write_ablations(effects: list[tuple[DepthWeights, Ablation]], out: Path) -> list[Path]:
+    """A JSON and a figure per model."""
+    written = []
+    for number, (weights, effect) in enumerate(effects, 1):
+        stem = "ablation" if number == 1 else f"ablation-{number}"
+        effect.save(out / f"{stem}.json")
+        means = [sum(draws) / len(draws) if draws else None for draws in effect.control]
+        plots.source_effects(
+            out / f"{stem}.png",
+            {
+                "title": f"{effect.model}: loss without a source, {effect.tokens:,} tokens of {weights.text}, loss "
+                f"{effect.loss:.3f} nats per token",
+                "columns": weights.short_sources,
+                "rows": [str(mixture.layer) for mixture in weights.of_kind("attention")],
+                "attention": effect.without[0:-1:2],
+                "mlp": effect.without[1:-1:2],
+                "output": effect.without[-1],
+                "attention_control": means[0:-1:2],
+                "mlp_control": means[1:-1:2],
+                "output_control": means[-1],
+            },
+        )
+        written += [out / f"{stem}.json", out / f"{stem}.png"]
     return written
 
 

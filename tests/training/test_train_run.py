@@ -168,7 +168,7 @@ def test_lora_trains_adapters_with_the_depth_mixer_and_leaves_a_merged_model(pla
 
 def test_lora_without_peft_names_the_command_that_installs_it(plain, documents, tmp_path, monkeypatch):
     monkeypatch.setattr("attnres.training.lora.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'attnres\[train\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'attention-residuals\[train\]'"):
         train(plain, documents, tmp_path / "run", train="lora")
 
 
