@@ -134,6 +134,7 @@ class Mixing(NamedTuple):
         variant: a key of `VARIANTS`.
         implementation: a key of `depth_kernels.DEPTH_IMPLEMENTATIONS`.
         scale_norm_eps: whether the norm after a mixture of n sources has epsilon / n^2.
+        chosen: a device, and the back end of the fused operator there, so that not every layer has to ask.
     """
 
     eps: float
@@ -141,6 +142,7 @@ class Mixing(NamedTuple):
     variant: str = "attnres"
     implementation: str = "eager"
     scale_norm_eps: bool = False
+    chosen: tuple[torch.device, str | None] | None = None
 
     @classmethod
     def of(cls, config) -> "Mixing":
@@ -153,6 +155,8 @@ class Mixing(NamedTuple):
     def start(self, embedding: torch.Tensor) -> "DepthState":
         """The state before the first decoder layer; embedding `[B, T, D]`."""
         if self.layers_per_block is not None:
+            if VARIANTS[self.variant].mixture is None:
+                self = self._replace(chosen=(embedding.device, fused_backend(self.implementation, embedding)))
             return DepthState(self, (embedding,))
         streams = VARIANTS[self.variant].streams
         return DepthState(self, partial=embedding.unsqueeze(2).expand(-1, -1, streams, -1) if streams else embedding)
@@ -238,7 +242,10 @@ class DepthState:
 
     def _fused_backend(self) -> str | None:
         if self._backend is False:
-            self._backend = fused_backend(self.mixing.implementation, self._first)
+            first, chosen = self._first, self.mixing.chosen
+            # A layer that is compiled by itself is another place than the model that calls it.
+            known = chosen is not None and chosen[0] == first.device and not torch.compiler.is_compiling()
+            self._backend = chosen[1] if known else fused_backend(self.mixing.implementation, first)
         return self._backend
 
     def add(self, output: torch.Tensor):

@@ -596,14 +596,15 @@ class AttnResModel(AttnResPreTrainedModel):
 
         every_input = bool(kwargs.pop("output_hidden_states", getattr(self.config, "output_hidden_states", False)))
 
-        mixing, every_weight = Mixing.of(self.config), bool(output_depth_weights)
+        every_weight = bool(output_depth_weights)
+        depth = Mixing.of(self.config).start(inputs_embeds)
         queries = None if self.depth_mixer is None else self.depth_mixer()
 
         def call_layer(index: int, layer: nn.Module, *state: torch.Tensor | None) -> torch.Tensor | tuple:
             return layer(
                 None if queries is None else LayerQueries(queries[2 * index], queries[2 * index + 1]),
                 *state,
-                mixing=mixing,
+                mixing=depth.mixing,
                 attention_mask=masks[kinds[index]],
                 position_ids=position_ids,
                 past_key_values=past_key_values,
@@ -615,7 +616,6 @@ class AttnResModel(AttnResPreTrainedModel):
                 **kwargs,
             )
 
-        depth = mixing.start(inputs_embeds)
         depth.walk(zip(indices, layers, strict=True), call_layer)
         hidden_states = self._read_output(depth, queries and queries[-1], shards, every_weight, every_input)
         return AttnResModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
