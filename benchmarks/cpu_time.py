@@ -4,7 +4,7 @@
 
 Where other programs run, wall-clock times differ by more than the mixing costs; processor time leaves out what
 others took. A Qwen3-like model of random weights and the same converted, with random pseudo-queries, alternate in one
-process: medians and quartiles of the ratios within rounds. glibc is told to keep freed memory, as otherwise page faults
+process, in decoding token by token: medians and quartiles of the ratios within rounds. glibc is told to keep freed memory, as otherwise page faults
 of whichever model runs after the other decide.
 """
 
@@ -15,7 +15,7 @@ import sys
 import time
 
 STEADY = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
-TOKENS, CONTEXT, NEW = 512, 128, 16
+TOKENS, CONTEXT, NEW = 512, 128, 32
 
 
 def main():
@@ -59,10 +59,12 @@ def main():
             function = MEASURES[measure]
             times = [[], []]
             for round_ in range(-1, options.rounds):  # the first one warms up
-                for which in (0, 1) if round_ % 2 else (1, 0):
-                    seconds = function((plain, block)[which], tokens)
-                    if round_ >= 0:
-                        times[which].append(seconds)
+                # Plain first in every other round.
+                models = (plain, block) if round_ % 2 else (block, plain)
+                seconds = function(models, tokens)
+                if round_ >= 0:
+                    for kept, each in zip(times, seconds if round_ % 2 else reversed(seconds), strict=True):
+                        kept.append(each)
             ratios = [100 * (ours / theirs - 1) for theirs, ours in zip(*times, strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4)
             theirs, ours = (statistics.median(each) for each in times)
@@ -72,33 +74,43 @@ def main():
             )
 
 
-def prefill(model, tokens) -> float:
+def prefill(models, tokens) -> list[float]:
     import torch
 
+    seconds = []
     with torch.inference_mode():
-        started = time.process_time()
-        model(tokens, use_cache=True, logits_to_keep=1)
-        return time.process_time() - started
+        for model in models:
+            started = time.process_time()
+            model(tokens, use_cache=True, logits_to_keep=1)
+            seconds.append(time.process_time() - started)
+    return seconds
 
 
-def decode(model, tokens) -> float:
-    """Per token."""
+def decode(models, tokens) -> list[float]:
+    """Medians over tokens, which the models take in turn: a machine's speed changes from second to second."""
     import torch
 
+    seconds = [[] for _ in models]
     with torch.inference_mode():
-        cache = model(tokens[:, :CONTEXT], use_cache=True, logits_to_keep=1).past_key_values
-        started = time.process_time()
+        caches = [model(tokens[:, :CONTEXT], use_cache=True, logits_to_keep=1).past_key_values for model in models]
         for place in range(CONTEXT, CONTEXT + NEW):
-            model(tokens[:, place : place + 1], past_key_values=cache, use_cache=True)
-        return (time.process_time() - started) / NEW
+            for model, cache, kept in zip(models, caches, seconds, strict=True):
+                started = time.process_time()
+                model(tokens[:, place : place + 1], past_key_values=cache, use_cache=True)
+                kept.append(time.process_time() - started)
+    return [statistics.median(kept) for kept in seconds]
 
 
-def train(model, tokens) -> float:
+def train(models, tokens) -> list[float]:
     """Forward with loss, and backward."""
-    model.zero_grad()
-    started = time.process_time()
-    model(tokens, labels=tokens, use_cache=False).loss.backward()
-    return time.process_time() - started
+    seconds = []
+    for model in models:
+        model.zero_grad()
+        started = time.process_time()
+        model(tokens, labels=tokens, use_cache=False).loss.backward()
+        seconds.append(time.process_time() - started)
+        model.zero_grad()
+    return seconds
 
 
 MEASURES = {"prefill": prefill, "decode": decode, "train": train}
