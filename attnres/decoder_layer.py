@@ -166,7 +166,7 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
             norm, fused = self._modules[name], None
             if fuse and not (place is not None and (output_hidden_states or is_hooked(place))):
                 fused = norm_to_fuse(norm, self._norm_type, self.family.norm_offset, self.rms_norm_eps, depth.dtype)
-            mixture, weights = depth.read(query, fused)
+            mixture, weights = depth.read(query, fused, output_depth_weights)
             if sequence_shards is not None:
                 mixture = sequence_shards.gather(mixture)
                 weights = sequence_shards.gather(weights) if output_depth_weights else None

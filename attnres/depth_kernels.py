@@ -16,7 +16,7 @@ from .torch_internals import in_dispatch_mode, in_function_transform, is_fake
 
 # Of the operator's arguments and results. Raised with every change, so that files in a saved folder never call an
 # operator that means something else.
-KERNEL_ABI = 2
+KERNEL_ABI = 3
 
 DEPTH_IMPLEMENTATIONS = ("auto", "eager", "triton")
 
@@ -99,8 +99,14 @@ def _abi_problem() -> str | None:
 
 
 def fused_mixture(
-    backend: str, sources: Sequence[torch.Tensor], query: torch.Tensor, eps: float, norm: Norm | None, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    backend: str,
+    sources: Sequence[torch.Tensor],
+    query: torch.Tensor,
+    eps: float,
+    norm: Norm | None,
+    scale: float,
+    keep_weights: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attention_residual` by the fused operator, and the norm that follows.
 
     Args:
@@ -108,16 +114,17 @@ def fused_mixture(
         sources, query, eps: as in `attention_residual`.
         norm: the norm that follows, or `None`.
         scale: a factor on the mixture.
+        keep_weights: whether the depth weights are wanted.
 
     Returns:
         The scaled mixture or what the norm makes of it, `[B, T, D]` in the dtype of the sources; and the depth weights
-        `[B, T, n]`, float32.
+        `[B, T, n]`, float32, which may be `None` where they are not wanted.
     """
     weight, offset, norm_eps = norm or (None, 0.0, 0.0)
     arguments = (list(sources), query, eps, weight, offset, norm_eps, scale)
     if backend == "cpu" and not torch.is_grad_enabled() and not in_dispatch_mode():
         # While a token is decoded, the way through torch's dispatcher takes longer than the kernel.
-        return _cpu_forward()(*arguments)
+        return _cpu_forward()(*arguments, keep_weights)
     return torch.ops.attnres.mix(*arguments, backend)
 
 

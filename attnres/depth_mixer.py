@@ -195,16 +195,20 @@ class DepthState:
     def _first(self) -> torch.Tensor:
         return self.sources[0] if self.sources else self.partial
 
-    def read(self, query: PseudoQuery | None, norm: Norm | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def read(
+        self, query: PseudoQuery | None, norm: Norm | None = None, keep_weights: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the next sublayer, or the output, attends to.
 
         Args:
             query: what it reads with; `None` with plain residuals.
             norm: the RMSNorm that follows, where the implementation can fuse it (`fuses_norm`).
+            keep_weights: whether the depth weights are wanted: while a token is decoded, room for them is not free.
 
         Returns:
             The mixture `[B, T, D]`, or what the norm makes of it, in the dtype of the sources, rounded once; and the
-            depth weights `[B, T, n]`, float32 or wider, `None` with plain residuals.
+            depth weights `[B, T, n]`, float32 or wider; `None` with plain residuals, and maybe where they are not
+            wanted.
         """
         if query is None:
             return self.partial, None
@@ -221,7 +225,7 @@ class DepthState:
             mixture, weights = variant.mixture(sources, query.query, query.extra, mixing.eps)
             mixture = mixture * scale
         elif self._fused_backend():
-            return fused_mixture(self._backend, sources, query.query, mixing.eps, norm, scale)
+            return fused_mixture(self._backend, sources, query.query, mixing.eps, norm, scale, keep_weights)
         else:
             mixture, weights = attention_residual(sources, query.query, mixing.eps, scale)
         return mixture.to(first.dtype), weights

@@ -626,7 +626,7 @@ class AttnResModel(AttnResPreTrainedModel):
         if shards is None and depth.fuses_norm() and not (output_hidden_states or is_hooked(self.mixed_output)):
             offset = get_family(self.config.backbone_config).norm_offset
             norm = norm_to_fuse(self.norm, self._norm_type, offset, depth.mixing.eps, depth.dtype)
-        mixture, weights = depth.read(query, norm)
+        mixture, weights = depth.read(query, norm, output_depth_weights)
         if shards is not None:
             mixture = shards.gather(mixture)
         if output_depth_weights:

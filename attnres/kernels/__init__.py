@@ -3,4 +3,4 @@
 Nothing is imported here: `triton_backend` needs Triton and `cpu_backend` numba, which not every platform has.
 """
 
-ABI = 2  # of the operator; `depth_kernels.KERNEL_ABI` must be the same
+ABI = 3  # of the operator; `depth_kernels.KERNEL_ABI` must be the same

@@ -57,25 +57,29 @@ def forward(
     norm_offset: float,
     norm_eps: float,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output `[B, T, D]` in the dtype of the sources, rounded once, and depth weights `[B, T, n]`, float32.
+    keep_weights: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Output `[B, T, D]` in the dtype of the sources, rounded once, and depth weights `[B, T, n]`, float32, or `None`
+    where they are not kept.
 
     `query` is float32 and holds the gain of the key norm; the norm multiplies by `norm_weight + norm_offset`.
     """
     first, count = sources[0], len(sources)
-    shape, dtype = first.shape, first.dtype
-    size, numbers = shape[-1], first.numel()
-    module, kernel, _ = _kernels(dtype)
-    kept, (of_query, of_gain, *of_sources) = _in_memory(query, query if norm_weight is None else norm_weight, *sources)
+    shape, numbers = first.shape, first.numel()
+    module, kernel, _ = _kernels(first.dtype)
+    kept, addresses = _in_memory(query if norm_weight is None else norm_weight, query, *sources)
     # Like something that is there: torch.empty would follow the default device, and takes longer.
-    output, weights = torch.empty_like(kept[2]), kept[0].new_empty((*shape[:-1], count))
+    output = torch.empty_like(kept[2])
+    weights = kept[1].new_empty((*shape[:-1], count)) if keep_weights else None
     if not numbers:
         return output, weights
+    size = shape[-1]
     tokens = numbers // size
-    parts = module.parts((count + 1) * numbers, tokens)
-    addresses = (of_query, 0 if norm_weight is None else of_gain, output.data_ptr(), weights.data_ptr())
-    fields = (count, size, tokens, *addresses, 0, 0, 0, eps, norm_offset, norm_eps, scale)
-    _run(module, kernel, parts, fields, of_sources + [0] * count)
+    of_gain, of_query, *of_sources = addresses
+    fields = (count, size, tokens, of_query, 0 if norm_weight is None else of_gain)
+    fields += (output.data_ptr(), weights.data_ptr() if keep_weights else 0, 0, 0, 0)
+    fields += (eps, norm_offset, norm_eps, scale)
+    _run(module, kernel, module.parts((count + 1) * numbers, tokens), fields, of_sources + [0] * count)
     return output, weights
 
 

@@ -34,7 +34,7 @@ PARTS_PER_THREAD = 4  # so that those that get on better can do more
 NEXT_PART, PARTS = 0, 1  # parts of the tokens, taken by whichever thread is free
 COUNT, SIZE, TOKENS = 2, 3, 4  # n, D, R
 QUERY, GAIN = 5, 6  # addresses: q [D] float32; the norm's weight [D], or 0
-RESULT, WEIGHTS = 7, 8  # y [R, D]; w [R, n] float32
+RESULT, WEIGHTS = 7, 8  # y [R, D]; w [R, n] float32, or 0
 RESULT_GRADIENT, WEIGHTS_GRADIENT = 7, 9  # of the backward pass: [R, D]; [R, n] float32, or 0
 QUERY_PARTS, GAIN_PARTS = 10, 11  # [P, D] float32: sums over the tokens of a part; or 0
 EPS, OFFSET, NORM_EPS, SCALE = 12, 13, 14, 15  # float64
@@ -191,14 +191,15 @@ def _mix(states):
     query, gains = carray(_pointer(table[QUERY], floats), (size,)), carray(_pointer(gain, states), (size,))
     written, all_weights = _pointer(table[RESULT], states), _pointer(table[WEIGHTS], floats)
     eps, offset, norm_eps = np.float32(numbers[EPS]), np.float32(numbers[OFFSET]), np.float32(numbers[NORM_EPS])
-    scale = np.float32(numbers[SCALE])
-    mixture = np.empty(size, np.float32)
+    scale, keep_weights = np.float32(numbers[SCALE]), table[WEIGHTS] != 0
+    mixture, weights = np.empty(size, np.float32), np.empty(count, np.float32)
     while True:
         part = _take(_cast(states, np.int64))
         if part >= parts:
             break
         for token in range(tokens * part // parts, tokens * (part + 1) // parts):
-            weights = carray(_at(all_weights, token * count), (count,))
+            if keep_weights:
+                weights = carray(_at(all_weights, token * count), (count,))
             for i in range(count):
                 state = carray(_at(_pointer(table[SOURCES + i], states), token * size), (size,))
                 square, product = _squares_and_product(state, query)

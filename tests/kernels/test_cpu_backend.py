@@ -85,6 +85,16 @@ def test_a_token_does_not_depend_on_the_others_nor_on_threads(dtype):
     assert torch.equal(alone[0, 0], found[0][1, 7])
 
 
+@pytest.mark.parametrize("dtype", cpu_backend.DTYPES)
+def test_outputs_are_the_same_where_weights_are_not_kept(dtype):
+    for tokens in ((1, 1), (3, 401)):
+        sources, query, gain = random_case(6, 577, dtype, True, 0, tokens)
+        expected, _ = cpu_backend.forward(sources, query, EPS, gain, 0.0, NORM_EPS, 1.0)
+        output, weights = cpu_backend.forward(sources, query, EPS, gain, 0.0, NORM_EPS, 1.0, keep_weights=False)
+        assert weights is None
+        assert torch.equal(output, expected)
+
+
 def test_sources_may_lie_in_memory_in_any_way():
     sources, query, gain = random_case(3, 14, torch.float32, True, 0, (4, 5))
     expected = cpu_backend.forward(sources, query, EPS, gain, 0.0, NORM_EPS, 1.0)
