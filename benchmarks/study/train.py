@@ -3,7 +3,8 @@
     python -m benchmarks.study.train --minutes 60 --processes 2
 
 One thread per process: operations are too small to gain from more. Every model sees the same batches in the same order
-for the same seed, at the learning rate that is best for the plain model of its size. The held-out text is read once,
+for the same seed, at the learning rate that is best for the plain model of its size; models with a sweep of their own in
+the grid (plain at other depths) use that. The held-out text is read once,
 at the end of a run; sweeps are judged on validation text and never read it.
 """
 
@@ -49,9 +50,12 @@ def expand(grid: dict) -> list[dict]:
     return runs
 
 
-def tuned_rate(size: str, runs: list[dict], results: list[dict]) -> float | None:
-    """The learning rate of the plain model's lowest validation loss at a size; `None` until its sweep is complete."""
-    wanted = {key(run) for run in runs if run["sweep"] and run["size"] == size}
+def tuned_rate(size: str, arm: str, runs: list[dict], results: list[dict]) -> float | None:
+    """The learning rate of the lowest validation loss at a size, of the model itself where the grid sweeps it and else
+    of the plain one; `None` until the sweep is complete."""
+    sweeps = [run for run in runs if run["sweep"] and run["size"] == size]
+    swept = arm if any(run["arm"] == arm for run in sweeps) else "plain"
+    wanted = {key(run) for run in sweeps if run["arm"] == swept}
     found = [result for result in results if result["sweep"] and key(result) in wanted]
     if not wanted or len(found) < len(wanted):
         return None
@@ -65,8 +69,8 @@ def build_model(grid: dict, size: dict, arm: dict, vocabulary: int) -> AttnResFo
         hidden_size=width,
         intermediate_size=ceil(8 * width / 3 / 16) * 16,
         num_hidden_layers=arm.pop("layers", size["layers"]),
-        num_attention_heads=width // 16,
-        num_key_value_heads=width // 16,
+        num_attention_heads=width // 8,
+        num_key_value_heads=width // 8,
         max_position_embeddings=grid["sequence_length"],
         initializer_range=grid["initializer_range"],
         tie_word_embeddings=True,
@@ -75,11 +79,18 @@ def build_model(grid: dict, size: dict, arm: dict, vocabulary: int) -> AttnResFo
     return AttnResForCausalLM(AttnResConfig(backbone_config=backbone, **options))
 
 
-def parameter_groups(model: torch.nn.Module, decay: float) -> list[dict]:
-    """Weight decay on matrices of the backbone only, not on norms nor on the mixing over depth."""
-    decayed = [p for name, p in model.named_parameters() if p.ndim > 1 and "norm" not in name]
-    kept = [p for name, p in model.named_parameters() if not (p.ndim > 1 and "norm" not in name)]
-    return [{"params": decayed, "weight_decay": decay}, {"params": kept, "weight_decay": 0.0}]
+def optimizers(model: torch.nn.Module, grid: dict, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the decoder layers, which alone decay, and AdamW for embedding, norms and the mixing
+    over depth: what the paper's models were trained with."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        matrix = parameter.ndim == 2 and "norm" not in name and "embed" not in name
+        (matrices if matrix else others).append(parameter)
+    muon = torch.optim.Muon(
+        matrices, lr=learning_rate, weight_decay=grid["weight_decay"], adjust_lr_fn="match_rms_adamw"
+    )
+    rate = grid["adamw_learning_rate"]
+    return [muon, torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
 
 
 @torch.no_grad()
@@ -104,11 +115,9 @@ def train(run: dict, grid: dict, corpus: str) -> dict:
     text = {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in ("train", "validation")}
     size = grid["sizes"][run["size"]]
     model = build_model(grid, size, grid["arms"][run["arm"]], manifest["vocabulary"]).train()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, grid["weight_decay"]), lr=run["learning_rate"], betas=(0.9, 0.95), fused=True
-    )
     warmup = max(1, round(grid["warmup"] * steps))
-    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    used = optimizers(model, grid, run["learning_rate"])
+    used += [get_scheduler("cosine", each, num_warmup_steps=warmup, num_training_steps=steps) for each in used]
     starts = np.random.default_rng(run["seed"]).integers(0, len(text["train"]) - length, (steps, batch))
     evaluate_at = {round(steps * part / grid["evaluations"]) for part in range(1, grid["evaluations"] + 1)}
     curve, batches, wall, core = [], hashlib.sha256(), 0.0, 0.0
@@ -119,9 +128,9 @@ def train(run: dict, grid: dict, corpus: str) -> dict:
         rows = torch.from_numpy(rows)
         model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        for each in used:
+            each.step()
+        model.zero_grad()
         wall, core = wall + time.perf_counter() - wall_start, core + time.process_time() - core_start
         if step in evaluate_at:  # measuring is not training: it is outside both clocks
             loss, _ = evaluate(model, text["validation"], grid["validation_sequences"], length, batch)
@@ -168,7 +177,7 @@ def study(grid: dict, results_path: Path, corpus: Path, processes: int, minutes:
             for run in list(waiting):
                 if len(running) >= processes or time.monotonic() > stop:
                     break
-                rate = run["learning_rate"] or tuned_rate(run["size"], runs, results)
+                rate = run["learning_rate"] or tuned_rate(run["size"], run["arm"], runs, results)
                 if rate is not None:
                     waiting.remove(run)
                     running.add(pool.submit(train, run | {"learning_rate": rate}, grid, str(corpus)))
