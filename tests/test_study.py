@@ -144,4 +144,4 @@ def test_every_arm_of_the_grid_builds_and_every_stage_names_arms_and_sizes_of_it
     grid = yaml.safe_load((HERE / "grid.yaml").read_text(encoding="utf-8"))
     assert {run["arm"] for run in expand(grid)} == set(grid["arms"])
     for arm in grid["arms"].values():
-        build_model(grid, grid["sizes"]["small"], arm, 17)
+        build_model(grid, grid["sizes"]["middle"], arm, 17)

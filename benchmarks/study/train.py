@@ -3,9 +3,9 @@
     python -m benchmarks.study.train --minutes 60 --processes 2
 
 One thread per process: operations are too small to gain from more. Every model sees the same batches in the same order
-for the same seed, at the learning rate that is best for the plain model of its size; models with a sweep of their own in
-the grid (plain at other depths) use that. The held-out text is read once,
-at the end of a run; sweeps are judged on validation text and never read it.
+for the same seed, at the learning rate that is best for the plain model of its size, or for itself where the grid has
+a sweep of it (plain models of other depths). The held-out text is read once, at the end of a run; sweeps are judged on
+validation text and never read it.
 """
 
 import argparse
