@@ -4,8 +4,8 @@
 
 Where other programs run, wall-clock times differ by more than the mixing costs; processor time leaves out what
 others took. A Qwen3-like model of random weights and the same converted, with random pseudo-queries, alternate in one
-process, in decoding token by token: medians and quartiles of the ratios within rounds. glibc is told to keep freed memory, as otherwise page faults
-of whichever model runs after the other decide.
+process, in decoding token by token: medians and quartiles of the ratios within rounds. glibc is told to keep freed
+memory, as otherwise page faults of whichever model runs after the other decide.
 """
 
 import argparse
