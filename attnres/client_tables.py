@@ -3,11 +3,18 @@
 import sys
 
 from transformers import PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto import modeling_auto
 
-# Label smoothing in Trainer, the text-generation pipeline, model cards and lm-eval ask this table whether a model is a
-# causal language model.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("attnres", "AttnResForCausalLM")
+# Label smoothing in Trainer, pipelines, model cards, lm-eval and tests of models ask these tables what a class is for.
+CLASSES = {
+    "MODEL_MAPPING_NAMES": "AttnResModel",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "AttnResForCausalLM",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "AttnResForSequenceClassification",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": "AttnResForTokenClassification",
+    "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES": "AttnResForQuestionAnswering",
+}
+for _table, _class in CLASSES.items():
+    getattr(modeling_auto, _table).setdefault("attnres", _class)
 
 # What PEFT's prompt methods read from the dictionary of a configuration.
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")

@@ -50,8 +50,8 @@ class LayerQueries:
 def _checkpoint_unpacked(checkpoint, function, queries: LayerQueries | None, *state):
     """`checkpoint(function, queries, *state)` with pseudo-queries one by one: activation checkpointing has to find
     every tensor that is to get a gradient among the arguments."""
-    if queries is None:
-        return checkpoint(function, None, *state)
+    if not isinstance(queries, LayerQueries):  # a residual stream, or unpacked by what wraps this
+        return checkpoint(function, queries, *state)
 
     def packed(attention, attention_extra, mlp, mlp_extra, *state):
         queries = LayerQueries(PseudoQuery(attention, attention_extra), PseudoQuery(mlp, mlp_extra))

@@ -224,8 +224,10 @@ class AttnResPreTrainedModel(PreTrainedModel):
 
     def _adjust_missing_and_unexpected_keys(self, loading_info):
         super()._adjust_missing_and_unexpected_keys(loading_info)
-        depth_names = {name for name, _ in self.named_parameters() if _is_depth_name(name)}
-        if depth_names <= loading_info.missing_keys:  # none is there: a plain checkpoint, the lossless start
+        names = {name for name, _ in self.named_parameters()}
+        depth_names = {name for name in names if _is_depth_name(name)}
+        # Of the depth tensors none is there, of the others some are: a plain checkpoint, the lossless start.
+        if depth_names <= loading_info.missing_keys and not names <= loading_info.missing_keys:
             loading_info.missing_keys -= depth_names
             _warn_if_lossy(self.config)
         loading_info.unexpected_keys = {  # heads for other tasks
@@ -365,13 +367,14 @@ class AttnResPreTrainedModel(PreTrainedModel):
         return super(AttnResConfig, AttnResConfig).get_config_dict(model_or_path, **hub_arguments)[0]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, strict: bool = True, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, strict: bool | None = None, **kwargs):
         """`PreTrainedModel.from_pretrained` for AttnRes checkpoints and, as their lossless conversion, plain ones.
 
         Args:
             strict: raise if the checkpoint lacks backbone tensors, has tensors that the model does not, has some but
                 not all depth tensors, or has pseudo-queries trained for other depth options than those given. With
-                `False` transformers' behaviour: what is missing is random.
+                `False` transformers' behaviour: what is missing is random. By default `True`, except where the caller
+                asks for the list of such tensors (`output_loading_info=True`).
 
         Raises:
             ValueError: the tensors do not match, see `strict`.
@@ -379,6 +382,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
         if kwargs.get("gguf_file") is not None:
             return cls._from_gguf(pretrained_model_name_or_path, *args, **kwargs)
         with_info = kwargs.pop("output_loading_info", False)
+        strict = not with_info if strict is None else strict
         kwargs.setdefault("use_safetensors", True)  # a pickle can run code
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         overrides = any(kwargs.get(option) is not None for option in DEPTH_OPTIONS)

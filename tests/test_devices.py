@@ -1,5 +1,7 @@
 """Weights spread over memory and disk: accelerate's hooks see every decoder layer and the depth mixer."""
 
+import importlib
+
 import pytest
 import torch
 from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights, load_checkpoint_and_dispatch
@@ -189,3 +191,28 @@ def test_accelerate_dispatches_a_folder_that_is_saved_by_names_in_memory(tmp_pat
     assert relative_error(dispatched(tokens).logits, model(tokens).logits) < 1e-5
     again = AttnResForCausalLM.from_pretrained(tmp_path / "model").eval()
     assert relative_error(again(tokens).logits, model(tokens).logits) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["block", "full", "standard"])
+def test_replicas_of_data_parallel_compute_the_same_and_give_gradients(mode, monkeypatch):
+    """`DataParallel` runs copies whose parameters are plain tensors; here all of them on one device."""
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(
+        replicate,
+        "_broadcast_coalesced_reshape",
+        lambda tensors, devices, detach=False: [
+            [each.detach().clone() if detach else each * 1 for each in tensors] for _ in devices
+        ],
+    )
+    monkeypatch.setattr(replicate, "_get_device_index", lambda device, *_: device)
+    model, tokens = random_attnres("llama", mode), random_tokens(4, 7)
+    expected = model(tokens, labels=tokens, use_cache=False)
+    expected.loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    copies = replicate.replicate(model, [0, 1])
+    outputs = [copy(part, labels=part, use_cache=False) for copy, part in zip(copies, tokens.split(2), strict=True)]
+    torch.stack([output.loss for output in outputs]).mean().backward()
+    torch.testing.assert_close(torch.cat([output.logits for output in outputs]), expected.logits)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], msg=name)

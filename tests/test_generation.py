@@ -3,8 +3,10 @@
 import pytest
 import torch
 from families import FAMILIES, LINEAR_FAMILIES
-from helpers import random_attnres, random_tokens, relative_error
-from transformers import DynamicCache, StaticCache
+from helpers import random_attnres, random_tokens, relative_error, short_config
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+
+from attnres import AttnResForCausalLM
 
 # float32, relative. A perturbation grows up to a hundredfold through these random models; a wrong wire gives above 0.1.
 TOLERANCE = 1e-3
@@ -200,3 +202,30 @@ def test_a_text_alone_and_in_a_batch_of_eight_gets_equal_greedy_tokens(family, m
     for row, length in enumerate(lengths):
         alone = model.generate(tokens[row : row + 1, -length:], **options)[0, length:]
         assert torch.equal(alone, together[row]), row
+
+
+@pytest.mark.parametrize("family", ["kimi_linear", "qwen3_next"])
+@pytest.mark.parametrize("options", [{"assistant_model": True}, {"prompt_lookup_num_tokens": 2}])
+def test_drafts_are_refused_where_the_plain_model_refuses_them(family, options):
+    """A state that has been advanced by a refused draft cannot be taken back."""
+    plain = AutoModelForCausalLM.from_config(short_config(family)).eval()
+    for model in (plain, random_attnres(family)):
+        drafts = {"assistant_model": model} if "assistant_model" in options else options
+        with pytest.raises(ValueError, match="not supported with stateful models"):
+            model.generate(random_tokens(1, 5), **drafts, **GREEDY)
+
+
+@pytest.mark.parametrize("mode", ["block", "full"])
+@pytest.mark.parametrize("family", ["llama", "kimi_linear", "qwen3_next"])
+def test_packed_sequences_without_a_mask_are_read_as_the_plain_model_reads_them(family, mode):
+    """By their position_ids: softmax attention keeps them apart, and what a linear attention does is the family's."""
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(short_config(family), attn_implementation="sdpa").eval()
+    converted = AttnResForCausalLM.from_backbone(plain, residual_mode=mode).eval()
+    tokens, positions = random_tokens(1, 12), torch.tensor([[*range(5), *range(7)]])
+    with torch.no_grad():
+        packed = {"position_ids": positions, "use_cache": False}
+        expected, found = (model(tokens, **packed).logits for model in (plain, converted))
+        unpacked = plain(tokens, use_cache=False).logits
+    assert relative_error(found, expected) < 1e-5
+    assert relative_error(unpacked, expected) > 1e-3

@@ -93,6 +93,13 @@ def test_a_checkpoint_without_backbone_tensors_stays_an_error(tmp_path):
         with pytest.raises(ValueError, match=r"missing model\.layers\.2\.mlp\.up_proj\.weight"):
             auto_class.from_pretrained(tmp_path)
     assert AttnResForCausalLM.from_pretrained(tmp_path, strict=False)
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == {"model.layers.2.mlp.up_proj.weight"}
+    with pytest.raises(ValueError, match=r"missing model\.layers\.2\.mlp\.up_proj\.weight"):
+        AttnResForCausalLM.from_pretrained(tmp_path, strict=True, output_loading_info=True)
+    save_file({"tensor": torch.ones(2)}, path, metadata={"format": "pt"})
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == {name for name, _ in model.named_parameters()}
 
 
 REMOTE_HEADS = """

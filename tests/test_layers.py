@@ -135,6 +135,27 @@ def test_the_checkpointing_function_of_a_layer_can_be_set_and_deleted_as_in_any_
     assert not hasattr(layer, "_gradient_checkpointing_func")
 
 
+@pytest.mark.parametrize("mode", ["block", "full", "standard"])
+def test_the_checkpointing_function_of_a_layer_can_be_wrapped(mode):
+    """As transformers' own model tests do: what was read is called by what is set in its place."""
+    tokens, gradients, calls = random_tokens(2, 7), [], []
+    for wrapped in (False, True):
+        model = random_attnres("llama", mode).train()
+        enable = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23 renamed it
+        (enable or model.gradient_checkpointing_enable)()
+        if wrapped:
+            layer = model.model.layers[1]
+            checkpoint = layer._gradient_checkpointing_func
+            layer._gradient_checkpointing_func = lambda *arguments, checkpoint=checkpoint: (
+                calls.append(len(arguments)) or checkpoint(*arguments)
+            )
+        model(tokens, labels=tokens, use_cache=False).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert len(calls) == 1
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
 @pytest.mark.parametrize("implementation", ["auto", "eager"])
 @pytest.mark.parametrize("mode", ["block", "full"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, of its own decompositions

@@ -1,4 +1,4 @@
-"""pipeline("text-generation") takes an AttnRes model as it takes any causal LM."""
+"""Pipelines take an AttnRes model as they take any other."""
 
 import logging
 
@@ -7,7 +7,7 @@ from helpers import random_attnres
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, pipeline
 
-import attnres  # noqa: F401  (registers the model)
+from attnres import AttnResForSequenceClassification, AttnResForTokenClassification
 
 
 @pytest.fixture
@@ -48,3 +48,18 @@ def test_the_text_generation_pipeline_generates_what_generate_does_without_a_war
     )
     texts = tokenizer.batch_decode(expected[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     assert [output[0]["generated_text"] for output in outputs] == texts
+
+
+@pytest.mark.parametrize(
+    ("task", "model_class", "keys"),
+    [
+        ("text-classification", AttnResForSequenceClassification, {"label", "score"}),
+        ("token-classification", AttnResForTokenClassification, {"entity", "score", "index", "word", "start", "end"}),
+    ],
+)
+def test_pipelines_take_models_with_other_heads_without_a_warning(tokenizer, messages, task, model_class, keys):
+    model = model_class(random_attnres("qwen3").config).eval()
+    model.config.pad_token_id = 0
+    found = pipeline(task, model=model, tokenizer=tokenizer, device="cpu")("w5 w9 w11")
+    assert set(found[0]) == keys
+    assert not [message for message in messages() if "AttnRes" in message or "support" in message]

@@ -295,6 +295,18 @@ def test_a_compiled_model_trains_and_it_is_said_once_that_nothing_is_logged(tmp_
     assert trainer.state.global_step == 2 and not depth_logs(trainer)
 
 
+def test_under_data_parallel_it_is_said_once_that_nothing_is_logged(tmp_path, caplog):
+    trainer = trainer_of(model_of("block"), tmp_path, max_steps=2)
+    trainer.args._n_gpu = 2  # as with two GPUs; without any, DataParallel calls the model itself
+    with caplog.at_level("WARNING", "transformers"):
+        trainer.train()
+    assert isinstance(trainer.model_wrapped, torch.nn.DataParallel)
+    said = [record.message for record in caplog.records if "DepthDynamicsCallback" in record.message]
+    assert len(said) == 1
+    assert "DataParallel runs copies of the decoder layers" in said[0]
+    assert trainer.state.global_step == 2 and not depth_logs(trainer)
+
+
 def test_a_model_without_decoder_layers_is_refused_by_name(tmp_path):
     sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2}
     with pytest.raises(ValueError, match="no decoder layers in GPT2LMHeadModel.*Leave the callback out"):
