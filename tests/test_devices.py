@@ -213,6 +213,6 @@ def test_replicas_of_data_parallel_compute_the_same_and_give_gradients(mode, mon
     copies = replicate.replicate(model, [0, 1])
     outputs = [copy(part, labels=part, use_cache=False) for copy, part in zip(copies, tokens.split(2), strict=True)]
     torch.stack([output.loss for output in outputs]).mean().backward()
-    torch.testing.assert_close(torch.cat([output.logits for output in outputs]), expected.logits)
+    assert relative_error(torch.cat([output.logits for output in outputs]), expected.logits) < 1e-4
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], msg=name)
+        assert relative_error(parameter.grad, gradients[name]) < 1e-3, name
