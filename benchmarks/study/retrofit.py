@@ -48,7 +48,7 @@ def expand(grid: dict) -> list[dict]:
 
 
 def best_rate(run: dict, grid: dict, results: list[dict]) -> float | None:
-    """The depth mixer's rate with the lowest validation loss in the arm's own sweep; that of block where it has none."""
+    """The depth mixer's rate with the lowest validation loss in the arm's own sweep, or in that of block."""
     for arm in (run["arm"], "block"):
         swept = [r for r in results if r["seed"] == 0 and (r["arm"], r["tuning"]) == (arm, run["tuning"])]
         if swept:
@@ -57,7 +57,7 @@ def best_rate(run: dict, grid: dict, results: list[dict]) -> float | None:
 
 
 def read_tokens(tokenizer, grid: dict) -> dict[str, torch.Tensor]:
-    """`[rows, length]` per split, from files in random order that are the same for all runs; kept after the first time."""
+    """`[rows, length]` per split, the same for all runs, from files in random order; kept after the first time."""
     length = grid["sequence_length"]
     wanted = {"train": grid["train_rows"], "validation": grid["rows"], "held_out": grid["rows"]}
     path = cache_folder() / f"smollm2-{length}-{grid['train_rows']}-{grid['rows']}.pt"
@@ -91,8 +91,8 @@ def build(run: dict, grid: dict, plain: Path):
         saved = None if options is None else ["depth_mixer"]
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, modules_to_save=saved))
     for name, parameter in model.named_parameters():
-        if tuning == "frozen":
-            parameter.requires_grad_("depth_mixer" in name)
+        if tuning in ("frozen", "none"):
+            parameter.requires_grad_(tuning == "frozen" and "depth_mixer" in name)
     trained = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
     groups = [
         {"params": [each for name, each in trained if ("depth_mixer" in name) == depth], "lr": rate}
