@@ -117,7 +117,7 @@ def train(run: dict, grid: dict, plain: Path, tokens: dict[str, torch.Tensor]) -
     order = np.random.default_rng(run["seed"]).permutation(len(tokens["train"]))
     batches = [order[start : start + grid["batch_size"]] for start in range(0, len(order), grid["batch_size"])]
     seen, core, steps = hashlib.sha256(), 0.0, run["steps"]
-    name, last = " ".join(str(run[field]) for field in FIELDS), float("nan")
+    name, last = " ".join(str(run[field]) for field in FIELDS), None
     if groups:
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         schedule = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 8, num_training_steps=steps)

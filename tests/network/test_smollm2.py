@@ -235,3 +235,31 @@ def test_the_demo_runs_to_its_card(gguf, tmp_path):
     assert results["conversion"]["relative_logit_error"] < 2e-6
     assert results["answers"]["converted"] == results["answers"]["plain"]
     assert {path.name for path in (tmp_path / "out" / "card").iterdir()} >= {"README.md", "model.safetensors"}
+
+
+@pytest.mark.parametrize("option", ["--apply-chat-template", "--load-in-4bit"])
+def test_attnres_eval_gives_both_the_same_answers_in_a_chat_and_in_4_bits(folders, tmp_path, option):
+    """The rows' own tasks over miniature items: a likelihood row and, in a chat, one that generates."""
+    from attnres.eval import sample
+
+    rows, items = ("hellaswag,humaneval", 2) if option == "--apply-chat-template" else ("hellaswag", 6)
+    command = [sys.executable, "-m", "attnres", "eval", "--data-dir", sample.root(tmp_path / "cache"), "--suite", rows]
+    command += ["--limit", items, "--dtype", "float32", "--batch-size", "4", "--allow-code-execution", option]
+    answers = {}
+    for name in ("plain", "block"):
+        out = tmp_path / name
+        done = subprocess.run(
+            [*map(str, command), str(folders / name), "--out", str(out)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines = [path.read_text().splitlines() for path in sorted(out.glob("*/samples.jsonl"))]
+        answers[name] = [json.loads(line)["resps"] for file in lines for line in file]
+    assert len(answers["plain"]) == items * len(rows.split(","))
+    for plain, ours in zip(answers["plain"], answers["block"], strict=True):
+        if isinstance(plain[0][0], str):
+            assert ours == plain
+        else:
+            # On CPUs bitsandbytes multiplies in bfloat16: the plain model's own logits move by 1.5 % with the length.
+            tolerance = 1e-4 if option == "--apply-chat-template" else 2e-2
+            for ((expected, _),), ((found, _),) in zip(plain, ours, strict=True):
+                assert found == pytest.approx(expected, rel=tolerance)
