@@ -103,7 +103,7 @@ def inspect(
                     ids = torch.tensor([ids])
                     effects.append((weights, ablate(model, ids, draws=CONTROL_DRAWS, name=name, progress=bar.update)))
             del model  # before the next one is loaded
-    return found, [*write(found, out), *write_ablations(effects, out)]
+    return found, [*write(found, out, [effect for _, effect in effects]), *write_ablations(effects, out)]
 
 
 def named(models: Sequence[str], folders: Sequence[str | os.PathLike]) -> dict[str, str | os.PathLike]:
@@ -119,7 +119,7 @@ def named(models: Sequence[str], folders: Sequence[str | os.PathLike]) -> dict[s
     return result
 
 
-def write(found: list[DepthWeights], out: str | os.PathLike) -> list[Path]:
+def write(found: list[DepthWeights], out: str | os.PathLike, effects: Sequence[Ablation] = ()) -> list[Path]:
     """Writes the files of `inspect`, each whole or not at all, and returns their paths."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def write(found: list[DepthWeights], out: str | os.PathLike) -> list[Path]:
         weights.save(written[-1])
     written += [out / "depth-weights.png", out / "depth-weights.html"]
     plots.depth_panels(written[-2], [panels(weights) for weights in found])
-    write_text(written[-1], render(found))
+    write_text(written[-1], render(found, effects))
     return written
 
 

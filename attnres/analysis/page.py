@@ -8,8 +8,10 @@ else.
 import base64
 import hashlib
 import json
+from collections.abc import Sequence
 from html import escape
 
+from .ablation import Ablation
 from .depth_weights import DepthWeights, Mixture
 from .page_template import COLOURS, PAGE, SCRIPT, STYLE
 from .text import printable
@@ -21,9 +23,10 @@ SPACES = {" ": "\u2423", "\n": "\u21b5", "\r": "\u240d", "\t": "\u21e5"}
 PANELS = {"attention": "before attention", "mlp": "before MLP", "output": "output"}
 
 
-def render(found: list[DepthWeights]) -> str:
-    """The page over one or more models."""
-    data = {"colours": COLOURS, "models": [_model_data(weights) for weights in found]}
+def render(found: list[DepthWeights], effects: Sequence[Ablation] = ()) -> str:
+    """The page over one or more models, and where they were measured what their sources are worth."""
+    both = [(weights, effects[index] if effects else None) for index, weights in enumerate(found)]
+    data = {"colours": COLOURS, "models": [_model_data(weights, effect) for weights, effect in both]}
     names = ", ".join(weights.model for weights in found)
     return _fill(
         PAGE,
@@ -34,7 +37,7 @@ def render(found: list[DepthWeights]) -> str:
         title=escape(f"Depth weights: {names}"),
         # A data block ends at the first "</script"; U+2028 and U+2029 are escaped by json.
         data=json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
-        models="".join(_section(index, weights) for index, weights in enumerate(found)),
+        models="".join(_section(index, *each) for index, each in enumerate(both)),
     )
 
 
@@ -57,18 +60,22 @@ def _hash(source: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
 
 
-def _model_data(weights: DepthWeights) -> dict:
+def _model_data(weights: DepthWeights, effect: Ablation | None) -> dict:
     return {
         "sources": weights.sources,
         "short": weights.short_sources,
         "tokens": [visible(token.text) for token in weights.tokens],
-        "rows": [_row_data(mixture) for mixture in weights.mixtures],
+        "rows": [_row_data(index, mixture, effect) for index, mixture in enumerate(weights.mixtures)],
         "tokenWeights": [[_rounded(row) for row in rows] for rows in weights.token_weights],
     }
 
 
-def _row_data(mixture: Mixture) -> dict:
+def _row_data(index: int, mixture: Mixture, effect: Ablation | None) -> dict:
+    effects = {}
+    if effect is not None and effect.control[index]:
+        effects = {"without": _rounded(effect.without[index]), "control": _rounded(effect.control[index])}
     return {
+        **effects,
         "kind": mixture.kind,
         "layer": mixture.layer,
         "partial": mixture.partial,
@@ -80,7 +87,7 @@ def _rounded(values: list[float]) -> list[float]:
     return [round(value, DIGITS) for value in values]
 
 
-def _section(index: int, weights: DepthWeights) -> str:
+def _section(index: int, weights: DepthWeights, effect: Ablation | None) -> str:
     mode = "Full AttnRes" if weights.layers_per_block is None else "Block AttnRes"
     facts = [
         f"{mode} ({weights.family})",
@@ -99,6 +106,7 @@ def _section(index: int, weights: DepthWeights) -> str:
 </div>
 <p class="readout" aria-live="polite">Point at a cell, or focus a panel and use the arrow keys.</p>
 {_summary(weights)}
+{"" if effect is None else _effects(weights, effect)}
 </section>
 """
 
@@ -161,6 +169,34 @@ exp(entropy). A source is ignored: {escape(summary["ignored_rule"])}.</p>
 <details><summary>Every mixture</summary>
 <div class="scroll tall" tabindex="0" role="region" aria-label="summary of every mixture">
 <table>{head.format("sources", "ignored sources")}<tbody>{each}</tbody></table></div></details>
+"""
+
+
+def _effects(weights: DepthWeights, effect: Ablation) -> str:
+    """What sources are worth, the most first: all mixtures' sources with their weights, and each mixture's control."""
+    rows = sorted(
+        (
+            (change, mixture, effect.control[index], source, effect.weights[index][place])
+            for index, mixture in enumerate(weights.mixtures)
+            if effect.control[index]
+            for place, (source, change) in enumerate(zip(weights.sources, effect.without[index], strict=False))
+        ),
+        key=lambda row: -row[0],
+    )
+    body = "".join(
+        f'<tr><th scope="row">{mixture.name}</th><td>{escape(source)}</td><td>{weight:.3f}</td><td>{change:+.4f}</td>'
+        f"<td>{sum(control) / len(control):+.4f} ({min(control):+.4f} to {max(control):+.4f})</td></tr>"
+        for change, mixture, control, source, weight in rows
+    )
+    return f"""<h3>What each source is worth</h3>
+<p class="hint">Change of the loss, in nats per token, where one source of one mixture is left out and the weights of
+the others are renormalised, over {effect.tokens:,} tokens (loss {effect.loss:.4f}); beside it the same mixture without a
+source drawn at random for every token. A large weight is not a large effect.</p>
+<details><summary>Every source of every mixture</summary>
+<div class="scroll tall" tabindex="0" role="region" aria-label="what each source is worth">
+<table><thead><tr><th scope="col">mixture</th><th scope="col">source left out</th><th scope="col">mean weight</th>
+<th scope="col">change of the loss</th><th scope="col">without a random source</th></tr></thead><tbody>{body}</tbody>
+</table></div></details>
 """
 
 

@@ -110,6 +110,10 @@ function colour(weight) {
   return map[low].map((value, part) => Math.round(value + (map[low + 1][part] - value) * (place - low)));
 }
 
+function signed(change) {
+  return (change < 0 ? "" : "+") + change.toFixed(4);
+}
+
 function theme(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
@@ -282,6 +286,10 @@ class Panel {
     }
     lines.push("mean weight " + entry.mean[column].toFixed(4) + ", std over tokens " + entry.std[column].toFixed(4),
       "min " + entry.min[column].toFixed(4) + ", max " + entry.max[column].toFixed(4));
+    if (entry.without) {
+      const random = entry.control.reduce((sum, value) => sum + value, 0) / entry.control.length;
+      lines.push("loss without it " + signed(entry.without[column]) + ", without a random source " + signed(random));
+    }
     return lines;
   }
 

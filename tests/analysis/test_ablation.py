@@ -1,6 +1,7 @@
 """The loss without a source: against the model run with that source's weight removed by hand."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -99,3 +100,14 @@ def test_inspect_writes_what_each_source_is_worth_beside_its_weight(tmp_path, ca
     content = json.loads((tmp_path / "out" / "ablation.json").read_text())
     assert content["tokens"] == 19 and len(content["without"]) == 11
     assert (tmp_path / "out" / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "out" / "depth-weights.html").read_text()
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    for row, without, control in zip(data["models"][0]["rows"], content["without"], content["control"], strict=True):
+        if control:
+            assert row["without"] == pytest.approx(without, abs=1e-5)
+            assert row["control"] == pytest.approx(control, abs=1e-5)
+        else:
+            assert "without" not in row
+    cells = re.findall(r"<td>([+-][0-9.]+)</td>", page.split("What each source is worth")[1])
+    changes = sorted((change for row in content["without"] for change in row if change is not None), reverse=True)
+    assert [float(cell) for cell in cells] == pytest.approx(changes, abs=1e-4)
