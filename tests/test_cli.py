@@ -32,29 +32,40 @@ def test_help_of_demo_shows_defaults(capsys):
         cli.main(["demo", "--help"])
     assert stop.value.code == 0
     text = "".join(capsys.readouterr().out.split())
-    assert "(default:demo-out)" in text and "(default:0)" in text and "minutes" in text
+    assert "[default:demo-out]" in text and "[default:0]" in text and "minutes" in text
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "required: COMMAND"),
+        ("", "Missing command"),
         ("nonsense", "'nonsense'"),
-        ("eval --nonsense", "unrecognized arguments: --nonsense"),
-        ("demo --seed -1", "argument --seed: must be a whole number from 0 to 2**32 - 1, got -1"),
-        ("compare a b --seed x", "argument --seed: must be a whole number from 0 to 2**32 - 1, got x"),
+        ("eval --nonsense", "No such option '--nonsense'"),
+        ("demo --seed -1", "'--seed': must be a whole number from 0 to 2**32 - 1, got -1"),
+        ("compare a b --seed x", "'--seed': must be a whole number from 0 to 2**32 - 1, got x"),
         ("eval m --seed 4294967296", "got 4294967296"),
-        ("eval m --batch-size many", "argument --batch-size: must be a whole number of at least 1, or auto, got many"),
+        ("eval m --batch-size many", "'--batch-size': must be a whole number of at least 1, or auto, got many"),
         ("eval m --batch-size 0", "at least 1, or auto, got 0"),
-        ("eval m --max-length 0", "argument --max-length: must be a whole number of at least 1, got 0"),
-        ("eval m --gpqa-seeds 0", "argument --gpqa-seeds: must be a whole number of at least 1, got 0"),
-        ("eval m --limit 0", "argument --limit: must be a whole number of items, or a share between 0 and 1, got 0"),
+        ("eval m --max-length 0", "'--max-length': must be a whole number of at least 1, got 0"),
+        ("eval m --gpqa-seeds 0", "'--gpqa-seeds': must be a whole number of at least 1, got 0"),
+        ("eval m --limit 0", "'--limit': must be a whole number of items, or a share between 0 and 1, got 0"),
         ("eval m --limit -1", "got -1"),
         ("eval m --limit 1.5", "got 1.5"),
         ("eval m --limit nan", "got nan"),
         ("eval m --limit inf", "got inf"),
         ("eval m --limit few", "got few"),
-        ("eval m --dtype int8", "argument --dtype: invalid choice: 'int8'"),
+        ("plan --num-blocks 2 --layers-per-block 2", "--num-blocks and --layers-per-block say the same: leave one out"),
+        ("bench --num-blocks 2 --layers-per-block 2", "--num-blocks and --layers-per-block say the same"),
+        ("plan --device-memory 80", "'--device-memory': must be a number with one of GB, GiB"),
+        ("bench --depth-shape 1,2,3", "'--depth-shape': must be four whole numbers of at least 1: L,S,T,D, got 1,2,3"),
+        ("bench pipeline --ranks 0", "'--ranks': must be a whole number of at least 1, got 0"),
+        ("inspect m --text t --ablate 1", "'--ablate': must be a whole number of at least 2, got 1"),
+        ("card", "Missing argument 'MODEL'"),
+        ("card m --results", "'--results' requires an argument"),
+        ("convert a b --depth-variant --link", "'--depth-variant' requires an argument"),
+        ("bench --out --quick", "'--out' requires an argument"),
+        ("card m --results --link", "'--results' requires an argument"),
+        ("eval m --dtype int8", "'--dtype': 'int8' is not one of 'auto'"),
     ],
 )
 def test_bad_arguments_are_one_line_and_status_2(arguments, message, capsys):
@@ -64,6 +75,36 @@ def test_bad_arguments_are_one_line_and_status_2(arguments, message, capsys):
     said = capsys.readouterr()
     assert said.err.startswith("attnres") and ": error: " in said.err and message in said.err
     assert said.err.count("\n") == 1 and "--help" in said.err and not said.out
+
+
+def test_an_option_for_several_values_takes_all_up_to_the_next_option(monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.setattr("attnres.hub_card.build", lambda *places, **options: asked.update(options, places=places))
+    command = [
+        "card",
+        "m",
+        "--results",
+        "a",
+        "b",
+        "--link",
+        "--language",
+        "en",
+        "--results=c",
+        "--language",
+        "zh",
+        "de",
+    ]
+    assert cli.main(command) == 0
+    assert asked["places"] == ("m", "card-out", ["a", "b", "c"])
+    assert asked["language"] == ["en", "zh", "de"] and asked["link"] and asked["dynamics"] == []
+
+
+@pytest.mark.parametrize(("words", "tokens"), [([], None), (["--ablate"], 512), (["--ablate", "20"], 20)])
+def test_the_number_of_an_ablation_may_be_left_out(words, tokens, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("attnres.analysis.inspection.inspect", lambda *_, **options: asked.update(options) or ([], []))
+    assert cli.main(["inspect", "m", *words, "--text", "t"]) == 0
+    assert asked["ablation_tokens"] == tokens
 
 
 @pytest.mark.parametrize(("given", "limit"), [("5", 5), ("1", 1), ("0.25", 0.25), ("1e3", 1000)])
@@ -103,7 +144,7 @@ def test_a_folder_in_use_is_one_line(tmp_path, capsys):
 
 
 def test_a_missing_package_names_the_extra(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "lm_eval" else object())
+    monkeypatch.setattr("attnres.cli.process.find_spec", lambda name: None if name == "lm_eval" else object())
     error = error_of(capsys, "demo")
     assert "lm_eval" in error and "matplotlib" not in error and "pip install 'attention-residuals[eval]'" in error
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "attnres"
 
 # What lies beside the flat files that travel to the Hub, and stays here.
-NOT_REMOTE_CODE = {"__init__", "__main__", "cli", "demo", "plots", "registration"}
+NOT_REMOTE_CODE = {"__init__", "__main__", "demo", "plots", "registration"}
 REMOTE_CODE = sorted({path.stem for path in PACKAGE.glob("*.py")} - NOT_REMOTE_CODE)
 MODEL = {"attnres", *REMOTE_CODE}  # "attnres" are the public names
 
@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "hub_card": MODEL | {"plots", "eval", "analysis", "conversion"},
 }
 MAY_IMPORT["demo"] = {*MODEL, "plots", "conversion", "analysis", "parallel", "eval", "hub_card"}
-MAY_IMPORT["cli"] = MAY_IMPORT["demo"] | {"demo", "bench", "training"}
+MAY_IMPORT["cli"] = MAY_IMPORT["demo"] | {"demo", "bench", "training", "registration"}
 MAY_IMPORT["__main__"] = {"cli"}
 
 

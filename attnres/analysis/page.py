@@ -190,8 +190,8 @@ def _effects(weights: DepthWeights, effect: Ablation) -> str:
     )
     return f"""<h3>What each source is worth</h3>
 <p class="hint">Change of the loss, in nats per token, where one source of one mixture is left out and the weights of
-the others are renormalised, over {effect.tokens:,} tokens (loss {effect.loss:.4f}); beside it the same mixture without a
-source drawn at random for every token. A large weight is not a large effect.</p>
+the others are renormalised, over {effect.tokens:,} tokens (loss {effect.loss:.4f}); beside it the same mixture without
+a source drawn at random for every token. A large weight is not a large effect.</p>
 <details><summary>Every source of every mixture</summary>
 <div class="scroll tall" tabindex="0" role="region" aria-label="what each source is worth">
 <table><thead><tr><th scope="col">mixture</th><th scope="col">source left out</th><th scope="col">mean weight</th>

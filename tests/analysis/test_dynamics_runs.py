@@ -81,7 +81,7 @@ def test_the_command_draws_runs_side_by_side_and_writes_their_numbers(tmp_path, 
     assert cli.main(["dynamics", str(first), str(second), "--step", "15", "--out", str(out)]) == 0
     captured = capsys.readouterr()
     assert "| _plain | 10 | 2 (20) | 1 to 3 | 3 | 1 to 0.3333 |" in captured.out
-    assert "wrote dynamics.json and dynamics.png" in captured.err
+    assert "wrote dynamics.json, dynamics.png" in captured.err
     assert matplotlib.image.imread(out / "dynamics.png").shape[1] == 2100
     written = json.loads((out / "dynamics.json").read_text())
     assert [run["name"] for run in written] == ["_plain", "block $\\x$"]

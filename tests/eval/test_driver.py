@@ -498,7 +498,7 @@ def test_of_several_processes_the_first_says_what_ends_the_command(rank, monkeyp
     else:
         *lines, last = said.err.splitlines()
         assert lines == ["attnres: interrupted", "attnres: error: a mistake", "attnres: gsm8k failed: out of memory"]
-        assert last.startswith("attnres eval: error: argument --limit") and said.out == "the table\n"
+        assert last.startswith("attnres eval: error: Invalid value for '--limit'") and said.out == "the table\n"
 
 
 def test_command_prints_the_table_and_status_1_where_a_row_failed(run, mirror_root, checkpoint, tmp_path, capsys):

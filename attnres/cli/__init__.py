@@ -1,0 +1,68 @@
+"""The `attnres` command. Progress goes to stderr, results to stdout.
+
+One module per folder of the package holds its sub-commands, which import what is heavy when they run.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from .. import __version__
+from . import analysis, bench, conversion, demo, eval, hub_card, parallel, training
+from .process import INTERRUPTED, PIPE_CLOSED, SOME_FAILED, USER_ERROR, CommandError, is_first, say
+
+
+@click.group(no_args_is_help=False, context_settings={"show_default": True, "max_content_width": 100})
+@click.version_option(__version__, message="attnres %(version)s")
+def attnres():
+    """Attention Residuals (arXiv 2603.15031): convert, train, evaluate, inspect and share models."""
+
+
+for _command in (
+    demo.demo,
+    conversion.convert,
+    conversion.inspect_checkpoint,
+    eval.evaluate,
+    eval.compare,
+    hub_card.card,
+    bench.bench,
+    analysis.inspect,
+    analysis.dynamics,
+    training.train,
+    parallel.plan,
+):
+    attnres.add_command(_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status: 0, 1 if a row failed, 2 for a user error, 130 for Ctrl-C."""
+    try:
+        try:
+            words = list(sys.argv[1:] if arguments is None else arguments)
+            with attnres.make_context("attnres", words) as context:
+                return attnres.invoke(context) or 0
+        finally:
+            sys.stdout.flush()  # so that a reader that has gone is met here and not when Python ends
+    except click.exceptions.Exit as end:  # --help, --version
+        sys.exit(end.exit_code)
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx is not None else "attnres"
+        message = " ".join(error.format_message().split())
+        if is_first():
+            print(f"{path}: error: {message} ({path} --help)", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    except BrokenPipeError:
+        # `attnres ... | head -1`: nobody reads any more. Python's own flush at the end must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except KeyboardInterrupt:
+        say("interrupted")
+        return INTERRUPTED
+    except (CommandError, ValueError, OSError) as error:
+        say(f"error: {' '.join(str(error).split())}")
+        return USER_ERROR
+
+
+__all__ = ["SOME_FAILED", "USER_ERROR", "CommandError", "main"]

@@ -1,0 +1,81 @@
+"""`attnres inspect` and `attnres dynamics`."""
+
+import sys
+
+import click
+
+from .options import DTYPE, Command, Maybe, at_least
+from .process import local_folder, require, wrote
+
+
+@click.command("inspect", cls=Command, short_help="which earlier outputs each sublayer reads, over a text")
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@click.option("--text", metavar="FILE", required=True, help="text in UTF-8, - for standard input")
+@click.option("--out", metavar="DIR", default="inspect-out", help="folder of results")
+@click.option("--max-tokens", metavar="N", type=at_least(1), help="of the text that are counted (default: all)")
+@click.option(
+    "--tokens",
+    "keep_tokens",
+    metavar="N",
+    type=at_least(0),
+    default=64,
+    help="first tokens whose own weights the page shows",
+)
+@click.option(
+    "--ablate",
+    "ablation_tokens",
+    metavar="[TOKENS]",
+    cls=Maybe,
+    type=at_least(2),
+    flag_value=512,
+    help="measure also how the loss changes without each source of each sublayer, on the first tokens of the text (512 "
+    "if no number is given); takes a forward pass for each",
+)
+@click.option(
+    "--context",
+    metavar="TOKENS",
+    type=at_least(1),
+    help="that the model sees at a time; each chunk starts anew (default: what the model takes, at most 2048)",
+)
+@click.option("--dtype", type=DTYPE, default="auto", help="of the weights; auto: as in the checkpoint")
+@click.option("--device", metavar="NAME", help="such as cpu or cuda:1 (default: a GPU where there is one)")
+def inspect(models, text, out, **options):
+    """Averages the depth weights of AttnRes checkpoints over the tokens of a text of any length, and writes the paper's
+    heatmaps before attention and before MLP with the output row as PNG, all numbers as JSON, and one HTML page that
+    needs no network. Prints summary numbers.
+
+    MODEL... are folders or hub ids of AttnRes checkpoints in safetensors; several are drawn one below the other.
+    """
+    require("matplotlib", extra="hub")
+    from ..analysis.inspection import as_markdown, named
+    from ..analysis.inspection import inspect as run
+
+    folders = named(list(models), [local_folder(model) for model in models])
+    found, written = run(folders, text, out, progress=True, **options)
+    print("\n".join(as_markdown(weights) for weights in found), end="")
+    wrote(written, out)
+
+
+@click.command("dynamics", cls=Command, short_help="loss, outputs and gradients over depth of training runs")
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True)
+@click.option(
+    "--step", metavar="N", type=at_least(1), help="the last measurement up to this step (default: the last of all)"
+)
+@click.option("--out", metavar="DIR", default="dynamics-out", help="folder of results")
+def dynamics(runs, step, out):
+    """Draws the paper's figure of training dynamics from what DepthDynamicsCallback logged in one or more trainings
+    with transformers' Trainer: validation loss over steps, and of each decoder layer the magnitude of its output and
+    the norm of the loss's gradient by it.
+
+    RUN... are output_dirs of a Trainer, with checkpoints or a trainer_state.json.
+    """
+    require("matplotlib", extra="hub")
+    from ..analysis.dynamics_runs import as_markdown, read_runs, write
+
+    found = read_runs(list(runs), step)
+    for run in found:
+        if not run.validation["loss"]:
+            print(f"attnres: {run.name} has no eval_loss: evaluate while training (eval_strategy)", file=sys.stderr)
+    written = write(found, out)
+    print(as_markdown(found), end="")
+    wrote(written, out)

@@ -1,0 +1,83 @@
+"""`attnres card`."""
+
+import sys
+
+import click
+
+from .options import Command, Several
+from .process import CommandError, local_folder, require
+
+
+@click.command("card", cls=Command, short_help="a complete Hub folder: code, weights, and a card of what was measured")
+@click.argument("model", metavar="MODEL")
+@click.option("--out", metavar="DIR", default="card-out", help="folder to make")
+@click.option(
+    "--results",
+    cls=Several,
+    metavar="DIR...",
+    help="folders that `attnres eval` wrote for MODEL, without --limit; several hold different rows",
+)
+@click.option("--text", metavar="FILE", help="whose depth weights are drawn (default: four short texts)")
+@click.option(
+    "--dynamics",
+    cls=Several,
+    metavar="RUN...",
+    help="output_dir of Trainers that logged training dynamics, to be drawn",
+)
+@click.option("--license", metavar="ID", help="such as apache-2.0 (default: what MODEL's card or LICENSE says)")
+@click.option(
+    "--language",
+    cls=Several,
+    metavar="CODE...",
+    help="such as en, zh or code (default: what MODEL's card says)",
+)
+@click.option("--base-model", metavar="ID", help="hub id of what MODEL was converted or fine-tuned from")
+@click.option(
+    "--no-run",
+    is_flag=True,
+    help="do not load the model: no snippet is run and no depth weights are drawn, and the card says so",
+)
+@click.option("--link", is_flag=True, help="hard links to MODEL's weights; saving over DIR later changes MODEL")
+@click.option("--overwrite", is_flag=True, help="replace DIR once the new one is complete")
+@click.option("--push", "repository", metavar="REPO", help="upload to this hub repository, private unless --public")
+@click.option("--public", is_flag=True, help="everybody may see the repository")
+@click.option("--yes", is_flag=True, help="upload without asking")
+def card(model, out, results, dynamics, language, no_run, repository, public, yes, **options):
+    """Makes a folder that loads anywhere with trust_remote_code=True: the model's code, weights, tokenizer, and a model
+    card from what was measured on these very weights. The card's usage snippets are run, offline and without this
+    package, and everything is checked for tokens and local paths before the folder appears.
+
+    MODEL is a folder or hub id of an AttnRes checkpoint with its tokenizer.
+    """
+    require("matplotlib", extra="hub")
+    if repository is None and (public or yes):
+        raise CommandError("--public and --yes say how to upload: name a repository with --push")
+    from ..hub_card import build, push, upload_list
+
+    folder = build(
+        local_folder(model),
+        out,
+        list(results),
+        dynamics=list(dynamics),
+        language=list(language) or None,
+        repo=repository,
+        execute_snippets=not no_run,
+        progress=True,
+        **options,
+    )
+    print(folder)
+    if repository is None:
+        return
+    kind = "public" if public else "private"
+    print(f"{upload_list(folder)}, to the {kind} repository {repository}", file=sys.stderr)
+    if yes or _agreed():
+        print(push(folder, repository, public=public))
+    else:
+        print("attnres: not uploaded", file=sys.stderr)
+
+
+def _agreed() -> bool:
+    if not sys.stdin.isatty():
+        raise CommandError("not uploaded: nobody is there to be asked; --yes uploads without")
+    print("Upload? [y/N] ", end="", file=sys.stderr, flush=True)
+    return input().strip().lower() in ("y", "yes")

@@ -1,0 +1,145 @@
+"""What the sub-commands' options share: types with their rules, and options that take several values."""
+
+import math
+from collections.abc import Callable
+from itertools import zip_longest
+
+import click
+
+
+class Parsed(click.ParamType):
+    """A value read by a function, whose ValueError says the rule and what was given."""
+
+    def __init__(self, name: str, parse: Callable[[str], object]):
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value, param, ctx):
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Several(click.Option):
+    """An option that takes one value or more: `--results A B`."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, multiple=True, **kwargs)
+
+
+class Maybe(click.Option):
+    """An option whose value may be left out."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, is_flag=False, **kwargs)
+
+
+class _Options:
+    """How both kinds of commands read their words: without taking the name of an option for a value."""
+
+    def parse_args(self, ctx, args):
+        options = [each for each in self.get_params(ctx) if isinstance(each, click.Option)]
+        names = {name for each in options for name in each.opts}
+        several = {name for each in options if isinstance(each, Several) for name in each.opts}
+        # click would take the name of an option for a value.
+        need = {name for each in options if not (each.is_flag or isinstance(each, Maybe)) for name in each.opts}
+        result, option = [], None
+        for word, following in zip_longest(args, args[1:]):
+            if word in need and (following is None or following in names):
+                raise click.BadOptionUsage(word, f"Option {word!r} requires an argument.", ctx)
+            if word in several:  # `--results A B` as `--results A --results B`, which is what click reads
+                option = word
+            elif option is not None and not word.startswith("-"):
+                result += [option, word]
+            else:
+                result, option = [*result, word], None
+        return super().parse_args(ctx, result)
+
+
+class Command(_Options, click.Command):
+    """Registers AttnRes models before it runs, not for `--help`: with the registration comes torch."""
+
+    def invoke(self, ctx):
+        register()
+        return super().invoke(ctx)
+
+
+class Group(_Options, click.Group):
+    """A command with sub-commands of its own."""
+
+
+def register():
+    from .. import registration  # noqa: F401
+
+
+def whole(value: str, least: int, most: int | None, rule: str) -> int:
+    try:
+        number = int(value)
+    except ValueError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        raise ValueError(f"must be {rule}, got {value}")
+    return number
+
+
+def at_least(least: int) -> Parsed:
+    return Parsed("integer", lambda value: whole(value, least, None, f"a whole number of at least {least}"))
+
+
+def _numbers(value: str) -> tuple[int, ...]:
+    rule = "whole numbers of at least 1, joined by commas"
+    return tuple(dict.fromkeys(whole(each, 1, None, rule) for each in value.split(",")))
+
+
+SEED = Parsed("integer", lambda value: whole(value, 0, 2**32 - 1, "a whole number from 0 to 2**32 - 1"))
+NAMES = Parsed("names", lambda value: tuple(dict.fromkeys(value.split(","))))
+NUMBERS = Parsed("integers", _numbers)
+DTYPE = click.Choice(["auto", "float32", "bfloat16", "float16"])
+
+
+def _limit(value: str) -> int | float:
+    try:
+        limit = float(value)
+    except ValueError:
+        limit = math.nan
+    if not 0 < limit < math.inf or (limit > 1 and not limit.is_integer()):
+        raise ValueError(f"must be a whole number of items, or a share between 0 and 1, got {value}")
+    return int(limit) if limit >= 1 else limit
+
+
+LIMIT = Parsed("limit", _limit)
+BATCH_SIZE = Parsed(
+    "batch size",
+    lambda value: value if value == "auto" else whole(value, 1, None, "a whole number of at least 1, or auto"),
+)
+
+
+def _memory_size(value: str) -> int:
+    units = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20, "TB": 10**12, "TiB": 2**40}
+    number, unit = next(((value[: -len(unit)], unit) for unit in units if value.endswith(unit)), (value, None))
+    try:
+        size = float(number)
+    except ValueError:
+        size = math.nan
+    if unit is None or not 0 < size < math.inf:
+        raise ValueError(f"must be a number with one of {', '.join(units)}, such as 80GB, got {value}")
+    return int(size * units[unit])
+
+
+MEMORY_SIZE = Parsed("size", _memory_size)
+
+
+def exclusive(*names: str):
+    """Of options of the running command that say the same in different ways, one at most.
+
+    Raises:
+        click.UsageError: two are given.
+    """
+    context = click.get_current_context()
+    given = [name for name in names if context.params.get(name) is not None]
+    if len(given) > 1:
+        flags = [f"--{name.replace('_', '-')}" for name in given]
+        raise click.UsageError(f"{' and '.join(flags)} say the same: leave one out.", context)

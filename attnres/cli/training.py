@@ -1,0 +1,29 @@
+"""`attnres train`."""
+
+import click
+
+from .options import Command
+from .process import SOME_FAILED, require, say
+
+
+@click.command(
+    "train",
+    cls=Command,
+    short_help="pre-train or fine-tune with transformers' Trainer",
+    # Among its options are all of TrainingArguments, which takes seconds to import: the run reads them itself.
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+@click.argument("words", metavar="MODEL [OPTIONS]", nargs=-1, type=click.UNPROCESSED)
+def train(words) -> int:
+    """Trains a model; a run that diverges is no mistake of the user and ends with 1."""
+    require("datasets", extra="train")
+    from ..training.command import run
+    from ..training.trainer import Stopped
+
+    try:
+        run(list(words))
+    except Stopped as error:
+        say(f"stopped: {error}")
+        return SOME_FAILED
+    return 0
