@@ -90,6 +90,8 @@ class AttnResConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         num_blocks = kwargs.pop("num_blocks", None)
         depth_implementation = kwargs.pop("depth_implementation", "auto")
+        # transformers makes one to compare with: nobody's model has its backbone.
+        self._is_default = self.backbone_config is None
         backbone = _as_config(self.backbone_config)
         for key, value in sizes(backbone).items():  # which `to_dict` repeats
             if kwargs.get(key) == value:
@@ -244,7 +246,8 @@ class AttnResConfig(PreTrainedConfig):
         content = super().to_dict()
         if isinstance(backbone := self.__dict__.get("backbone_config"), PreTrainedConfig):
             content.update(sizes(backbone))
-            offer_backbone_defaults(self.model_type, backbone.model_type)
+            if not self.__dict__.get("_is_default"):
+                offer_backbone_defaults(self.model_type, backbone.model_type)
         if not any("--" in str(place) for place in (content.get("auto_map") or {}).values()):
             content.pop("auto_map", None)
         return content
@@ -260,6 +263,7 @@ class AttnResConfig(PreTrainedConfig):
 
     def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
         d.pop("_depth_implementation_internal", None)
+        d.pop("_is_default", None)
         if isinstance(d.get("backbone_config"), dict):
             d["backbone_config"].pop("_name_or_path", None)  # a local path is nobody else's business
             d["backbone_config"].pop("auto_map", None)  # the code of a plain model, which is not used

@@ -83,6 +83,14 @@ def test_defaults_are_those_of_the_model_at_hand_whatever_was_built_before():
         assert keys in adapter.peft_config["default"].target_modules
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_an_adaption_prompt_looks_its_model_up_also_after_a_default_configuration_was_made():
+    method = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=2)
+    adapter = peft.get_peft_model(random_attnres("llama"), method)
+    assert AttnResConfig().to_dict()["model_type"] == "attnres"  # as transformers does to compare with
+    assert adapter(random_tokens(1, 5)).logits.isfinite().all()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_dictionary_of_a_configuration_has_the_backbones_sizes_and_its_file_has_not(family, tmp_path):
     import json
