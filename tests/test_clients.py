@@ -7,6 +7,8 @@ from families import FAMILIES
 from helpers import random_attnres, random_tokens, short_config
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from attnres import AttnResConfig
+
 peft = pytest.importorskip("peft")
 
 
