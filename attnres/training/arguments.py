@@ -95,7 +95,11 @@ class RunArguments:
     lora_alpha: float | None = _option(None, "scale of the adapters, divided by the rank (default: 2 N)", "ALPHA")
     lora_dropout: float = _option(0.0, "of the adapters' inputs", "P")
     optimizer: Literal["adamw", "muon"] = _option("adamw", "muon: Muon for the backbone's matrices, AdamW for all else")
-    depth_learning_rate: float | None = _option(None, "of the depth mixer (default: --learning-rate)", "LR")
+    depth_learning_rate: float | None = _option(
+        None,
+        "of the depth mixer (default: --learning-rate; in a converted model at most 1e-4, unless only it is trained)",
+        "LR",
+    )
     schedule: Literal["cosine", "wsd"] | None = _option(
         None,
         "cosine to a tenth, or warm-up, stable and linear decay over the last fifth (default: cosine, unless "

@@ -21,6 +21,9 @@ from .data import Source, Stream, collate, digest, sequences, tokenizer_digest
 from .lora import save_with_adapter, with_adapters
 from .trainer import RunTrainer
 
+# What gained most where SmolLM2-135M was retrofitted (docs/study.md); ten times as much lost.
+CONVERTED_DEPTH_RATE = 1e-4
+
 
 def run(command_line: Sequence[str]):
     """Trains a model as a command line says.
@@ -64,13 +67,22 @@ def run(command_line: Sequence[str]):
             processing_class=tokenizer,
             callbacks=[DepthDynamicsCallback(arguments.depth_dynamics_steps)] if arguments.depth_dynamics else [],
             muon=arguments.optimizer == "muon",
-            depth_learning_rate=arguments.depth_learning_rate,
+            depth_learning_rate=_depth_learning_rate(order, model),
             begin=begin,
         )
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     _save(trainer, order)
     if trainer.is_world_process_zero():
         _report(trainer, out)
+
+
+def _depth_learning_rate(order: Run, model: AttnResForCausalLM) -> float | None:
+    """Of the depth mixer: as given; in a converted model, whose mixtures are those of a trained one, small."""
+    given = order.arguments.depth_learning_rate
+    is_converted = model.config.scale_norm_eps and model.config.residual_mode != "standard"
+    if given is not None or order.arguments.train == "depth" or not is_converted:
+        return given
+    return min(order.training.learning_rate, CONVERTED_DEPTH_RATE)
 
 
 @contextmanager

@@ -131,18 +131,33 @@ def table(arms: dict[str, dict[int, dict]]) -> list[str]:
     return lines
 
 
+def sweeps(results: list[dict]) -> dict[tuple, dict[float, float]]:
+    """Validation loss by learning rate, for each (size, model, steps) that was swept."""
+    found = defaultdict(dict)
+    for result in results:
+        if result["sweep"]:
+            losses = found[result["size"], result["arm"], result["steps"]]
+            losses[result["learning_rate"]] = result["curve"][-1]["validation_loss"]
+    return dict(found)
+
+
 def report(results: list[dict]) -> str:
     groups = group(results)
     corpora = sorted({result["corpus"] for result in results})
     lines = [f"Corpus (SHA-256, first 16 digits): {', '.join(corpora)}. Finished runs: {len(results)}.", ""]
-    lines += ["Learning rates of the plain arm (validation loss, nats/token, seed 0):", ""]
-    lines += ["| size | steps | learning rate | validation loss |", "|:--|--:|--:|--:|"]
-    for r in (result for result in results if result["sweep"]):
-        lines.append(f"| {r['size']} | {r['steps']} | {r['learning_rate']} | {r['curve'][-1]['validation_loss']:.3f} |")
+    lines += ["Learning rates of Muon (validation loss, nats/token, seed 0):", ""]
+    rates = sorted({result["learning_rate"] for result in results if result["sweep"]})
+    lines += [f"| size | model | steps | {' | '.join(map(str, rates))} |", "|:--|:--|--:|" + "--:|" * len(rates)]
+    for (size, arm, steps), losses in sweeps(results).items():
+        shown = (f"{losses[rate]:.3f}" if rate in losses else "" for rate in rates)
+        lines.append(f"| {size} | {arm} | {steps} | {' | '.join(shown)} |")
     for (size, steps), arms in groups.items():
         first = next(iter(next(iter(arms.values())).values()))
         heading = f"**{size}**: D = {first['hidden']}, {steps} steps, {first['tokens']:,} tokens, learning rate "
-        lines += ["", heading + f"{first['learning_rate']}.", "", *table(arms)]
+        used = {name: next(iter(runs.values()))["learning_rate"] for name, runs in arms.items()}
+        others = ", ".join(f"{name}: {rate}" for name, rate in used.items() if rate != used["plain"])
+        heading += f"{used['plain']} ({others})." if others else f"{used['plain']}."
+        lines += ["", heading, "", *table(arms)]
         if seen := smallest_difference(arms):
             lines += ["", f"Power: with {seen[1]} seeds this design sees a difference of {seen[0]:.3f} nats/token "]
             lines[-1] += "four times in five (p = 0.05, paired by seed, variance pooled over the arms)."

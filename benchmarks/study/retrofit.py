@@ -12,6 +12,7 @@ import hashlib
 import json
 import random
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from attnres import AttnResForCausalLM
 from attnres.demo import smollm2
 
 from .corpus import cache_folder, read_texts, split_of, without_near_duplicates
+from .report import T_975, quantile
 from .train import HERE, read_results
 
 FIELDS = ("arm", "tuning", "seed", "steps", "depth_rate")
@@ -147,12 +149,64 @@ def train(run: dict, grid: dict, plain: Path, tokens: dict[str, torch.Tensor]) -
     )
 
 
+def paired(runs: dict[int, dict], plain: dict[int, dict]) -> np.ndarray:
+    """Held-out loss less that of the plain model on the same batches, one per seed that both have."""
+    seeds = sorted(runs.keys() & plain.keys())
+    if any(runs[seed]["batches"] != plain[seed]["batches"] for seed in seeds):
+        raise ValueError("two models of a seed saw different text: run both again.")
+    return np.array([runs[seed]["held_out_loss"] - plain[seed]["held_out_loss"] for seed in seeds])
+
+
+def report(results: list[dict]) -> str:
+    """Markdown: the sweeps, and held-out loss against the plain model of the same tuning."""
+    swept, groups = defaultdict(dict), defaultdict(dict)
+    for run in results:
+        if run["seed"] == 0 and run["depth_rate"] is not None:
+            swept[run["tuning"], run["arm"]][run["depth_rate"]] = run["validation_loss"]
+        elif run["seed"]:
+            groups[run["tuning"], run["arm"], run["depth_rate"]][run["seed"]] = run
+    rates = sorted({rate for losses in swept.values() for rate in losses})
+    lines = [
+        "| trained | model | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
+        "|:--|:--|" + "--:|" * len(rates),
+    ]
+    for (tuning, arm), losses in swept.items():
+        shown = (f"{losses[rate]:.3f}" if rate in losses else "" for rate in rates)
+        lines.append(f"| {tuning} | {arm} | {' | '.join(shown)} |")
+    lines += [
+        "",
+        "| trained | model | depth rate | seeds | nats/token | SD | less plain (95 %) | core s |",
+    ]
+    lines += ["|:--|:--|--:|--:|--:|--:|:-:|--:|"]
+    for (tuning, arm, rate), runs in groups.items():
+        losses = [run["held_out_loss"] for run in runs.values()]
+        spread = f"{np.std(losses, ddof=1):.3f}" if len(losses) > 1 else ""
+        # Of a plain model nothing would be trained if its backbone were frozen.
+        plain = groups.get(("lora" if tuning == "frozen" else tuning, "plain", None), {})
+        found, against = paired(runs, plain), ""
+        if arm != "plain" and len(found):
+            against = f"{found.mean():+.3f}"
+            if len(found) > 1:
+                half = quantile(T_975, len(found) - 1) * found.std(ddof=1) / np.sqrt(len(found))
+                against += f" ± {half:.3f}"
+        core = np.mean([run["core_seconds"] for run in runs.values()])
+        shown = "" if rate is None else f"{rate:g}"
+        lines.append(
+            f"| {tuning} | {arm} | {shown} | {len(runs)} | {np.mean(losses):.3f} | {spread} | {against} | {core:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", type=Path, default=HERE / "retrofit.yaml", help="the runs")
     parser.add_argument("--results", type=Path, default=HERE / "retrofit.jsonl", help="JSON lines, appended to")
     parser.add_argument("--minutes", type=float, default=1e9, help="after which no run is started")
+    parser.add_argument("--report", action="store_true", help="print the tables of what is finished, and train nothing")
     options = parser.parse_args()
+    if options.report:
+        print(report(read_results(options.results)), end="")
+        return
     if not (cache_folder() / "packages").is_dir():
         parser.error("the text is missing; fetch it with `python -m benchmarks.study.corpus`.")
     grid, stop = yaml.safe_load(options.grid.read_text(encoding="utf-8")), time.monotonic() + 60 * options.minutes
