@@ -138,15 +138,43 @@ def test_the_depth_mixer_has_the_learning_rate_that_is_given_for_it(plain, docum
         return optimizer
 
     monkeypatch.setattr(RunTrainer, "create_optimizer", note)
-    train(plain, documents, tmp_path / "run", num_blocks=2, max_steps=2, depth_learning_rate=1e-4, **options)
+    train(plain, documents, tmp_path / "run", num_blocks=2, max_steps=2, depth_learning_rate=2e-4, **options)
     model, optimizer = seen[0]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     initial = {names[id(each)]: group["initial_lr"] for group in optimizer.param_groups for each in group["params"]}
     assert initial.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, rate in initial.items():
-        assert rate == (1e-4 if "depth_mixer" in name else 3e-3), name
+        assert rate == (2e-4 if "depth_mixer" in name else 3e-3), name
     assert sum("depth_mixer" in name for name in initial) == 6
     assert all(group["params"] for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "rate"),
+    [
+        ("converted", {}, 1e-4),
+        ("converted", {"train": "lora"}, 1e-4),
+        ("converted", {"learning_rate": 2e-5}, 2e-5),
+        ("converted", {"train": "depth"}, 3e-3),
+        ("new", {}, 3e-3),
+    ],
+)
+def test_the_depth_mixer_of_a_converted_model_learns_slowly(
+    plain, documents, tmp_path, monkeypatch, model, options, rate
+):
+    seen, create = [], RunTrainer.create_optimizer
+
+    def note(self, model=None):
+        seen.append((self.model, create(self, model)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(RunTrainer, "create_optimizer", note)
+    source = plain if model == "converted" else plain / "config.json"
+    train(source, documents, tmp_path / "run", num_blocks=2, max_steps=2, **options)
+    trained, optimizer = seen[0]
+    depth = {id(parameter) for name, parameter in trained.named_parameters() if "depth_mixer" in name}
+    rates = {group["initial_lr"] for group in optimizer.param_groups for each in group["params"] if id(each) in depth}
+    assert rates == {rate}
 
 
 def test_lora_trains_adapters_with_the_depth_mixer_and_leaves_a_merged_model(plain, converted, documents, tmp_path):
