@@ -79,7 +79,7 @@ def run(command_line: Sequence[str]):
 def _depth_learning_rate(order: Run, model: AttnResForCausalLM) -> float | None:
     """Of the depth mixer: as given; in a converted model, whose mixtures are those of a trained one, small."""
     given = order.arguments.depth_learning_rate
-    is_converted = model.config.scale_norm_eps and model.config.residual_mode != "standard"
+    is_converted = model.config.scale_norm_eps and model.config.residual_mode != "standard" and not order.from_scratch
     if given is not None or order.arguments.train == "depth" or not is_converted:
         return given
     return min(order.training.learning_rate, CONVERTED_DEPTH_RATE)
