@@ -71,9 +71,14 @@ class DepthScore(nn.Module):
 class VariantParameters(nn.Module):
     """What a variant learns per sublayer besides the pseudo-query, stacked: `weight` `[2 L + 1, ...]`."""
 
-    def __init__(self, initial: torch.Tensor):
+    def __init__(self, variant: str, num_layers: int, hidden_size: int):
         super().__init__()
-        self.weight = nn.Parameter(initial)
+        self.variant, self.sizes = variant, (2 * num_layers + 1, hidden_size)
+        self.weight = nn.Parameter(self.initial())
+
+    def initial(self) -> torch.Tensor:
+        """Its values before training."""
+        return VARIANTS[self.variant].initial(*self.sizes)
 
 
 class PseudoQuery(NamedTuple):
@@ -106,13 +111,8 @@ class DepthMixer(nn.Module):
         self.mlp_norm = DepthScore((num_layers,), hidden_size)
         self.output_norm = DepthScore((), hidden_size)
         self.variant = variant
-        initial = self.initial_extras()
-        self.variant_norm = None if initial is None else VariantParameters(initial)
-
-    def initial_extras(self) -> torch.Tensor | None:
-        """What the variant learns besides pseudo-queries before training, `[2 L + 1, ...]`, if it does."""
-        initial, (layers, size) = VARIANTS[self.variant].initial, self.attention_norm.weight.shape
-        return None if initial is None else initial(2 * layers + 1, size)
+        learns = VARIANTS[variant].initial is not None
+        self.variant_norm = VariantParameters(variant, num_layers, hidden_size) if learns else None
 
     def forward(self) -> list[PseudoQuery]:
         """What the sublayers read with, 2 L + 1 in the order attention, MLP, attention, MLP, ..., output."""

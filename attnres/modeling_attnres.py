@@ -191,10 +191,9 @@ class AttnResPreTrainedModel(PreTrainedModel):
         if isinstance(module, DepthScore):
             init.zeros_(module.query)
             init.ones_(module.weight)
-        elif isinstance(module, DepthMixer):
-            if module.variant_norm is not None:
-                init.copy_(module.variant_norm.weight, module.initial_extras())
-        elif not isinstance(module, VariantParameters):
+        elif isinstance(module, VariantParameters):
+            init.copy_(module.weight, module.initial())
+        elif not isinstance(module, DepthMixer):
             init_weights(self.config.backbone_config, module)
 
     def save_pretrained(self, save_directory, **kwargs):

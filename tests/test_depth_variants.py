@@ -209,3 +209,18 @@ def test_depth_weights_of_variants_come_with_the_output():
         output = model_of(name)(random_tokens(1, 5), output_depth_weights=True)
         assert len(output.depth_weights) == 11
     assert random_attnres("llama").config.depth_variant == "attnres"
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.initial is not None])
+@pytest.mark.filterwarnings("ignore:depth_variant=")
+def test_a_plain_checkpoint_on_disk_becomes_a_variant_with_its_initial_parameters(name, tmp_path):
+    """Not with whatever was in the memory: nothing in the file says what they are."""
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(short_config("qwen3", 5, hidden_size=D)).eval()
+    plain.save_pretrained(tmp_path)
+    torch.full((1 << 20,), float("nan"))  # memory that may be handed out again
+    model = AttnResForCausalLM.from_backbone(tmp_path, depth_variant=name, num_blocks=2)
+    expected = AttnResForCausalLM.from_backbone(plain, depth_variant=name, num_blocks=2)
+    mixers = model.model.depth_mixer.state_dict(), expected.model.depth_mixer.state_dict()
+    for parameter, value in mixers[1].items():
+        assert torch.equal(mixers[0][parameter], value), parameter

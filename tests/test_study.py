@@ -138,6 +138,54 @@ def test_the_document_holds_the_table_that_the_results_give():
     assert report(read_results(HERE / "results.jsonl")) in document
 
 
+def test_the_document_holds_the_tables_of_the_retrofit():
+    from benchmarks.study.retrofit import report
+    from benchmarks.study.train import HERE, read_results
+
+    document = (ROOT / "docs/study.md").read_text(encoding="utf-8")
+    assert report(read_results(HERE / "retrofit.jsonl")) in document
+
+
+@pytest.fixture
+def retrofit_runs():
+    run = {"tuning": "lora", "steps": 24, "core_seconds": 1.0}
+    plain = [run | {"arm": "plain", "depth_rate": None, "seed": seed, "held_out_loss": 3.0} for seed in (1, 2)]
+    block = [
+        run | {"arm": "block", "depth_rate": 1e-4, "seed": seed, "held_out_loss": loss}
+        for seed, loss in ((1, 2.8), (2, 2.9))
+    ]
+    sweep = [
+        run | {"arm": "block", "depth_rate": rate, "seed": 0, "validation_loss": loss}
+        for rate, loss in ((1e-4, 2.9), (1e-3, 3.5))
+    ]
+    return [each | {"batches": str(each["seed"])} for each in plain + block + sweep]
+
+
+def test_a_retrofit_is_reported_against_the_plain_model_of_the_same_batches(retrofit_runs):
+    from benchmarks.study.retrofit import best_rate, report
+
+    text = report(retrofit_runs)
+    assert "| lora | block | 2.900 | 3.500 |" in text
+    assert "| lora | block | 0.0001 | 2 | 2.850 | 0.071 | -0.150 ± 0.635 | 1 |" in text
+    assert best_rate({"arm": "full", "tuning": "lora"}, {}, retrofit_runs) == 1e-4
+    retrofit_runs[0]["batches"] = "other"
+    with pytest.raises(ValueError, match="saw different text"):
+        report(retrofit_runs)
+
+
+def test_retrofits_run_in_order_with_a_sweep_before_what_it_decides():
+    from benchmarks.study.retrofit import expand
+    from benchmarks.study.train import HERE
+
+    grid = yaml.safe_load((HERE / "retrofit.yaml").read_text(encoding="utf-8"))
+    runs = expand(grid)
+    assert len({tuple(run.values()) for run in runs}) == len(runs)
+    for place, run in enumerate(runs):
+        if run["depth_rate"] == "best":
+            earlier = [each for each in runs[:place] if each["tuning"] == run["tuning"] and each["seed"] == 0]
+            assert any(each["arm"] in (run["arm"], "block") and each["depth_rate"] for each in earlier), run
+
+
 def test_every_arm_of_the_grid_builds_and_every_stage_names_arms_and_sizes_of_it():
     from benchmarks.study.train import HERE, build_model, expand
 
