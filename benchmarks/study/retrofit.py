@@ -13,6 +13,7 @@ import json
 import random
 import time
 from collections import defaultdict
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,7 @@ def best_rate(run: dict, grid: dict, results: list[dict]) -> float | None:
     """The depth mixer's rate with the lowest validation loss in the arm's own sweep, or in that of block."""
     for arm in (run["arm"], "block"):
         swept = [r for r in results if r["seed"] == 0 and (r["arm"], r["tuning"]) == (arm, run["tuning"])]
+        swept = [result for result in swept if isfinite(result["validation_loss"])]
         if swept:
             return min(swept, key=lambda r: r["validation_loss"])["depth_rate"]
     return None
