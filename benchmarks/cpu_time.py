@@ -105,7 +105,6 @@ def train(models, tokens) -> list[float]:
     """Forward with loss, and backward."""
     seconds = []
     for model in models:
-        model.zero_grad()
         started = time.process_time()
         model(tokens, labels=tokens, use_cache=False).loss.backward()
         seconds.append(time.process_time() - started)

@@ -6,6 +6,7 @@ from datasets import Dataset
 from families import FAMILIES
 from helpers import random_attnres, random_tokens, short_config
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.models.auto import modeling_auto
 
 from attnres import AttnResConfig
 
@@ -30,6 +31,15 @@ def test_label_smoothing_shifts_the_labels(mode, tmp_path):
     for model in (plain, random_attnres("llama", mode)):
         found, expected = smoothed(model, tokens, tmp_path)
         assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_class_stands_in_transformers_table_for_what_it_does():
+    import attnres
+    from attnres.client_tables import CLASSES
+
+    assert {*CLASSES.values()} == {name for name in attnres.__all__ if name.startswith(("AttnResModel", "AttnResFor"))}
+    for table, name in CLASSES.items():
+        assert getattr(modeling_auto, table)["attnres"] == name
 
 
 METHODS = {

@@ -38,9 +38,20 @@ def group(results: list[dict]) -> dict[tuple[str, int], dict[str, dict[int, dict
 def differences(arm: dict[int, dict], plain: dict[int, dict]) -> np.ndarray:
     """Held-out loss of a model less that of the plain model on the same batches, one per seed that both have."""
     for seed in arm.keys() & plain.keys():
-        if arm[seed]["batches"] != plain[seed]["batches"] or arm[seed]["corpus"] != plain[seed]["corpus"]:
+        if any(arm[seed].get(name) != plain[seed].get(name) for name in ("batches", "corpus")):
             raise ValueError(f"seed {seed} of {arm[seed]['arm']!r} and 'plain' saw different text: run both again.")
     return np.array([arm[s]["held_out_loss"] - plain[s]["held_out_loss"] for s in sorted(arm.keys() & plain.keys())])
+
+
+def mean_difference(arm: dict[int, dict], plain: dict[int, dict]) -> str:
+    """The mean of `differences` with its 95 % interval, as far as there are seeds for them."""
+    paired = differences(arm, plain)
+    if not len(paired):
+        return ""
+    if len(paired) == 1:
+        return f"{paired.mean():+.3f}"
+    half = quantile(T_975, len(paired) - 1) * paired.std(ddof=1) / np.sqrt(len(paired))
+    return f"{paired.mean():+.3f} ± {half:.3f}"
 
 
 def smallest_difference(arms: dict[str, dict[int, dict]]) -> tuple[float, int] | None:
@@ -119,10 +130,7 @@ def table(arms: dict[str, dict[int, dict]]) -> list[str]:
 
         losses = [value["held_out_loss"] for value in values]
         spread = f"{np.std(losses, ddof=1):.3f}" if len(losses) > 1 else ""
-        paired = differences(runs, arms["plain"])
-        against = "" if name == "plain" or not len(paired) else f"{paired.mean():+.3f}"
-        if against and len(paired) > 1:
-            against += f" ± {quantile(T_975, len(paired) - 1) * paired.std(ddof=1) / np.sqrt(len(paired)):.3f}"
+        against = "" if name == "plain" else mean_difference(runs, arms["plain"])
         lines.append(
             f"| {name} | {values[0]['layers']} | {values[0]['parameters']:,} | {len(values)} "
             f"| {mean('held_out_loss'):.3f} | {spread} | {mean('bits_per_byte'):.3f} | {against} "

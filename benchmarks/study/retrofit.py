@@ -27,7 +27,7 @@ from attnres import AttnResForCausalLM
 from attnres.demo import smollm2
 
 from .corpus import cache_folder, read_texts, split_of, without_near_duplicates
-from .report import T_975, quantile
+from .report import mean_difference
 from .train import HERE, read_results
 
 FIELDS = ("arm", "tuning", "seed", "steps", "depth_rate")
@@ -50,7 +50,7 @@ def expand(grid: dict) -> list[dict]:
     return runs
 
 
-def best_rate(run: dict, grid: dict, results: list[dict]) -> float | None:
+def best_rate(run: dict, results: list[dict]) -> float | None:
     """The depth mixer's rate with the lowest validation loss in the arm's own sweep, or in that of block."""
     for arm in (run["arm"], "block"):
         swept = [r for r in results if r["seed"] == 0 and (r["arm"], r["tuning"]) == (arm, run["tuning"])]
@@ -151,52 +151,36 @@ def train(run: dict, grid: dict, plain: Path, tokens: dict[str, torch.Tensor]) -
     )
 
 
-def paired(runs: dict[int, dict], plain: dict[int, dict]) -> np.ndarray:
-    """Held-out loss less that of the plain model on the same batches, one per seed that both have."""
-    seeds = sorted(runs.keys() & plain.keys())
-    if any(runs[seed]["batches"] != plain[seed]["batches"] for seed in seeds):
-        raise ValueError("two models of a seed saw different text: run both again.")
-    return np.array([runs[seed]["held_out_loss"] - plain[seed]["held_out_loss"] for seed in seeds])
-
-
 def report(results: list[dict]) -> str:
-    """Markdown: the sweeps, and held-out loss against the plain model of the same tuning."""
+    """Markdown: validation loss by the depth mixer's rate, and held-out loss against plain of the same tuning."""
     swept, groups = defaultdict(dict), defaultdict(dict)
     for run in results:
-        if run["seed"] == 0 and run["depth_rate"] is not None:
+        if run["seed"] == 0:
             swept[run["tuning"], run["arm"]][run["depth_rate"]] = run["validation_loss"]
-        elif run["seed"]:
+        else:
             groups[run["tuning"], run["arm"], run["depth_rate"]][run["seed"]] = run
-    rates = sorted({rate for losses in swept.values() for rate in losses})
-    lines = [
-        "| trained | model | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
-        "|:--|:--|" + "--:|" * len(rates),
-    ]
+    rates = [None, *sorted({rate for losses in swept.values() for rate in losses if rate is not None})]
+    names = ["no mixer" if rate is None else str(rate) for rate in rates]
+    lines = [f"| trained | model | {' | '.join(names)} |", "|:--|:--|" + "--:|" * len(rates)]
     for (tuning, arm), losses in swept.items():
-        shown = (f"{losses[rate]:.3f}" if rate in losses else "" for rate in rates)
+        shown = (_shown(losses[rate]) if rate in losses else "" for rate in rates)
         lines.append(f"| {tuning} | {arm} | {' | '.join(shown)} |")
-    lines += [
-        "",
-        "| trained | model | depth rate | seeds | nats/token | SD | less plain (95 %) | core s |",
-    ]
+    lines += ["", "| trained | model | depth rate | seeds | nats/token | SD | less plain (95 %) | core s |"]
     lines += ["|:--|:--|--:|--:|--:|--:|:-:|--:|"]
     for (tuning, arm, rate), runs in groups.items():
         losses = [run["held_out_loss"] for run in runs.values()]
         spread = f"{np.std(losses, ddof=1):.3f}" if len(losses) > 1 else ""
         # Of a plain model nothing would be trained if its backbone were frozen.
         plain = groups.get(("lora" if tuning == "frozen" else tuning, "plain", None), {})
-        found, against = paired(runs, plain), ""
-        if arm != "plain" and len(found):
-            against = f"{found.mean():+.3f}"
-            if len(found) > 1:
-                half = quantile(T_975, len(found) - 1) * found.std(ddof=1) / np.sqrt(len(found))
-                against += f" ± {half:.3f}"
+        against = "" if arm == "plain" else mean_difference(runs, plain)
         core = np.mean([run["core_seconds"] for run in runs.values()])
-        shown = "" if rate is None else f"{rate:g}"
-        lines.append(
-            f"| {tuning} | {arm} | {shown} | {len(runs)} | {np.mean(losses):.3f} | {spread} | {against} | {core:.0f} |"
-        )
+        numbers = f"{len(runs)} | {np.mean(losses):.3f} | {spread} | {against} | {core:.0f}"
+        lines.append(f"| {tuning} | {arm} | {rate or ''} | {numbers} |")
     return "\n".join(lines) + "\n"
+
+
+def _shown(loss: float) -> str:
+    return f"{loss:.3f}" if isfinite(loss) else "diverged"
 
 
 def main():
@@ -220,7 +204,7 @@ def main():
     results = read_results(options.results)
     for run in expand(grid):
         if run["depth_rate"] == "best":
-            run["depth_rate"] = best_rate(run, grid, results)
+            run["depth_rate"] = best_rate(run, results)
         if key(run) in {key(result) for result in results}:
             continue
         if time.monotonic() > stop:

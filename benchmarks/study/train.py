@@ -23,6 +23,7 @@ import yaml
 from transformers import LlamaConfig, get_scheduler
 
 from attnres import AttnResConfig, AttnResForCausalLM
+from attnres.training.optimizer import MuonWithAdamW, backbone_matrices
 
 from .corpus import cache_folder
 
@@ -79,18 +80,17 @@ def build_model(grid: dict, size: dict, arm: dict, vocabulary: int) -> AttnResFo
     return AttnResForCausalLM(AttnResConfig(backbone_config=backbone, **options))
 
 
-def optimizers(model: torch.nn.Module, grid: dict, learning_rate: float) -> list[torch.optim.Optimizer]:
+def build_optimizer(model: torch.nn.Module, grid: dict, learning_rate: float) -> MuonWithAdamW:
     """Muon for the matrices of the decoder layers, which alone decay, and AdamW for embedding, norms and the mixing
     over depth: what the paper's models were trained with."""
-    matrices, others = [], []
-    for name, parameter in model.named_parameters():
-        matrix = parameter.ndim == 2 and "norm" not in name and "embed" not in name
-        (matrices if matrix else others).append(parameter)
-    muon = torch.optim.Muon(
-        matrices, lr=learning_rate, weight_decay=grid["weight_decay"], adjust_lr_fn="match_rms_adamw"
+    matrices = backbone_matrices(model)
+    named = dict(model.named_parameters())
+    return MuonWithAdamW(
+        [{"params": [named[name] for name in named if name in matrices]}],
+        [{"params": [named[name] for name in named if name not in matrices]}],
+        muon={"lr": learning_rate, "weight_decay": grid["weight_decay"], "adjust_lr_fn": "match_rms_adamw"},
+        adamw={"lr": grid["adamw_learning_rate"], "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True},
     )
-    rate = grid["adamw_learning_rate"]
-    return [muon, torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
 
 
 @torch.no_grad()
@@ -116,8 +116,8 @@ def train(run: dict, grid: dict, corpus: str) -> dict:
     size = grid["sizes"][run["size"]]
     model = build_model(grid, size, grid["arms"][run["arm"]], manifest["vocabulary"]).train()
     warmup = max(1, round(grid["warmup"] * steps))
-    used = optimizers(model, grid, run["learning_rate"])
-    used += [get_scheduler("cosine", each, num_warmup_steps=warmup, num_training_steps=steps) for each in used]
+    optimizer = build_optimizer(model, grid, run["learning_rate"])
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=warmup, num_training_steps=steps)
     starts = np.random.default_rng(run["seed"]).integers(0, len(text["train"]) - length, (steps, batch))
     evaluate_at = {round(steps * part / grid["evaluations"]) for part in range(1, grid["evaluations"] + 1)}
     curve, batches, wall, core = [], hashlib.sha256(), 0.0, 0.0
@@ -128,9 +128,9 @@ def train(run: dict, grid: dict, corpus: str) -> dict:
         rows = torch.from_numpy(rows)
         model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for each in used:
-            each.step()
-        model.zero_grad()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
         wall, core = wall + time.perf_counter() - wall_start, core + time.process_time() - core_start
         if step in evaluate_at:  # measuring is not training: it is outside both clocks
             loss, _ = evaluate(model, text["validation"], grid["validation_sequences"], length, batch)
