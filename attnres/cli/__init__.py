@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import click
 
 from .. import __version__
-from . import analysis, bench, conversion, demo, eval, hub_card, parallel, training
+from . import analysis, bench, conversion, demo, eval, hub_card, training
 from .process import INTERRUPTED, PIPE_CLOSED, SOME_FAILED, USER_ERROR, CommandError, is_first, say
 
 
@@ -31,7 +31,6 @@ for _command in (
     analysis.inspect,
     analysis.dynamics,
     training.train,
-    parallel.plan,
 ):
     attnres.add_command(_command)
 

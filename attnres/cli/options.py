@@ -117,21 +117,6 @@ BATCH_SIZE = Parsed(
 )
 
 
-def _memory_size(value: str) -> int:
-    units = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20, "TB": 10**12, "TiB": 2**40}
-    number, unit = next(((value[: -len(unit)], unit) for unit in units if value.endswith(unit)), (value, None))
-    try:
-        size = float(number)
-    except ValueError:
-        size = math.nan
-    if unit is None or not 0 < size < math.inf:
-        raise ValueError(f"must be a number with one of {', '.join(units)}, such as 80GB, got {value}")
-    return int(size * units[unit])
-
-
-MEMORY_SIZE = Parsed("size", _memory_size)
-
-
 def exclusive(*names: str):
     """Of options of the running command that say the same in different ways, one at most.
 
