@@ -44,8 +44,9 @@ def run_ranks(function: Callable, ranks: int, *arguments, threads: int = 1) -> l
             if error.exit_code == LOST_EXIT_STATUS:
                 reason = "stopped waiting for a lost rank, which it names on stderr"
             else:
-                how = f"was ended by {error.signal_name}" if error.signal_name else f"ended with status {error.exit_code}"
-                reason = f"is lost: its process {how}"
+                name = error.signal_name
+                end = f"was ended by {name}" if name else f"ended with status {error.exit_code}"
+                reason = f"is lost: its process {end}"
             raise PipelineError(f"rank {error.error_index} {reason}") from None
         finally:
             for process in processes.processes:  # after Ctrl-C, too
