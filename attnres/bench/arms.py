@@ -88,7 +88,7 @@ def select(names: Iterable[str], implementations: Iterable[str] = ()) -> dict[st
     Raises:
         ValueError: an unknown name.
     """
-    for kind, given, known in (("arm", names, ARMS), ("implementation", implementations, DEPTH_IMPLEMENTATIONS)):
+    for kind, given, known in (("variant", names, ARMS), ("implementation", implementations, DEPTH_IMPLEMENTATIONS)):
         for name in given:
             if name not in known:
                 raise ValueError(f"{kind} must be one of {', '.join(known)}; got {name!r}")
@@ -173,7 +173,7 @@ def check(
         errors[name] = ((logits[name] - expected).norm() / expected.norm()).item()
         if not errors[name] <= CHECK_TOLERANCE:
             raise ValueError(
-                f"arm {name} computes something else than {arm.reference}: relative error of the logits "
+                f"variant {name} computes something else than {arm.reference}: relative error of the logits "
                 f"{errors[name]:.1e}, at most {CHECK_TOLERANCE:.0e} is allowed; nothing was measured"
             )
     return errors, left_out

@@ -9,12 +9,12 @@ from .options import NAMES, NUMBERS, SEED, Command, Group, Parsed, at_least, exc
 from .process import SOME_FAILED, require, say, wrote
 
 HELP = """\
-Times the arms in one process, interleaved: in every round each runs once, in an order that rotates, and is divided by
+Times variants of one model in one process, interleaved: in every round each runs once, in an order that rotates, and is divided by
 the transformers backbone with plain residuals in the same round. All share the backbone's weights and have the same
 random pseudo-queries; before anything is timed, all are checked to compute the same logits. Takes a few minutes on 2
 cores. Lists are joined by commas, and every combination is measured.
 
-Arms: plain (the transformers model itself), standard, block and full (this package), stacked and stacked-full (the
+Variants: plain (the transformers model itself), standard, block and full (this package), stacked and stacked-full (the
 paper's pseudo-code inside the transformers model), fla-naive and fla-fused (flash-linear-attention's functions in their
 place; left out where they cannot run).
 
@@ -57,7 +57,9 @@ def _depth_shape(value: str) -> DepthShape:
     help="folder, config.json or hub id: its configuration with random weights (default: Qwen3-like, 12 layers)",
 )
 @click.option("--measure", "measures", metavar="NAMES", type=NAMES, help=f"of those above {_default('measures')}")
-@click.option("--arms", metavar="NAMES", type=NAMES, help=f"plain is always one {_default('arms')}")
+@click.option(
+    "--variants", "--arms", "arms", metavar="NAMES", type=NAMES, help=f"plain is always one {_default('arms')}"
+)
 @click.option(
     "--implementations",
     metavar="NAMES",
@@ -78,7 +80,7 @@ def _depth_shape(value: str) -> DepthShape:
     type=Parsed("shape", _depth_shape),
     help=f"of depth: sublayers, sublayers per block (the paper's S), tokens, hidden size {_default('depth_shape')}",
 )
-@click.option("--rounds", metavar="N", type=at_least(1), help=f"in which each arm runs {_default('rounds')}")
+@click.option("--rounds", metavar="N", type=at_least(1), help=f"in which each variant runs {_default('rounds')}")
 @click.option("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
 @click.option("--threads", metavar="N", type=at_least(1), help="of torch on the CPU (default: torch's own)")
 @click.option("--seed", metavar="N", type=SEED, default=0, help="of weights and tokens")
@@ -116,7 +118,7 @@ def bench(quick, out, **options):
     "--modes", metavar="NAMES", type=NAMES, default="block,full", help="residual modes to measure beside standard"
 )
 @click.option("--dtype", metavar="NAME", default="float32", help=f"{DTYPES[0]} or {DTYPES[1]}")
-@click.option("--rounds", metavar="N", type=at_least(0), default=5, help="timed steps of each arm, 0: none")
+@click.option("--rounds", metavar="N", type=at_least(0), default=5, help="timed steps of each variant, 0: none")
 @click.option("--seed", metavar="N", type=SEED, default=0, help="of weights and tokens")
 @click.option("--json", "as_json", is_flag=True, help="as JSON")
 def pipeline(as_json, **options) -> int:

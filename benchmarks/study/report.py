@@ -94,9 +94,9 @@ def fit_lines(groups: dict) -> list[str]:
     """Fits of the models that have three sizes, against training FLOPs and against seconds of one core."""
     arms = [name for name in next(iter(groups.values()), {}) if sum(name in g for g in groups.values()) >= 3]
     if "plain" not in arms:
-        return ["No fit: it takes three sizes of the plain arm."]
+        return ["No fit: it takes three sizes of the plain model."]
     lines = [
-        "| arm | cost | a | b (95 %) | cost of plain at equal loss, over the arm's (95 %) |",
+        "| model | cost | a | b (95 %) | cost of plain at equal loss, over the model's (95 %) |",
         "|:--|:--|--:|:-:|:-:|",
     ]
     for cost in ("flops", "core_seconds"):
@@ -118,7 +118,7 @@ def fit_lines(groups: dict) -> list[str]:
 
 def table(arms: dict[str, dict[int, dict]]) -> list[str]:
     lines = [
-        "| arm | layers | parameters | seeds | nats/token | SD | bits/byte | against plain, same batches (95 %) "
+        "| model | layers | parameters | seeds | nats/token | SD | bits/byte | against plain, same batches (95 %) "
         "| core s | wall s | tokens/s |",
         "|:--|--:|--:|--:|--:|--:|--:|:-:|--:|--:|--:|",
     ]
@@ -168,7 +168,7 @@ def report(results: list[dict]) -> str:
         lines += ["", heading, "", *table(arms)]
         if seen := smallest_difference(arms):
             lines += ["", f"Power: with {seen[1]} seeds this design sees a difference of {seen[0]:.3f} nats/token "]
-            lines[-1] += "four times in five (p = 0.05, paired by seed, variance pooled over the arms)."
+            lines[-1] += "four times in five (p = 0.05, paired by seed, variance pooled over the models)."
     lines += ["", "Fits of L = a C^-b, intervals by bootstrap over seeds:", "", *fit_lines(groups)]
     return "\n".join(lines) + "\n"
 

@@ -112,7 +112,7 @@ def test_an_arm_that_computes_something_else_is_refused(built):
     before = query.detach().clone()
     with torch.no_grad():
         query[1] += 0.1
-    with pytest.raises(ValueError, match="arm block computes something else than stacked: relative error"):
+    with pytest.raises(ValueError, match="variant block computes something else than stacked: relative error"):
         check(chosen, models, seed=0)
     with torch.no_grad():
         query.copy_(before)
@@ -158,7 +158,7 @@ def test_stacked_arm_lets_go_of_its_sources_after_a_pass(built):
 
 @pytest.mark.parametrize(
     ("names", "implementations", "message"),
-    [(["blocks"], [], "arm must be one of plain, .*; got 'blocks'"), ([], ["x"], "implementation must be .*; got 'x'")],
+    [(["blocks"], [], "variant must be one of plain, .*; got 'blocks'"), ([], ["x"], "implementation must be .*; got 'x'")],
 )
 def test_unknown_names_are_refused(names, implementations, message):
     with pytest.raises(ValueError, match=message):

@@ -146,7 +146,7 @@ def test_a_faulty_arm_is_one_line_and_leaves_no_files(folder, tmp_path, capsys, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--arms block,x", "arm must be one of plain, standard"),
+        ("--arms block,x", "variant must be one of plain, standard"),
         (
             "--measure x",
             "measure must be one of prefill, decode, compiled-decode, train, generate, memory, depth; got 'x'",
