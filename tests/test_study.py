@@ -120,6 +120,25 @@ def test_a_power_law_is_recovered_with_its_compute_advantage():
     assert advantage(*fits, 1e4) == pytest.approx((1.25, 1.25, 1.25))
 
 
+def test_a_size_of_another_depth_is_reported_and_not_part_of_the_fits(tmp_path):
+    from benchmarks.study.report import draw, report
+
+    run = {"arm": "plain", "seed": 1, "steps": 5, "sweep": False, "learning_rate": 0.01, "corpus": "c", "batches": "b"}
+    run |= {"hidden": 8, "parameters": 9, "tokens": 10, "bits_per_byte": 1.0, "wall_seconds": 1.0}
+    run |= {"core_seconds": 1.0, "tokens_per_second": 10}
+    widths = [
+        run | {"size": str(cost), "layers": 12, "flops": cost, "core_seconds": cost, "held_out_loss": 7 * cost**-0.1}
+        for cost in (1e3, 1e4, 1e5)
+    ]
+    deep = run | {"size": "deep", "layers": 24, "flops": 1e4, "held_out_loss": 0.5}
+    runs = [each | {"arm": arm} for each in (*widths, deep) for arm in ("plain", "block")]
+    text = report(runs)
+    assert "| plain | FLOPs (6 N tokens) | 7 | 0.1000 (0.1000 to 0.1000) | 1 |" in text
+    assert "| plain | 24 | 9 | 1 | 0.500 |" in text
+    draw(runs, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
 def test_runs_on_different_text_are_not_compared():
     from benchmarks.study.report import differences
 

@@ -4,7 +4,7 @@ python -m benchmarks.study.report --out report.md --figure docs/images/study.png
 """
 
 import argparse
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -68,6 +68,13 @@ def smallest_difference(arms: dict[str, dict[int, dict]]) -> tuple[float, int] |
     return (quantile(T_975, freedom) + quantile(T_80, freedom)) * deviation / np.sqrt(seeds), seeds
 
 
+def widths_only(groups: dict) -> dict:
+    """The sizes at which plain has the number of layers that most sizes have: those that differ by width and data."""
+    layers = {key: next(iter(arms["plain"].values()))["layers"] for key, arms in groups.items() if "plain" in arms}
+    common = [value for value, _ in Counter(layers.values()).most_common(1)]
+    return {key: groups[key] for key, value in layers.items() if value in common}
+
+
 def power_law(cost: np.ndarray, loss: np.ndarray) -> tuple[float, float]:
     """a and b of L = a C^-b, by least squares on logarithms."""
     slope, intercept = np.polyfit(np.log(cost), np.log(loss), 1)
@@ -91,7 +98,8 @@ def advantage(fits: np.ndarray, plain: np.ndarray, cost: float) -> tuple[float, 
 
 
 def fit_lines(groups: dict) -> list[str]:
-    """Fits of the models that have three sizes, against training FLOPs and against seconds of one core."""
+    """Fits of the models that have three sizes of one depth, against training FLOPs and seconds of one core."""
+    groups = widths_only(groups)
     arms = [name for name in next(iter(groups.values()), {}) if sum(name in g for g in groups.values()) >= 3]
     if "plain" not in arms:
         return ["No fit: it takes three sizes of the plain model."]
@@ -190,12 +198,15 @@ def draw(results: list[dict], path: Path):
     left.invert_yaxis()
     left.set_xlabel("held-out loss less that of plain, same seed (nats/token)")
     left.legend(fontsize=8)
+    widths = widths_only(groups)
     for index, name in enumerate(["plain", *names]):
         points = [
             np.mean([(r["core_seconds"], r["held_out_loss"]) for r in arms[name].values()], axis=0)
-            for arms in groups.values()
+            for arms in widths.values()
             if name in arms
         ]
+        if not points:
+            continue
         style = {"color": f"C{index % 10}", "marker": "os^"[index // 10 % 3]}
         right.plot(*np.array(points).T, label=name, **style)
     right.set_xscale("log")
