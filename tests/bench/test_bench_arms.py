@@ -158,7 +158,10 @@ def test_stacked_arm_lets_go_of_its_sources_after_a_pass(built):
 
 @pytest.mark.parametrize(
     ("names", "implementations", "message"),
-    [(["blocks"], [], "variant must be one of plain, .*; got 'blocks'"), ([], ["x"], "implementation must be .*; got 'x'")],
+    [
+        (["blocks"], [], "variant must be one of plain, .*; got 'blocks'"),
+        ([], ["x"], "implementation must be .*; got 'x'"),
+    ],
 )
 def test_unknown_names_are_refused(names, implementations, message):
     with pytest.raises(ValueError, match=message):
