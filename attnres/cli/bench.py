@@ -9,10 +9,10 @@ from .options import NAMES, NUMBERS, SEED, Command, Group, Parsed, at_least, exc
 from .process import SOME_FAILED, require, say, wrote
 
 HELP = """\
-Times variants of one model in one process, interleaved: in every round each runs once, in an order that rotates, and is divided by
-the transformers backbone with plain residuals in the same round. All share the backbone's weights and have the same
-random pseudo-queries; before anything is timed, all are checked to compute the same logits. Takes a few minutes on 2
-cores. Lists are joined by commas, and every combination is measured.
+Times variants of one model in one process, interleaved: in every round each runs once, in an order that rotates, and
+is divided by the transformers backbone with plain residuals in the same round. All share the backbone's weights and
+have the same random pseudo-queries; before anything is timed, all are checked to compute the same logits. Takes a few
+minutes on 2 cores. Lists are joined by commas, and every combination is measured.
 
 Variants: plain (the transformers model itself), standard, block and full (this package), stacked and stacked-full (the
 paper's pseudo-code inside the transformers model), fla-naive and fla-fused (flash-linear-attention's functions in their
