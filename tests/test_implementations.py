@@ -20,12 +20,9 @@ WITHOUT_FLEX = [family for family in FAMILIES if not PLAIN_CLASSES[family]._supp
 SDPA_DIFFERS = ("gemma2",)  # where a version takes it, it leaves out the soft cap of the attention logits
 FLEX_NEEDS_A_GPU = ("gpt_oss",)  # attention sinks
 
-FLEX_IN_THE_DEFAULT_SUITE = ("mistral",)  # every family compiles for about ten seconds
-
+FLEX = [family for family in FAMILIES if family not in (*WITHOUT_FLEX, *FLEX_NEEDS_A_GPU)]
 EQUAL_CASES = [(family, "sdpa") for family in FAMILIES if family not in (*WITHOUT_SDPA, *SDPA_DIFFERS)] + [
-    pytest.param(family, "flex_attention", marks=() if family in FLEX_IN_THE_DEFAULT_SUITE else pytest.mark.slow)
-    for family in FAMILIES
-    if family not in (*WITHOUT_FLEX, *FLEX_NEEDS_A_GPU)
+    (family, "flex_attention") for family in FLEX
 ]
 REFUSED_CASES = [(family, "sdpa") for family in WITHOUT_SDPA] + [(family, "flex_attention") for family in WITHOUT_FLEX]
 
@@ -43,11 +40,30 @@ def warnings_of_transformers(caplog):
     logger.removeHandler(caplog.handler)
 
 
+@pytest.fixture
+def flex_uncompiled():
+    """Flex attention by its own formula: every family would compile for about ten seconds."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@compiles
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FLEX)
+def test_compiled_flex_attention_gives_the_same_logits(family):
+    model = random_attnres(family, layers=4)
+    tokens = random_tokens(2, 11)
+    expected = model(tokens).logits
+    model.set_attn_implementation("flex_attention")
+    assert relative_error(model(tokens).logits, expected) < TOLERANCE
+
+
 @compiles
 @torch.no_grad()
 @pytest.mark.parametrize(("family", "implementation"), EQUAL_CASES)
 def test_attention_implementations_give_the_same_logits_and_switch_without_a_warning(
-    family, implementation, warnings_of_transformers
+    family, implementation, warnings_of_transformers, flex_uncompiled
 ):
     model = random_attnres(family, layers=4)
     tokens = random_tokens(2, 11)

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from helpers import relative_error
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from safetensors.torch import load_file
 from tiny_card import run_elsewhere, save_checkpoint
@@ -137,7 +138,8 @@ def test_without_the_package_the_folder_computes_the_same(hub_folder, tmp_path):
     )
     done = run_elsewhere([str(script)], tmp_path)
     assert done.returncode == 0, done.stderr
-    torch.testing.assert_close(torch.load(tmp_path / "logits"), expected)
+    # There the equation mixes, here the kernels where numba is installed.
+    assert relative_error(torch.load(tmp_path / "logits"), expected) < 1e-5
 
 
 def test_the_stock_lm_eval_command_line_evaluates_the_folder(hub_folder, tmp_path):

@@ -16,8 +16,8 @@ from attnres.parallel.watch import PipelineError
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = {
-    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "3"],
-    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "3", "--main_process_port", "0"],
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
 }
 MINUTE = 60
 
@@ -93,19 +93,19 @@ WAITED = "^rank [02] stopped waiting for a lost rank, which it names on stderr$"
 
 
 @pytest.mark.parametrize(
-    ("way", "said", "on_stderr"),
+    ("way", "ranks", "said", "on_stderr"),
     [
-        pytest.param("killed", "^rank 1 is lost: its process was ended by SIGKILL$", "", marks=pytest.mark.slow),
-        ("stopped", WAITED, "rank [02]: rank 1 is lost; ending this process"),
-        ("raised", "rank 1 failed.*: MemoryError: no memory for the second micro-batch$", ""),
-        pytest.param("caught", WAITED, "rank [02]: rank 1 failed: MemoryError", marks=pytest.mark.slow),
+        pytest.param("killed", 2, "^rank 1 is lost: its process was ended by SIGKILL$", "", marks=pytest.mark.slow),
+        ("stopped", 3, WAITED, "rank [02]: rank 1 is lost; ending this process"),
+        ("raised", 2, "rank 1 failed.*: MemoryError: no memory for the second micro-batch$", ""),
+        pytest.param("caught", 2, WAITED, "rank [02]: rank 1 failed: MemoryError", marks=pytest.mark.slow),
     ],
 )
-def test_own_processes_end_with_one_line_that_names_the_rank(way, said, on_stderr, lost_at, monkeypatch, capfd):
+def test_own_processes_end_with_one_line_that_names_the_rank(way, ranks, said, on_stderr, lost_at, monkeypatch, capfd):
     marker = f"lost-own-{way}-{os.getpid()}"
     monkeypatch.setenv("ATTNRES_TEST", marker)
     with pytest.raises(PipelineError, match=said):
-        run_ranks(pipeline_lost.train, 3, way, 3.0 if way == "stopped" else None)
+        run_ranks(pipeline_lost.train, ranks, way, 3.0 if way == "stopped" else None)
     assert time.monotonic() - float(lost_at.read_text()) < MINUTE
     assert without_processes(marker)
     assert re.search(on_stderr, capfd.readouterr().err)
