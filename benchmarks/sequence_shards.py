@@ -70,8 +70,7 @@ def measure(folder: str, tokens: int, batch: int) -> dict:
     first_call = model.model.layers[-1].register_forward_pre_hook(lambda *_: found.update(states=states.bytes()))
     input_ids = torch.randint(3, config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0))
     with states:
-        # With depth weights sources are separate tensors, as on a GPU: none is there before it is complete.
-        model(input_ids, use_cache=False, logits_to_keep=1, output_depth_weights=True)
+        model(input_ids, use_cache=False, logits_to_keep=1)
     first_call.remove()
     own = model.model.sequence_shards(tokens).sizes[dist.get_rank()] if ranks > 1 else tokens
     layers, per_block = config.num_hidden_layers, config.layers_per_block
