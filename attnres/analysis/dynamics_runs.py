@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 
+from ..folders import check_writable
 from .dynamics_names import PER_LAYER, PER_MIXTURE, parse
 from .text import printable
 
@@ -56,6 +57,7 @@ def write(runs: Sequence[Dynamics], out: str | PathLike) -> list[Path]:
     from ..plots import training_dynamics
 
     out = Path(out)
+    check_writable(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         _write_text(out / JSON, json.dumps([asdict(run) for run in runs], indent=1, allow_nan=False) + "\n")

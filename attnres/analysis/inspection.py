@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from .. import plots
+from ..folders import check_writable
 from ..modeling_attnres import AttnResForCausalLM
 from .ablation import Ablation, ablate, passes
 from .depth_weights import KINDS, DepthWeights, depth_weights, write_text
@@ -66,12 +67,12 @@ def inspect(
     for name, folder in models.items():
         _check_checkpoint(name, Path(folder))
     out = Path(os.path.abspath(out))
-    _check_writable(out)
+    check_writable(out)
     found, effects = [], []
     with _opened(text) as file:
         for name, folder in models.items():
-            tokenizer = _load_tokenizer(name, folder)
             model = _load_model(name, folder, dtype, device)
+            tokenizer = _load_tokenizer(name, folder)
             text_name = "standard input" if str(text) == STDIN else Path(text).name
             with (
                 _decoded(file) as decoded,
@@ -258,12 +259,6 @@ def _check_device(device: str):
         torch.empty(1, device=device)
     except Exception as error:  # each backend has its own
         raise ValueError(f"--device {device}: torch cannot use it ({_line(error)}); such as cpu or cuda:0.") from None
-
-
-def _check_writable(out: Path):
-    nearest = next(path for path in (out, *out.parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise OSError(f"{out}: cannot be written, as {nearest} is no folder or not writable; choose another with --out")
 
 
 @contextmanager

@@ -51,18 +51,6 @@ def write(result: dict, out: str | os.PathLike) -> list[Path]:
     return written
 
 
-def check_writable(out: str | os.PathLike):
-    """Refuses a folder that `write` could not write into, before the time has been spent.
-
-    Raises:
-        OSError: it is a file, or it or the folder that it would be made in cannot be written.
-    """
-    out = Path(os.path.abspath(out))
-    nearest = next(path for path in (out, *out.parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise OSError(f"{out}: cannot be written, as {nearest} is no folder or not writable; choose another with --out")
-
-
 def as_markdown(result: dict) -> str:
     """Ratios first, then times, then memory."""
     machine, settings = result["machine"], result["settings"]

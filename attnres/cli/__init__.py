@@ -60,7 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say("interrupted")
         return INTERRUPTED
     except (CommandError, ValueError, OSError) as error:
-        say(f"error: {' '.join(str(error).split())}")
+        text = str(error)
+        if isinstance(error, OSError) and error.strerror and error.filename is not None:  # of the system itself
+            text = f"{error.filename}: {error.strerror}"
+        say(f"error: {' '.join(text.split())}")
         return USER_ERROR
 
 

@@ -5,6 +5,7 @@ import json
 import click
 
 from ..bench.settings import DTYPES, FULL, MEASURES, QUICK, DepthShape
+from ..folders import check_writable
 from .options import NAMES, NUMBERS, SEED, Command, Group, Parsed, at_least, exclusive, register, whole
 from .process import SOME_FAILED, require, say, wrote
 
@@ -94,7 +95,7 @@ def bench(quick, out, **options):
     register()
     from dataclasses import replace
 
-    from ..bench.report import as_markdown, check_writable, write
+    from ..bench.report import as_markdown, write
     from ..bench.runner import run
 
     check_writable(out)

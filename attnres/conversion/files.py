@@ -12,6 +12,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..folders import check_writable
+
 FICLONE = 0x40049409  # ioctl of Linux: share the blocks of another file, copy on write
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 COPY_CHUNK = 64 * 2**20  # bytes between two reports of progress
@@ -78,6 +80,7 @@ def replaced_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
         raise FileExistsError(f"{folder}: exists and is not a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise FileExistsError(f"{folder}: is not empty; --overwrite replaces it when the new one is complete.")
+    check_writable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
     temporary = folder.parent / f".{folder.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"

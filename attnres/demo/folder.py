@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..folders import check_writable
+
 MARKER = ".attnres-demo"
 
 
@@ -24,6 +26,7 @@ def building(out: Path, overwrite: bool) -> Iterator[Path]:
     """
     out = Path(os.path.abspath(out))
     _check(out, overwrite)
+    check_writable(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".unfinished", dir=out.parent))
     try:

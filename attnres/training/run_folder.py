@@ -5,6 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
+from ..folders import check_writable
+
 RECORD = "run.json"
 UNFINISHED = "unfinished"  # where things are written, to be renamed when they are complete
 
@@ -39,12 +41,14 @@ def check_place(folder: Path, resume: bool):
 
     Raises:
         ValueError: there is something in the way, or nothing to go on with.
+        OSError: it cannot be written.
     """
     if resume:
         if not (folder / RECORD).is_file():
             raise ValueError(f"{folder} holds no run to resume (no {RECORD}): leave out --resume to start one")
     elif folder.exists() and (not folder.is_dir() or any(path.name != UNFINISHED for path in folder.iterdir())):
         raise ValueError(f"{folder} is not empty: --resume continues the run in it; to start one, give another --out")
+    check_writable(folder)
 
 
 def begin(folder: Path, record: dict):
