@@ -184,8 +184,8 @@ def test_a_retrofit_is_reported_against_the_plain_model_of_the_same_batches(retr
     from benchmarks.study.retrofit import best_rate, report
 
     text = report(retrofit_runs)
-    assert "| lora | block |  | 2.900 | 3.500 | diverged |" in text
-    assert "| lora | block | 0.0001 | 2 | 2.850 | 0.071 | -0.150 ± 0.635 | 1 |" in text
+    assert "| LoRA | block |  | 2.900 | 3.500 | diverged |" in text
+    assert "| LoRA | block | 0.0001 | 2 | 2.850 | 0.071 | -0.150 ± 0.635 | 1 |" in text
     assert best_rate({"arm": "full", "tuning": "lora"}, retrofit_runs) == 1e-4
     retrofit_runs[0]["batches"] = "other"
     with pytest.raises(ValueError, match="saw different text"):

@@ -30,6 +30,7 @@ from .corpus import cache_folder, read_texts, split_of, without_near_duplicates
 from .report import mean_difference
 from .train import HERE, read_results
 
+TRAINED = {"none": "nothing", "lora": "LoRA", "full": "all weights", "frozen": "the mixer"}
 FIELDS = ("arm", "tuning", "seed", "steps", "depth_rate")
 
 
@@ -164,7 +165,7 @@ def report(results: list[dict]) -> str:
     lines = [f"| trained | model | {' | '.join(names)} |", "|:--|:--|" + "--:|" * len(rates)]
     for (tuning, arm), losses in swept.items():
         shown = (_shown(losses[rate]) if rate in losses else "" for rate in rates)
-        lines.append(f"| {tuning} | {arm} | {' | '.join(shown)} |")
+        lines.append(f"| {TRAINED[tuning]} | {arm} | {' | '.join(shown)} |")
     lines += ["", "| trained | model | depth rate | seeds | nats/token | SD | less plain (95 %) | core s |"]
     lines += ["|:--|:--|--:|--:|--:|--:|:-:|--:|"]
     for (tuning, arm, rate), runs in groups.items():
@@ -175,7 +176,7 @@ def report(results: list[dict]) -> str:
         against = "" if arm == "plain" else mean_difference(runs, plain)
         core = np.mean([run["core_seconds"] for run in runs.values()])
         numbers = f"{len(runs)} | {np.mean(losses):.3f} | {spread} | {against} | {core:.0f}"
-        lines.append(f"| {tuning} | {arm} | {rate or ''} | {numbers} |")
+        lines.append(f"| {TRAINED[tuning]} | {arm} | {rate or ''} | {numbers} |")
     return "\n".join(lines) + "\n"
 
 
