@@ -334,7 +334,9 @@ def _resolve_layers_per_block(layers_per_block: int | None, num_blocks: int | No
     if num_blocks is None:
         return ceil(layers / DEFAULT_NUM_BLOCKS) if layers_per_block is None else layers_per_block
     if isinstance(num_blocks, bool) or not isinstance(num_blocks, int) or not 1 <= num_blocks <= layers:
-        raise ValueError(f"num_blocks must be between 1 and num_hidden_layers={layers}, got {num_blocks!r}.")
+        raise ValueError(
+            f"num_blocks must be a whole number between 1 and num_hidden_layers={layers}, got {num_blocks!r}."
+        )
     resolved = ceil(layers / num_blocks)
     if layers_per_block is not None and layers_per_block != resolved:
         raise ValueError(

@@ -70,7 +70,7 @@ def test_num_blocks_is_turned_into_layers_per_block_or_refused(layers, num_block
     [
         ({"layers_per_block": 0}, "layers_per_block must be between 1 and num_hidden_layers=12, got 0.*S=6"),
         ({"layers_per_block": 13}, "got 13"),
-        ({"num_blocks": 0}, "num_blocks must be between 1 and num_hidden_layers=12, got 0"),
+        ({"num_blocks": 0}, "num_blocks must be a whole number between 1 and num_hidden_layers=12, got 0"),
         ({"num_blocks": 2.5}, "got 2.5"),
         ({"layers_per_block": 5, "num_blocks": 6}, "layers_per_block=5 and num_blocks=6 disagree"),
         ({"residual_mode": "blocks"}, "residual_mode must be one of block, full, standard, got 'blocks'"),

@@ -218,7 +218,7 @@ def _check_checkpoint(name: str, folder: Path):
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{name}: has no config.json; it is no transformers checkpoint.") from None
+        raise ValueError(f"{name}: has no config.json, so it is not a transformers checkpoint.") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: its config.json is not valid JSON ({_line(error)}).") from None
     if not isinstance(config, dict):

@@ -19,7 +19,7 @@ def read_pieces(file: io.TextIOBase, name: str) -> Iterator[str]:
         except UnicodeDecodeError as error:
             raise ValueError(f"{name}: not UTF-8 text ({error.reason}); give a text file.") from None
         if "\0" in block:
-            raise ValueError(f"{name}: holds NUL characters, so it is no text; give a text file.")
+            raise ValueError(f"{name}: contains NUL characters, so it is not a text file.")
         if not block:
             break
         piece = rest + block

@@ -85,7 +85,7 @@ def _depth_shape(value: str) -> DepthShape:
 @click.option("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
 @click.option("--threads", metavar="N", type=at_least(1), help="of torch on the CPU (default: torch's own)")
 @click.option("--seed", metavar="N", type=SEED, default=0, help="of weights and tokens")
-@click.option("--quick", is_flag=True, help="a small model and fewer rounds: says whether all works")
+@click.option("--quick", is_flag=True, help="a small model and fewer rounds: a quick check that everything works")
 @click.option("--out", metavar="DIR", default="bench-out", help="folder of results")
 def bench(quick, out, **options):
     if click.get_current_context().invoked_subcommand is not None:

@@ -22,7 +22,12 @@ from .process import local_folder
     type=int,
     help="decoder layers (attention + MLP) per block; the paper's S is 2 K",
 )
-@click.option("--num-blocks", metavar="N", type=int, help="at most this many blocks, instead of K (default: 8)")
+@click.option(
+    "--num-blocks",
+    metavar="N",
+    type=int,
+    help="blocks, instead of K; fewer where they do not divide the layers (default: 8)",
+)
 @click.option(
     "--depth-variant",
     metavar="NAME",

@@ -78,6 +78,6 @@ def card(model, out, results, dynamics, language, no_run, repository, public, ye
 
 def _agreed() -> bool:
     if not sys.stdin.isatty():
-        raise CommandError("not uploaded: nobody is there to be asked; --yes uploads without")
+        raise CommandError("not uploaded: there is no terminal to ask for confirmation; --yes skips the question")
     print("Upload? [y/N] ", end="", file=sys.stderr, flush=True)
     return input().strip().lower() in ("y", "yes")

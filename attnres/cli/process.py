@@ -48,4 +48,4 @@ def local_folder(name: str) -> str:
         return snapshot_download(name, ignore_patterns=OTHER_FORMATS)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CommandError(f"{name}: no such folder, and not to be had from the hub ({reason})") from None
+        raise CommandError(f"{name}: no such folder, and it cannot be downloaded from the hub ({reason})") from None

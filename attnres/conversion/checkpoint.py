@@ -111,7 +111,7 @@ def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
         raise CheckpointError(f"{folder}: no such folder.")
     config_path = inside(folder, CONFIG_NAME)
     if not config_path.is_file():
-        raise CheckpointError(f"{folder}: has no {CONFIG_NAME}; it is no transformers checkpoint.")
+        raise CheckpointError(f"{folder}: has no {CONFIG_NAME}, so it is not a transformers checkpoint.")
     checkpoint = Checkpoint(folder, read_json(config_path))
     weight_map = _weight_map(folder)
     if weight_map is None:

@@ -170,7 +170,7 @@ def understand(checkpoint: Checkpoint, layout: str | None = None) -> Source:
     if found == PRENORM:
         found = FLA if fla.is_fla(config) else KIMI_K3 if kimi_k3.is_k3(config) else PRENORM
     if layout is not None and layout != found:
-        raise CheckpointError(f"{checkpoint.folder}: is a {found} checkpoint, not a {layout} one as --from says.")
+        raise CheckpointError(f"{checkpoint.folder}: is a checkpoint in the layout {found}, but --from says {layout}.")
     names, left_out = {name: name for name in checkpoint.tensors}, []
     try:
         if found == KIMI_K3:

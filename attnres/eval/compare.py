@@ -124,7 +124,7 @@ def compare(
         raise ValueError(f"--equivalence must be a margin above 0 and below 100 points, got {equivalence:g}")
     names = [_rows(folder) for folder in (first, second)]
     if first.samefile(second):
-        raise ValueError(f"{second}: the same folder as the first; name the folders of two evaluations")
+        raise ValueError(f"{second}: the same folder was given twice; name two evaluations")
     shared = [name for name in _ordered(names[0]) if name in names[1] and (rows is None or name in rows)]
     if not shared:
         raise ValueError(f"no row is in both {first} ({_listed(names[0])}) and {second} ({_listed(names[1])})")

@@ -301,7 +301,9 @@ def _load_all(rows: list[Row], settings: Settings, mirror, say) -> dict[str, lis
             if mirror is not None:
                 raise
             reason = " ".join(str(error).split())[:160]
-            missing.setdefault(f"cannot be had from the hub ({reason}); --data-dir reads a local mirror", row.name)
+            missing.setdefault(
+                f"cannot be downloaded from the hub ({reason}); --data-dir reads a local mirror", row.name
+            )
     if missing:
         raise MissingData("; ".join(f"{name}: {reason}" for reason, name in missing.items()))
     return loaded

@@ -35,7 +35,7 @@ def checkpoint_folder(model: str, revision: str | None = None) -> Path:
             raise ValueError(f"{model}: no such folder.")
         folder = _snapshot(model, revision)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{model}: has no config.json; it is no transformers checkpoint.")
+        raise ValueError(f"{model}: has no config.json, so it is not a transformers checkpoint.")
     return folder
 
 
@@ -154,4 +154,4 @@ def _snapshot(model: str, revision: str | None, allow: list[str] | None = None) 
         return Path(snapshot_download(model, revision=revision, allow_patterns=allow, ignore_patterns=OTHER_FORMATS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{model}: no such folder, and not to be had from the hub ({reason})") from None
+        raise ValueError(f"{model}: no such folder, and it cannot be downloaded from the hub ({reason})") from None

@@ -115,7 +115,9 @@ def build(
 def _check_places(source: Path, out: Path):
     inner, outer = out.resolve(), source.resolve()
     if inner == outer or inner.is_relative_to(outer) or outer.is_relative_to(inner):
-        raise ValueError(f"{out}: must be another folder than the checkpoint {source}, and neither inside the other.")
+        raise ValueError(
+            f"{out}: must be a different folder from the checkpoint {source}, and neither may contain the other."
+        )
     # Replacing one of these, with all that is in it, is never what --overwrite was meant for.
     for kind, place in (("current", Path.cwd()), ("home", Path.home())):
         if place.resolve().is_relative_to(inner):

@@ -68,7 +68,9 @@ class RunArguments:
     residual_mode: Literal["block", "full", "standard"] | None = _option(
         None, "depth mixing (default: what MODEL says; block for a PreNorm one)"
     )
-    num_blocks: int | None = _option(None, "at most this many blocks of a PreNorm MODEL (default: 8)", "N")
+    num_blocks: int | None = _option(
+        None, "blocks of a PreNorm MODEL, fewer where they do not divide its layers (default: 8)", "N"
+    )
     layers_per_block: int | None = _option(None, "decoder layers per block, instead of --num-blocks", "K")
 
     data: list[str] = field(
@@ -107,6 +109,9 @@ class RunArguments:
     )
     depth_dynamics: bool = _option(True, "log how the model trains over depth, for `attnres dynamics DIR`")
     depth_dynamics_steps: int = _option(100, "steps from one measurement over depth to the next", "N")
+
+
+LORA = {each.name: each.default for each in fields(RunArguments) if each.name.startswith("lora_")}
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,8 @@ def parse(command_line: Sequence[str]) -> Run:
     if "config" in given:
         given = {**_from_yaml(Path(given.pop("config")), parser), **given}
     given = _with_new_names(given)
+    if "output_dir" in given and "out" not in given:  # Trainer's name for it
+        given["out"] = given.pop("output_dir")
     model = given.pop("model", None)
     if model is None:
         parser.error("name a MODEL, first of all: a folder, a hub id or a config.json")
@@ -342,6 +349,9 @@ def _check_together(arguments: RunArguments, of_trainer: dict):
         "--out and --output-dir name two folders: leave out --output-dir": Path(output_dir) != Path(arguments.out),
         "--resume-from-checkpoint: use --resume, which takes the last complete checkpoint of --out": (
             "resume_from_checkpoint" in of_trainer
+        ),
+        f"--lora-rank, --lora-alpha and --lora-dropout need --train lora, got --train {arguments.train}": (
+            arguments.train != "lora" and any(getattr(arguments, name) != default for name, default in LORA.items())
         ),
         "--resume needs what --save-only-model leaves out of the checkpoints": (
             arguments.resume and bool(of_trainer.get("save_only_model"))

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from .. import AttnResConfig, AttnResForCausalLM, DepthDynamicsCallback
 from . import run_folder
 from .arguments import DEFAULT_SEQUENCE_LENGTH, Run, RunArguments, parse
 from .data import Source, Stream, collate, digest, sequences, tokenizer_digest
-from .lora import save_with_adapter, with_adapters
+from .lora import BASE, save_with_adapter, with_adapters
 from .trainer import RunTrainer
 
 # What gained most where SmolLM2-135M was retrofitted (docs/study.md); ten times as much lost.
@@ -50,6 +50,8 @@ def run(command_line: Sequence[str]):
     if arguments.resume:
         run_folder.check_same_run(out, record)
     checkpoint = run_folder.last_checkpoint(out) if arguments.resume else None
+    if checkpoint is not None:
+        run_folder.check_undamaged(checkpoint)
 
     def begin():
         run_folder.begin(out, record)
@@ -120,7 +122,7 @@ def _depth_options(order: Run) -> dict:
 def _configuration(order: Run) -> AttnResConfig:
     path = Path(order.model)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"{path}: holds no config.json, so that it is no checkpoint to train")
+        raise ValueError(f"{path}: has no config.json, so it is not a checkpoint to train")
     try:
         return AttnResConfig.from_pretrained(order.model, **_depth_options(order))
     except OSError as error:
@@ -190,6 +192,11 @@ def _data(
 ):
     if arguments.streaming:
         held_out = None if eval_source is None else Stream(eval_source, tokenizer, length, endless=False)
+        if held_out is not None and next(iter(held_out), None) is None:  # now, not when the first evaluation fails
+            raise ValueError(
+                f"{', '.join(eval_source.names)}: holds too little text for one sequence of {length} tokens to "
+                "evaluate on; give more or lower --sequence-length"
+            )
         return Stream(train_source, tokenizer, length, endless=True), held_out
     train = sequences(train_source, tokenizer, length)
     if eval_source is not None:
@@ -252,7 +259,9 @@ def _save(trainer: RunTrainer, order: Run):
     trainer.save_whole_model(folder)
     if trainer.is_world_process_zero():
         if order.arguments.train == "lora":
-            save_with_adapter(folder, load_model(order), trainer.processing_class)
+            stored = PreTrainedConfig.get_config_dict(order.model)[0].get("model_type") == AttnResConfig.model_type
+            base = None if stored and not order.from_scratch else out / BASE
+            save_with_adapter(folder, load_model(order), trainer.processing_class, base)
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
         run_folder.put_in_place(out, "model")
     trainer.accelerator.wait_for_everyone()

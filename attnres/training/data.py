@@ -63,7 +63,8 @@ def sequences(source: Source, tokenizer: PreTrainedTokenizerBase, length: int) -
     if len(packed) == 0:
         count = sum(len(row) for row in tokens["input_ids"])
         raise ValueError(
-            f"{', '.join(source.names)}: {count} tokens make no sequence of {length}: choose --sequence-length below"
+            f"{', '.join(source.names)}: {count} tokens are too few for one sequence of {length}; give more "
+            "text or lower --sequence-length"
         )
     return packed
 

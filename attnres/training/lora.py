@@ -1,5 +1,6 @@
 """LoRA adapters (PEFT) on every linear layer, trained together with the whole depth mixer."""
 
+import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import AttnResForCausalLM
 from .arguments import RunArguments
 
-ADAPTER = "adapter"
+ADAPTER, BASE = "adapter", "base"
 
 
 def with_adapters(model: AttnResForCausalLM, arguments: RunArguments) -> nn.Module:
@@ -33,17 +34,30 @@ def with_adapters(model: AttnResForCausalLM, arguments: RunArguments) -> nn.Modu
     )
 
 
-def save_with_adapter(folder: Path, model: AttnResForCausalLM, tokenizer: PreTrainedTokenizerBase):
+def save_with_adapter(
+    folder: Path, model: AttnResForCausalLM, tokenizer: PreTrainedTokenizerBase, base: Path | None = None
+):
     """Turns a folder with a saved adapter into one with the merged model, the adapter in a folder of its own.
 
     Args:
         model: what was adapted, as it was before training. Loading it anew works however training had divided it.
+        base: where the folder's subfolder `BASE` will be. It is written if a path is given, and the adapter names it:
+            PEFT would put the adapter of a converted model on the plain one, and leave the depth mixer out.
     """
     from peft import PeftModel
 
     adapter = folder.with_name(ADAPTER)
     os.rename(folder, adapter)
+    converted = folder.with_name(BASE)
+    if base is not None:
+        model.save_pretrained(converted)
+        tokenizer.save_pretrained(converted)
+        path = adapter / "adapter_config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": str(base)}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     os.rename(adapter, folder / ADAPTER)
+    if base is not None:
+        os.rename(converted, folder / BASE)

@@ -3,7 +3,10 @@
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from ..folders import check_writable
 
@@ -34,6 +37,28 @@ def last_checkpoint(folder: Path) -> Path | None:
     found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     numbered = {int(path.name.removeprefix("checkpoint-")): path for path in found if path.name[11:].isdecimal()}
     return numbered[max(numbered)] if numbered else None
+
+
+def check_undamaged(checkpoint: Path):
+    """Opens what a run is resumed from: what is cut short is named before anything is loaded.
+
+    Raises:
+        ValueError: the first damaged file, and what to do.
+    """
+    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
+                raise ValueError("its end is missing")
+        except (ValueError, OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{path}: is damaged ({' '.join(str(error).split())}); remove {checkpoint} to resume from the "
+                "checkpoint before it"
+            ) from None
 
 
 def check_place(folder: Path, resume: bool):
@@ -108,6 +133,8 @@ def check_same_run(folder: Path, record: dict):
 def _refuse(folder: Path, part: str, name: str, old, new):
     what = f"--{name.replace('_', '-')} was {old}" if part == "arguments" else f"{part}: {name} was {old}"
     last = last_checkpoint(folder)
+    if last is not None and not (last / "config.json").is_file():  # with adapters alone
+        last = folder if (folder / "config.json").is_file() else None
     other = "" if last is None else f", or train {last} as a new run with another --out"
     raise ValueError(
         f"{folder}: {what} when the run began and is {new} now, which would make it another run: resume with what it "

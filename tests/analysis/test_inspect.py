@@ -93,7 +93,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(checkpoints, tmp_path):
         (b"", "text: a mean and its spread need at least 2 tokens, got 0"),
         (b"a", "text: a mean and its spread need at least 2 tokens, got 1"),
         (b"\x89PNG\r\n\x1a\n\xff", "text: not UTF-8 text"),
-        (b"ELF\0\0\0", "text: holds NUL characters"),
+        (b"ELF\0\0\0", "text: contains NUL characters"),
         (None, "No such file"),
     ],
     ids=["empty", "one-token", "binary", "nul", "missing"],
@@ -191,7 +191,7 @@ def test_a_bad_option_is_one_line(checkpoints, tmp_path, capsys, options, messag
 def test_a_file_in_the_place_of_the_folder_is_one_line(checkpoints, tmp_path, capsys):
     (tmp_path / "out").touch()
     arguments = [checkpoints / "blocky", "--text", checkpoints / "text.txt", "--out", tmp_path / "out"]
-    assert "choose another with --out" in error_of(capsys, *arguments)
+    assert "is a file, not a folder; choose another place" in error_of(capsys, *arguments)
 
 
 def test_names_tell_nothing_of_the_machine(tmp_path):

@@ -196,5 +196,5 @@ def test_what_no_family_computes_is_refused_by_its_name(change, message, tmp_pat
 
 def test_another_checkpoint_is_not_one_of_it(tmp_path):
     config = {key: value for key, value in CONFIG.items() if key != "attnres_block_size"} | {"model_type": "llama"}
-    with pytest.raises(CheckpointError, match="is a prenorm checkpoint, not a fla one"):
+    with pytest.raises(CheckpointError, match="is a checkpoint in the layout prenorm, but --from says fla"):
         convert(write(tmp_path / "plain", config, drawn(CONFIG)), tmp_path / "ours", from_layout="fla")

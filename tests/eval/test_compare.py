@@ -220,7 +220,7 @@ def test_samples_in_another_encoding_are_named(folders, text):
 
 def test_a_folder_is_not_compared_with_itself(folders):
     write_row(folders[0], "mmlu", [("t", None, 1.0)])
-    with pytest.raises(ValueError, match="a: the same folder as the first"):
+    with pytest.raises(ValueError, match="a: the same folder was given twice"):
         compare(folders[0], folders[0].parent / "." / "a")
 
 

@@ -112,7 +112,7 @@ def test_a_damaged_checkpoint_is_named(checkpoint, tmp_path):
 @pytest.mark.parametrize("place", ["", "inside", ".."])
 def test_the_result_is_never_the_checkpoint(checkpoint, place, tmp_path):
     before = sorted(checkpoint.iterdir())
-    with pytest.raises(ValueError, match="must be another folder than the checkpoint"):
+    with pytest.raises(ValueError, match="must be a different folder from the checkpoint"):
         build(checkpoint, checkpoint / place, execute_snippets=False, overwrite=True)
     assert sorted(checkpoint.iterdir()) == before
 

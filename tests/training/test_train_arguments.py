@@ -22,6 +22,11 @@ def test_names_are_taken_with_either_dash(name, joined):
     assert of(*([f"{name}=3e-4"] if joined else [name, "3e-4"])).training.learning_rate == 3e-4
 
 
+def test_trainers_name_of_the_folder_is_taken():
+    order = of("--output-dir", "runs/a")
+    assert order.arguments.out == order.training.output_dir == "runs/a"
+
+
 def test_yaml_has_the_same_names_and_flags_win(tmp_path):
     path = write(
         tmp_path / "run.yaml",
@@ -113,6 +118,7 @@ MISTAKES = {
     "--optimizer muon --train lora": "which --train lora leaves as they are: use --optimizer adamw",
     "--residual-mode standard --train depth": "--residual-mode standard has no depth mixer to train",
     "--out a --output-dir b": "--out and --output-dir name two folders",
+    "--lora-rank 4": "--lora-rank, --lora-alpha and --lora-dropout need --train lora, got --train all",
     "--resume-from-checkpoint a": "use --resume",
     "--resume --save-only-model": "--resume needs what --save-only-model leaves out of the checkpoints",
     "--train lora --push-to-hub": "push that with `attnres card --push`",

@@ -178,7 +178,7 @@ def test_a_digest_of_a_data_set_is_that_of_its_split(repository, split):
         ("a.jsonl", '{"text": \n', "cannot be read"),
         ("a.jsonl", "", "cannot be read (it is empty)"),
         ("a.parquet", "no parquet", "cannot be read"),
-        ("a.txt", "abc", "4 tokens make no sequence of 16: choose --sequence-length below"),
+        ("a.txt", "abc", "4 tokens are too few for one sequence of 16; give more text or lower --sequence-length"),
         ("a.txt", b"\xff\xfe\xff", "cannot be read ('utf-8' codec"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -194,6 +195,42 @@ def test_lora_trains_adapters_with_the_depth_mixer_and_leaves_a_merged_model(pla
     assert json.loads((out / "adapter" / "adapter_config.json").read_text())["r"] == 4
 
 
+@pytest.mark.parametrize("model", ["plain", "converted"])
+def test_an_adapter_names_the_model_that_it_belongs_to(model, request, documents, tmp_path):
+    """Of a converted model that is not the plain one, on which PEFT would put it without its depth mixer."""
+    from peft import AutoPeftModelForCausalLM
+
+    options = {"num_blocks": 2} if model == "plain" else {}
+    source = request.getfixturevalue(model)
+    out = train(source, documents, tmp_path / "run", train="lora", depth_learning_rate=1e-2, **options)
+    assert (out / "base").exists() == (model == "plain")
+    again = AutoPeftModelForCausalLM.from_pretrained(out / "adapter").eval()
+    ids = torch.arange(1, 30).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, loaded(out).eval()(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_named_before_a_run_is_resumed(plain, documents, tmp_path, capsys, name):
+    out = train(plain, documents, tmp_path / "run")
+    last = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    content = (last / name).read_bytes()
+    (last / name).write_bytes(content[: len(content) // 2])
+    capsys.readouterr()
+    assert main(["train", *command_line(plain, documents, out), "--resume"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("attnres: ")]
+    assert f"{last / name}: is damaged" in line and f"remove {last} to resume from the checkpoint before it" in line
+    shutil.rmtree(last)
+    run([*command_line(plain, documents, out), "--resume"])
+
+
+def test_a_stream_without_text_to_evaluate_on_is_refused_before_training(plain, documents, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError, match=r"empty\.txt: "):
+        train(plain, documents, tmp_path / "run", eval_data=tmp_path / "empty.txt", streaming=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_lora_without_peft_names_the_command_that_installs_it(plain, documents, tmp_path, monkeypatch):
     monkeypatch.setattr("attnres.training.lora.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'attention-residuals\[train\]'"):
@@ -358,7 +395,7 @@ MISTAKES = {
     "model": ("nowhere", "nowhere: no folder of a checkpoint, hub id or config.json"),
     "data": ("/nowhere.txt", "/nowhere.txt: no such file or folder"),
     "sequence_length": (300, "--sequence-length 300: the model takes 256 tokens"),
-    "num_blocks": (9, "num_blocks must be between 1 and num_hidden_layers=3, got 9"),
+    "num_blocks": (9, "num_blocks must be a whole number between 1 and num_hidden_layers=3, got 9"),
     "lr_scheduler_kwargs": ('{"foo": 1}', "--lr-scheduler-kwargs {'foo': 1}: "),
     "adam_beta1": (2, "Invalid beta parameter"),
     "eval_fraction": (0.999, "leaves none to train on"),
