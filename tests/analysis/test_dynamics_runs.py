@@ -150,7 +150,7 @@ def test_a_step_before_the_first_measurement_names_it(tmp_path, capsys):
 def test_an_output_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
     run = save(tmp_path / "run", HISTORY)
     (tmp_path / "file").write_text("")
-    assert "cannot write the dynamics there" in refused(capsys, run, "--out", tmp_path / "file")
+    assert "file, not a folder; choose another place" in refused(capsys, run, "--out", tmp_path / "file")
 
 
 def test_a_folder_whose_name_does_not_print_is_drawn_with_its_code(tmp_path, capsys):
