@@ -1,6 +1,5 @@
 """LoRA adapters (PEFT) on every linear layer, trained together with the whole depth mixer."""
 
-import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,7 +43,7 @@ def save_with_adapter(
         base: where the folder's subfolder `BASE` will be. It is written if a path is given, and the adapter names it:
             PEFT would put the adapter of a converted model on the plain one, and leave the depth mixer out.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     adapter = folder.with_name(ADAPTER)
     os.rename(folder, adapter)
@@ -52,9 +51,9 @@ def save_with_adapter(
     if base is not None:
         model.save_pretrained(converted)
         tokenizer.save_pretrained(converted)
-        path = adapter / "adapter_config.json"
-        config = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": str(base)}
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        config = PeftConfig.from_pretrained(str(adapter))
+        config.base_model_name_or_path = str(base)
+        config.save_pretrained(str(adapter))
     merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
