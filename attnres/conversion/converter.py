@@ -18,11 +18,12 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from ..configuration_attnres import DEPTH_OPTIONS, AttnResConfig
 from ..depth_variants import VARIANTS
+from ..folders import replaced_folder
 from ..modeling_attnres import AUTO_MAP, AttnResForCausalLM
 from . import kimi_k3
 from .checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, CheckpointError, inside, read_checkpoint
 from .companions import write_companions
-from .files import copy_file, replaced_folder
+from .files import copy_file
 from .layouts import (
     ATTNRES,
     KIMI_K3,

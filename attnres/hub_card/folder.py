@@ -18,10 +18,11 @@ from transformers.dynamic_module_utils import custom_object_save
 from ..configuration_attnres import AttnResConfig
 from ..conversion.checkpoint import INDEX_NAME, Checkpoint, inside, read_checkpoint
 from ..conversion.companions import COMPANIONS
-from ..conversion.files import copy_file, replaced_folder
+from ..conversion.files import copy_file
 from ..conversion.inspection import inspect_checkpoint
 from ..conversion.layouts import ATTNRES, understand
 from ..eval.identity import checkpoint_identity
+from ..folders import replaced_folder
 from ..modeling_attnres import AUTO_MAP, AttnResForCausalLM
 from . import figures, usage
 from .front_matter import eval_results, front_matter

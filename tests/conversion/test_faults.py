@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from attnres import AttnResForCausalLM
+from attnres import AttnResForCausalLM, folders
 from attnres.conversion import CheckpointError, convert, files
 from attnres.conversion.checkpoint import read_checkpoint
 from attnres.conversion.inspection import inspect_checkpoint
@@ -200,10 +200,10 @@ def test_an_existing_result_needs_overwrite_and_survives_a_failure(plain, tmp_pa
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two-renames"])
 def test_a_folder_is_replaced_as_a_whole(exchange, tmp_path, monkeypatch):
     if not exchange:
-        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(folders, "_exchange", lambda one, other: False)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old").write_text("old")
-    with files.replaced_folder(tmp_path / "folder", overwrite=True) as new:
+    with folders.replaced_folder(tmp_path / "folder", overwrite=True) as new:
         (new / "new").write_text("new")
         assert (tmp_path / "folder" / "old").exists()
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["new"]

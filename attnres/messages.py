@@ -1,0 +1,33 @@
+"""Helpers for what the commands print."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def one_line(error: BaseException | str, limit: int = 200) -> str:
+    """An error message on one line of at most `limit` characters; the error's type if it has no message."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def say(line: str):
+    """Prints a line about progress to stderr, on rank 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"attnres: {line}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hides transformers' progress bars and warnings inside the block."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
