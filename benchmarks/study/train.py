@@ -65,6 +65,7 @@ def tuned_rate(size: str, arm: str, runs: list[dict], results: list[dict]) -> fl
 
 def build_model(grid: dict, size: dict, arm: dict, vocabulary: int) -> AttnResForCausalLM:
     arm, width = dict(arm), size["hidden"]
+    scale_outputs = arm.pop("scale_outputs", False)
     backbone = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -77,7 +78,13 @@ def build_model(grid: dict, size: dict, arm: dict, vocabulary: int) -> AttnResFo
         tie_word_embeddings=True,
     )
     options = {"depth_implementation": grid["depth_implementation"], **arm}
-    return AttnResForCausalLM(AttnResConfig(backbone_config=backbone, **options))
+    model = AttnResForCausalLM(AttnResConfig(backbone_config=backbone, **options))
+    if scale_outputs:  # GPT-2's initialisation: 2 L additions then leave the residual stream as large as one would
+        with torch.no_grad():
+            for layer in model.model.layers:
+                for matrix in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
+                    matrix.mul_((2 * backbone.num_hidden_layers) ** -0.5)
+    return model
 
 
 def build_optimizer(model: torch.nn.Module, grid: dict, learning_rate: float) -> MuonWithAdamW:
