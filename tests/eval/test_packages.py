@@ -45,7 +45,7 @@ def package(tmp_path, monkeypatch):
 def test_the_file_of_an_installed_package_becomes_a_data_set_of_the_mirror(package, tmp_path):
     assert lay_out([ROWS["humaneval"]], tmp_path / "mirror", [package[0]]) == [REPOSITORY]
 
-    split = Mirror(tmp_path / "mirror").load(REPOSITORY, split="test")
+    split = Mirror(tmp_path / "mirror").load(REPOSITORY)["test"]
 
     assert [dict(item) for item in split] == ITEMS
     assert lay_out([ROWS["humaneval"]], tmp_path / "mirror", []) == []  # what is there is left alone
