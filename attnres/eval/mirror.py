@@ -100,7 +100,7 @@ def place(repository: str, name: str | None, mirror: Mirror | None) -> str:
 
 
 def write_card(folder: Path, configs: dict[str, dict[str, str]], text: str, **fields: str) -> None:
-    """Writes a README.md whose front matter has these fields and, for each config, the path of the file of each split."""
+    """Writes a README.md with these fields and, for each config, the path of each split's file in its front matter."""
     listed = [
         {"config_name": name, "data_files": [{"split": split, "path": path} for split, path in files.items()]}
         for name, files in configs.items()

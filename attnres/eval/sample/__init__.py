@@ -79,7 +79,7 @@ def _write(target: Path, content: dict[str, bytes]) -> Path:
     if _is_complete(target, content):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Not with folders.replaced_folder: to sync hundreds of small files takes seconds, and a damaged mirror is replaced.
+    # Without the fsync of folders.replaced_folder, which takes seconds here: a damaged mirror is written again anyway.
     with tempfile.TemporaryDirectory(prefix=".sample-", dir=target.parent) as aside:
         new, old = Path(aside, "new"), Path(aside, "old")
         for path, data in content.items():
