@@ -1,4 +1,4 @@
-"""The local mirror of the hub: reading it, and what is said when something is missing."""
+"""Tests the local mirror of the hub: how it is read, and the messages when something is missing or damaged."""
 
 import datasets
 import evaluate as hf_evaluate
@@ -182,7 +182,7 @@ def test_code_eval_is_ours_or_none():
 
 
 def hub(failures: dict):
-    """A stand-in for `datasets.load_dataset` on a machine with a network."""
+    """Returns a stand-in for `datasets.load_dataset` on a machine with a network."""
 
     def load(repository, name=None, revision=None):
         if repository in failures and revision is None:

@@ -1,4 +1,4 @@
-"""Data sets that installed packages carry become a mirror, whole or not at all."""
+"""Tests that the data sets in installed packages become a mirror, completely or not at all."""
 
 import gzip
 import hashlib
@@ -27,7 +27,7 @@ ITEMS = [
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """An installed package of the name, with a file of five problems."""
+    """An installed package with a file of five problems, and the path of that file."""
     site = tmp_path / "site"
     file = site / "problems_of_five" / "Five.jsonl.gz"
     information = site / "problems_of_five-2.3.dist-info"

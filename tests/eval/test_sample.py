@@ -1,4 +1,4 @@
-"""The miniature data sets: schemas of the hub, names, sizes, and the mirror that they are written into."""
+"""Tests the miniature data sets: their schemas, names and sizes, and the mirror that they are written to."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""The answers of the miniature items, checked against a second computation."""
+"""Tests the answers of the miniature items against a second computation."""
 
 import ast
 import json
@@ -154,7 +154,7 @@ def test_math_solutions_have_one_boxed_answer():
 
 
 def run_programs(programs):
-    """For each program, whether it ends without an exception, all in one process of their own."""
+    """Returns whether each program ends without an exception; all run in one separate process."""
     code = "\n".join(
         [
             "import json, sys",
