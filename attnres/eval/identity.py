@@ -5,12 +5,12 @@ import json
 import os
 import platform
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .. import __version__
 from ..messages import one_line
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -111,7 +111,8 @@ def model_identity(model, tokenizer) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of every installed package that a score may depend on."""
-    found = {"python": platform.python_version(), "attnres": __version__}
+    own = __package__.partition(".")[0]  # not from its metadata: a checkout need not be installed
+    found = {"python": platform.python_version(), own: sys.modules[own].__version__}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
