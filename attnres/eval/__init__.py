@@ -1,4 +1,4 @@
-"""The paper's benchmark table on any causal language model, with unmodified lm-eval. Independent of AttnRes."""
+"""Runs the paper's benchmark table on any causal language model with unmodified lm-eval; independent of AttnRes."""
 
 from .driver import evaluate
 from .suites import ROWS, SUITES

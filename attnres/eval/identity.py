@@ -1,4 +1,4 @@
-"""Hashes of the checkpoint and versions of packages: what a result depends on besides its task."""
+"""Identifies what a result depends on besides its task: hashes of the checkpoint and versions of packages."""
 
 import hashlib
 import json
@@ -7,8 +7,11 @@ import platform
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from ..messages import one_line
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 OTHER_FORMATS = ["*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]  # of weights, which are not loaded
@@ -18,14 +21,13 @@ PACKAGES = (
     "math-verify", "sympy", "antlr4-python3-runtime", "flash-linear-attention", "triton", "kernels",
     "bitsandbytes",
 )  # fmt: skip
-BLOB_NAME = re.compile(r"[0-9a-f]{64}")
 
 
 def checkpoint_folder(model: str, revision: str | None = None) -> Path:
-    """A local folder as it is, a hub id as its snapshot.
+    """Returns the folder of a checkpoint, downloading it first if `model` is a hub id.
 
     Raises:
-        ValueError: neither there nor to be had.
+        ValueError: there is no such checkpoint, it cannot be downloaded, or a local folder is given with a revision.
     """
     folder = Path(model).expanduser()
     if folder.is_dir() and revision is not None:
@@ -40,25 +42,25 @@ def checkpoint_folder(model: str, revision: str | None = None) -> Path:
 
 
 def read_config(folder: Path) -> dict:
-    """What config.json holds.
+    """Returns the content of a checkpoint's config.json.
 
     Raises:
-        ValueError: it is no JSON object.
+        ValueError: the file is not a JSON object.
     """
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({' '.join(str(error).split())[:120]}).") from None
+        raise ValueError(f"{path}: not valid JSON ({one_line(error, 120)}).") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path}: must hold a JSON object, got {type(config).__name__}.")
     return config
 
 
 def is_kimi_k3(folder: Path, trust_remote_code: bool) -> bool:
-    """Whether a checkpoint has Kimi K3's layout, which transformers would load without its depth mixing.
+    """Returns whether a checkpoint has Kimi K3's layout, which transformers would load without its depth mixer.
 
-    Where the checkpoint brings its own model and the user trusts it, that decides.
+    A checkpoint that brings its own model code counts as another layout if that code is trusted.
     """
     config = read_config(folder)
     if trust_remote_code and "AutoModelForCausalLM" in (config.get("auto_map") or {}):
@@ -68,23 +70,21 @@ def is_kimi_k3(folder: Path, trust_remote_code: bool) -> bool:
 
 
 def tokenizer_source(name: str) -> Path:
-    """The folder of a tokenizer given by folder or hub id."""
+    """Returns the folder of a tokenizer, downloading it first if `name` is a hub id."""
     folder = Path(name).expanduser()
-    return (
-        folder
-        if folder.is_dir()
-        else _snapshot(name, None, allow=["*token*", "*vocab*", "merges*", "*.model", "*.jinja"])
-    )
+    if folder.is_dir():
+        return folder
+    return _snapshot(name, None, allow=["*token*", "*vocab*", "merges*", "*.model", "*.jinja"])
 
 
 def tokenizer_identity(folder: Path) -> str:
-    """SHA-256 of a tokenizer's files."""
-    return _digest(sorted(path for path in folder.iterdir() if path.is_file() and TOKENIZER.search(path.name)))
+    """Returns the SHA-256 of a tokenizer's files."""
+    return _digest(path for path in folder.iterdir() if path.is_file() and TOKENIZER.search(path.name))
 
 
 def checkpoint_identity(folder: Path) -> dict[str, str]:
-    """SHA-256 of a checkpoint's weights, of its configuration with its code, and of its tokenizer."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    """Returns the SHA-256 of a checkpoint's weights, of its configuration and code, and of its tokenizer."""
+    files = [path for path in folder.iterdir() if path.is_file()]
     weights = [path for path in files if path.suffix in WEIGHTS]
     if not weights:
         raise ValueError(f"{folder}: has no weight files ({', '.join(WEIGHTS)}).")
@@ -93,7 +93,7 @@ def checkpoint_identity(folder: Path) -> dict[str, str]:
 
 
 def model_identity(model, tokenizer) -> dict[str, str]:
-    """The same for a model in memory."""
+    """Returns the same three hashes for a model and a tokenizer in memory."""
     import torch
 
     weights = hashlib.sha256()
@@ -110,20 +110,18 @@ def model_identity(model, tokenizer) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of every package that a score may depend on."""
-    own = __package__.partition(".")[0]  # run from a checkout, it need not be installed
+    """Returns the versions of Python and of every installed package that a score may depend on."""
+    own = __package__.partition(".")[0]  # not from its metadata: a checkout need not be installed
     found = {"python": platform.python_version(), own: sys.modules[own].__version__}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
-def _digest(paths: list[Path]) -> str:
-    """Over names and contents, several files at a time: hashing releases the interpreter's lock."""
-    total = hashlib.sha256()
+def _digest(paths) -> str:
+    """Returns the SHA-256 over names and contents. Files are hashed in parallel: hashing releases the GIL."""
+    paths, total = sorted(paths), hashlib.sha256()
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for path, digest in zip(paths, pool.map(_file_digest, paths), strict=True):
             total.update(f"{path.name} {digest}\n".encode())
@@ -132,26 +130,20 @@ def _digest(paths: list[Path]) -> str:
 
 def _file_digest(path: Path) -> str:
     target = path.resolve()
-    if target.parent.name == "blobs" and BLOB_NAME.fullmatch(target.name):
+    if target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name):
         return target.name  # the hub's cache names a large file by its SHA-256
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _chunked(file)
-
-
-def _chunked(file) -> str:
-    """hashlib.file_digest of Python 3.10."""
     digest = hashlib.sha256()
-    while chunk := file.read(2**20):
-        digest.update(chunk)
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
 def _snapshot(model: str, revision: str | None, allow: list[str] | None = None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=allow, ignore_patterns=OTHER_FORMATS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except (OSError, ValueError) as error:  # the hub's own errors are among these
+        reason = one_line(error)
         raise ValueError(f"{model}: no such folder, and it cannot be downloaded from the hub ({reason})") from None

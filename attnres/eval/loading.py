@@ -1,4 +1,4 @@
-"""Turns a row into lm-eval task objects: names expanded to leaf tasks, shots and token limits set."""
+"""Turns a row into lm-eval task objects: expands names to leaf tasks and sets shots and token limits."""
 
 import hashlib
 import inspect
@@ -10,7 +10,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .mirror import Mirror, MissingData
+from ..messages import one_line
+from .mirror import Mirror, MissingData, place
 from .suites import MIN_GENERATED_TOKENS, OWN_TASKS, Row
 
 if TYPE_CHECKING:
@@ -20,12 +21,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class LoadedTask:
-    """One leaf task, ready to run.
+    """A leaf task with its data, ready to run.
 
-    Attributes:
-        name: as lm-eval calls it; the same for all seeds.
-        seed: which order of the choices, None where there is one only.
-        task: lm-eval's object.
+    `name` is lm-eval's name of the task. `seed` is the number of the order of the choices, None if there is only one.
     """
 
     name: str
@@ -34,37 +32,38 @@ class LoadedTask:
 
     @property
     def key(self) -> str:
-        """Unique within a row."""
+        """The name with the seed, which is unique within a row."""
         return self.name if self.seed is None else f"{self.name}_seed{self.seed}"
 
 
 def load_tasks(
     row: Row, seed: int, seeds: int | None = None, mirror: Mirror | None = None, chat: bool = False
 ) -> list[LoadedTask]:
-    """All leaf tasks of a row with their data.
+    """Returns all leaf tasks of a row with their data.
 
     Args:
-        seed: of the choice of examples where a task draws them.
-        seeds: orders of the choices, instead of the row's.
-        mirror: where the data are; without it, on the hub.
+        seed: the seed that draws the few-shot examples of tasks with random ones.
+        seeds: the number of orders of the choices, instead of the row's.
+        mirror: the mirror to read the data from, instead of the hub.
         chat: whether prompts are wrapped in a chat template.
 
     Raises:
-        MissingData: items are missing or not what the task reads.
+        MissingData: items are missing, or the task cannot read them.
     """
-    loaded = []
-    for config in task_configs(row, resolve=True, chat=chat):
-        for number in range(seeds or row.seeds) if row.seeds > 1 else [None]:
-            loaded.append(LoadedTask(config["task"], number, _build(config, row, number, seed, mirror)))
-    return loaded
+    numbers = range(seeds or row.seeds) if row.seeds > 1 else [None]
+    return [
+        LoadedTask(config["task"], number, _build(config, row, number, seed, mirror))
+        for config in task_configs(row, resolve=True, chat=chat)
+        for number in numbers
+    ]
 
 
 def task_configs(row: Row, resolve: bool = False, chat: bool = False) -> list[dict]:
-    """The YAML configurations of a row's leaf tasks, without their data.
+    """Returns the YAML configurations of a row's leaf tasks, without loading any data.
 
     Args:
-        resolve: load the functions that they name, too.
-        chat: those for a chat template, where the row has others for it.
+        resolve: whether to import the functions that the configurations name.
+        chat: whether to use the tasks that the row has for chat templates, if it has any.
     """
     from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -75,9 +74,9 @@ def task_configs(row: Row, resolve: bool = False, chat: bool = False) -> list[di
 
 
 def task_fingerprint(loaded: LoadedTask, mirror: Mirror | None) -> dict:
-    """Version, definition (with the source of its functions) and data of a task."""
+    """Returns a task's version and the hashes of its definition, with the source of its functions, and of its data."""
     config = asdict(loaded.task.config)
-    config.pop("custom_dataset")  # the data themselves count, not where they are
+    config.pop("custom_dataset")  # the hash is over the data themselves, not over where they are
     definition = json.dumps(config, sort_keys=True, default=_describe)
     if mirror is None:
         data = "-".join(getattr(part, "_fingerprint", "") for part in loaded.task.dataset.values())
@@ -94,20 +93,20 @@ def _build(config: dict, row: Row, number: int | None, seed: int, mirror: Mirror
     from lm_eval.api.task import ConfigurableTask
 
     config = {key: value for key, value in config.items() if key not in ("tag", "group", "task_alias")}
+    repository, name = config["dataset_path"], config.get("dataset_name")
     if number is not None:
         process = partial(config["process_docs"], seed=number)
         examples = {**(config.get("fewshot_config") or {}), "process_docs": process}
         config |= {"task": f"{config['task']}_seed{number}", "process_docs": process, "fewshot_config": examples}
-    # Set in the configuration, not as lm-eval's num_fewshot argument: that cannot replace a 0 that a YAML sets.
+    # Set in the configuration, because lm-eval's num_fewshot argument cannot replace a 0 that a YAML sets.
     config["num_fewshot"] = row.shots
     if config.get("output_type") == "generate_until":
         generation = dict(config.get("generation_kwargs") or {})
         generation["max_gen_toks"] = max(generation.get("max_gen_toks", 0), MIN_GENERATED_TOKENS)
         config["generation_kwargs"] = generation
     if mirror is not None:
-        # lm-eval passes the task's metadata, which says nothing of the data.
-        config["custom_dataset"] = lambda **_: mirror.load(config["dataset_path"], config.get("dataset_name"))
-    where = _data(config, mirror)
+        config["custom_dataset"] = lambda **metadata: mirror.load(repository, name)
+    where = place(repository, name, mirror)
     with _naming_the_data(where, config["task"]):
         task = ConfigurableTask(config=config)
     _check_shots(task, row.shots, where)
@@ -123,39 +122,35 @@ def _build(config: dict, row: Row, number: int | None, seed: int, mirror: Mirror
 
 
 def _check_shots(task: "ConfigurableTask", shots: int, where: str) -> None:
-    """lm-eval draws one example more where it must leave the question out."""
-    there, split = len(task.sampler.df), task.fewshot_cfg.split
+    """Checks that the split of the examples is large enough."""
+    available, split = len(task.sampler.df), task.fewshot_cfg.split
+    # lm-eval draws one more example if the question itself could be among them.
     needed = shots + (split == task.config.test_split) if shots else 0
-    if there < needed:
+    if available < needed:
+        source = f"the split {split!r}" if split else "it"
         raise MissingData(
-            f"{where}: the task {task.config.task} shows {shots} examples from "
-            f"{f'the split {split!r}' if split else 'it'}, which needs at least {needed} items; it has {there}"
+            f"{where}: the task {task.config.task} shows {shots} examples from {source}, which needs at least {needed} "
+            f"items; it has {available}"
         )
 
 
 @contextmanager
 def _naming_the_data(where: str, task: str) -> Iterator[None]:
-    """What a task's templates and functions raise over an item's fields names neither the data set nor the task."""
+    """Adds the names of the data set and the task to the errors that a task's templates and functions raise."""
     try:
         yield
-    except (MissingData, OSError, RuntimeError):  # of the hub
+    except (MissingData, OSError, RuntimeError):  # RuntimeError comes from the hub
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        reason = f"{type(error).__name__}: {one_line(error, 120)}"
         raise MissingData(
             f"{where}: the task {task} cannot read its items ({reason}); compare their fields with those on the hub"
         ) from error
 
 
-def _data(config: dict, mirror: Mirror | None) -> str:
-    repository, name = config["dataset_path"], config.get("dataset_name")
-    place = "on the hub" if mirror is None else f"in {mirror.root / repository}"
-    return f"{repository}{f', config {name!r}' if name else ''} {place}"
-
-
 @lru_cache
 def _manager(folder: str | None) -> "TaskManager":
-    """An index of one folder of YAML files: that of all of lm-eval takes seconds."""
+    """Returns an index of one folder of lm-eval's YAML files, or of our own: indexing all of lm-eval takes seconds."""
     import lm_eval.tasks
 
     path = OWN_TASKS if folder is None else Path(lm_eval.tasks.__file__).parent / folder
@@ -163,21 +158,18 @@ def _manager(folder: str | None) -> "TaskManager":
 
 
 def _leaves(manager: "TaskManager", name: str) -> list[str]:
-    """Names of the leaf tasks below a group or tag."""
+    """Returns the names of the leaf tasks below a task, group or tag."""
     from lm_eval.tasks._index import Kind
 
     entry = manager.task_index[name]
-    if entry.kind == Kind.GROUP:
-        children = entry.cfg["task"]
-    elif entry.kind == Kind.TAG:
-        children = sorted(entry.tags)
-    else:
+    if entry.kind not in (Kind.GROUP, Kind.TAG):
         return [name]
+    children = entry.cfg["task"] if entry.kind == Kind.GROUP else sorted(entry.tags)
     return [leaf for child in children for leaf in _leaves(manager, child)]
 
 
 def _describe(value) -> str:
-    """A function by the source of its module, so that an edited helper is another task."""
+    """Represents a function by the source of its module, so that an edited helper makes another task."""
     if isinstance(value, partial):
         return f"{_describe(value.func)} {sorted(value.keywords.items())}"
     if callable(value):

@@ -20,7 +20,7 @@ def rows(repository, config, split):
 
 
 def configs(repository):
-    """Config names, and those of their splits."""
+    """Returns the names of the splits of each config."""
     found = {}
     for path in files():
         if path.startswith(f"{repository}/data/"):
@@ -30,6 +30,6 @@ def configs(repository):
 
 
 def evaluated(repository):
-    """(config, row) of all evaluated items of a data set."""
+    """Returns (config, row) for all evaluated items of a data set."""
     split = EVALUATED.get(repository, "test")
     return [(config, row) for config in configs(repository) for row in rows(repository, config, split)]

@@ -2,13 +2,11 @@
 
 # ruff: noqa: RUF001 - answers in Chinese have full-width punctuation.
 
-import json
 import random
 import re
 
 from lm_eval.api.model import LM
-
-from attnres.eval.sample.tables import ITEMS
+from sample_rows import rows
 
 WRONG_TEXT = "I would not know."
 
@@ -88,13 +86,13 @@ def mathematics(doc, _):
 
 
 def school_mathematics(doc, language):
-    """In the words of the language's examples, with another question after the answer."""
-    words = LANGUAGES[language]
-    steps = f"{words['gap']}7 + 5 = 12{words['stop']}"
-    return f"{steps}{words['final'].format(r=doc['answer_number'])}\n\n{words['question']}6 + 8 = 14?"
+    """An example's answer with the number of this one, followed by another question."""
+    example = rows("juletxara/mgsm", language, "train")[0]
+    solution = re.split("[:：] ", example["answer"], maxsplit=1)[1]
+    before, _, after = solution.rpartition(str(example["answer_number"]))
+    return f" {before}{doc['answer_number']}{after}\n\n{example['question']}"
 
 
-LANGUAGES = json.loads((ITEMS / "mgsm.json").read_text(encoding="utf-8"))["languages"]
 PHRASES = {
     "MMLU-Pro": lambda doc, _: (
         f" Only one option fits, not (C) nor (D). The answer is ({doc['answer']}).\n\nQuestion: more"

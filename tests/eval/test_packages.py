@@ -1,4 +1,4 @@
-"""Data sets that installed packages carry become a mirror, whole or not at all."""
+"""Tests that the data sets in installed packages become a mirror, completely or not at all."""
 
 import gzip
 import hashlib
@@ -27,7 +27,7 @@ ITEMS = [
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """An installed package of the name, with a file of five problems."""
+    """An installed package with a file of five problems, and the path of that file."""
     site = tmp_path / "site"
     file = site / "problems_of_five" / "Five.jsonl.gz"
     information = site / "problems_of_five-2.3.dist-info"
@@ -45,7 +45,7 @@ def package(tmp_path, monkeypatch):
 def test_the_file_of_an_installed_package_becomes_a_data_set_of_the_mirror(package, tmp_path):
     assert lay_out([ROWS["humaneval"]], tmp_path / "mirror", [package[0]]) == [REPOSITORY]
 
-    split = Mirror(tmp_path / "mirror").load(REPOSITORY, split="test")
+    split = Mirror(tmp_path / "mirror").load(REPOSITORY)["test"]
 
     assert [dict(item) for item in split] == ITEMS
     assert lay_out([ROWS["humaneval"]], tmp_path / "mirror", []) == []  # what is there is left alone

@@ -1,4 +1,4 @@
-"""Numbers from items, and the tables: columns, averages, watermarks."""
+"""Tests the scores computed from items, and the tables: columns, averages, marks."""
 
 import csv
 import json
@@ -84,7 +84,7 @@ def test_three_tables_agree(measured):
     assert "LIMITED" not in text and "torch" in text and table["versions"]["gsm8k"]["lm_eval"].startswith("0.4.13")
 
 
-def test_what_nobody_published_is_marked_as_ours(measured):
+def test_unpublished_choices_are_marked_as_ours(measured):
     text = (measured() / "results.md").read_text()
     assert "- GSM8K: prompt of lm-eval 0.4.13; decoding greedy; token limit at least 1024" in text
 

@@ -1,4 +1,4 @@
-"""The right answers of the miniature items, each found a second way."""
+"""Tests the answers of the miniature items against a second computation."""
 
 import ast
 import json
@@ -11,10 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from sample_rows import configs, evaluated, rows
-
-from attnres.eval import sample
-
-ITEMS = Path(sample.__file__).parent / "items"
 
 
 def test_choices_differ_and_the_right_one_is_at_every_place():
@@ -35,16 +31,6 @@ def test_choices_differ_and_the_right_one_is_at_every_place():
     for row in rows("TIGER-Lab/MMLU-Pro", "default", "validation"):
         assert row["cot_content"].startswith("A: Let's think step by step. ")
         assert row["cot_content"].endswith(f" The answer is ({row['answer']}).")
-
-
-def test_the_first_choice_in_the_items_is_the_right_one():
-    """Where the answer goes is computed: the text there must be the one written first."""
-    items = json.loads((ITEMS / "mmlu.json").read_text())["test"]
-    for config, row in evaluated("cais/mmlu"):
-        assert row["choices"][row["answer"]] == items[config][1]
-    items = json.loads((ITEMS / "cmmlu.json").read_text())["test"]
-    for config, row in evaluated("haonan-li/cmmlu"):
-        assert row[row["Answer"]] == items[config][1]
 
 
 def test_gsm8k_answers():
@@ -109,14 +95,12 @@ def test_mgsm_answers_follow_from_the_numbers_of_the_question():
 def test_mgsm_examples_begin_as_lm_eval_cuts_them():
     """The task files drop a fixed number of characters from the answers of the examples."""
     folder = Path(find_spec("lm_eval").origin).parent / "tasks/mgsm/native_cot"
-    items = json.loads((ITEMS / "mgsm.json").read_text())["languages"]
     for language in configs("juletxara/mgsm"):
         text = (folder / f"mgsm_native_cot_{language}.yaml").read_text(encoding="utf-8")
         cut = int(re.search(r"answer\[(\d+):\]", text)[1])
-        assert len(items[language]["answer"]) == cut
-        assert all(
-            row["answer"].startswith(items[language]["answer"]) for row in rows("juletxara/mgsm", language, "train")
-        )
+        answers = [row["answer"] for row in rows("juletxara/mgsm", language, "train")]
+        assert len({answer[:cut] for answer in answers}) == 1
+        assert all(re.search(r"\W $", answer[:cut]) and not answer[cut].isspace() for answer in answers)
 
 
 def test_bbh_answers():
@@ -170,7 +154,7 @@ def test_math_solutions_have_one_boxed_answer():
 
 
 def run_programs(programs):
-    """For each program, whether it ends without an exception, all in one process of their own."""
+    """Returns whether each program ends without an exception; all run in one separate process."""
     code = "\n".join(
         [
             "import json, sys",

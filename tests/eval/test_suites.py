@@ -1,4 +1,4 @@
-"""The rows as data: the paper's fifteen, their protocol, and the task definitions behind them."""
+"""Tests the rows: the paper's fifteen, their protocol, and the task definitions behind them."""
 
 import datasets
 import pytest
@@ -44,7 +44,7 @@ def test_sample_does_not_mix_with_rows_of_real_data():
 
 
 @pytest.mark.parametrize("name", ["arc_challenge", "hellaswag", "mgsm", "mbpp"])
-def test_shots_that_nobody_published_are_marked_as_ours(name):
+def test_unpublished_shots_are_marked_as_ours(name):
     (shots,) = (choice for choice in ROWS[name].protocol if choice["choice"] == "shots")
     assert shots["origin"] == "ours"
 

@@ -1,28 +1,29 @@
-"""The `sample` suite's data: original miniature items in the schemas of the paper's fifteen data sets.
+"""The data of the `sample` suite: original miniature items in the schemas of the paper's fifteen data sets.
 
-The items lie in items/*.json. `root` writes them as a mirror of the hub, so that the task definitions that read the
-real data sets read these, too. No network, no torch; the same bytes on every machine.
+Each file in items/ holds one data set: its `features` as on the hub (for GPQA only the columns that matter here), and
+the rows of each config and split, one per line. A split that is the same in all configs is stored once, under `shared`;
+the configs then have its name instead of rows. `root` writes the data sets as a mirror of the hub, which lm-eval's own
+task definitions read. It needs no network and no torch, and writes the same bytes on every machine.
 """
 
 import hashlib
+import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
-from .layout import files
-
-__all__ = ["files", "root"]
+ITEMS = Path(__file__).parent / "items"
 
 
 def root(cache: str | Path | None = None) -> Path:
-    """Writes the mirror, if it is not there yet, and returns its folder.
+    """Writes the mirror, unless it is there already, and returns its folder.
 
     Args:
-        cache: folder to put it in; by default the user's cache folder, or a temporary one where that cannot be written.
+        cache: the folder to put it in; by default the user's cache folder, or a temporary folder if the user's cache
+            folder cannot be written.
 
     Returns:
-        `cache/sample-<digest of the contents>`, in which data set ORG/NAME is the folder `ORG/NAME`.
+        `cache/sample-<digest of the contents>`, which holds the data set ORG/NAME in the folder `ORG/NAME`.
     """
     content = files()
     total = hashlib.sha256()
@@ -31,37 +32,70 @@ def root(cache: str | Path | None = None) -> Path:
     name = f"sample-{total.hexdigest()[:16]}"
     if cache is not None:
         return _write(Path(cache).expanduser().absolute() / name, content)
-    base = os.environ.get("XDG_CACHE_HOME")
-    folder = Path(base) if base else Path.home() / ".cache"
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     try:
-        return _write(folder / "attnres" / name, content)
+        return _write(Path(base) / "attnres" / name, content)
     except OSError:
         return _write(Path(tempfile.mkdtemp(prefix="attnres-")) / name, content)
 
 
+def files() -> dict[str, bytes]:
+    """Returns the contents of all files of the mirror by their path below its root."""
+    found = {}
+    for path in sorted(ITEMS.glob("*.json")):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        repository, configs = data["repository"], data["configs"]
+        found[f"{repository}/README.md"] = _card(repository, data["features"], configs).encode()
+        for config, splits in configs.items():
+            for split, rows in splits.items():
+                rows = data["shared"][rows] if isinstance(rows, str) else rows
+                lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                found[f"{repository}/{_path(config, split)}"] = lines.encode()
+    return found
+
+
+def _path(config: str, split: str) -> str:
+    return f"data/{config}/{split}.jsonl"
+
+
+def _card(repository: str, features: list[dict], configs: dict) -> str:
+    """Returns a README.md that states the columns' types, which empty columns and integers do not show."""
+    lines = ["---", "configs:"]
+    # Names are quoted: "no" and the like are not strings in YAML.
+    for config, splits in configs.items():
+        entries = ", ".join(f"{{split: {split}, path: {_path(config, split)}}}" for split in splits)
+        lines.append(f"- {{config_name: {json.dumps(config)}, data_files: [{entries}]}}")
+    lines.append("dataset_info:")
+    for index, config in enumerate(configs):
+        # All configs have the same types. Written out for each of up to 67, they would make the card slow to parse.
+        reference = "*features" if index else f"&features {json.dumps(features)}"
+        lines.append(f"- config_name: {json.dumps(config)}\n  features: {reference}")
+    title = f"Miniature stand-in for {repository}"
+    text = "Items of attnres's own in that data set's schema, for trying out an evaluation. None is from the data set."
+    return "\n".join([*lines, "---", "", f"# {title}", "", text, ""])
+
+
 def _write(target: Path, content: dict[str, bytes]) -> Path:
-    if _complete(target, content):
+    if _is_complete(target, content):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Written aside and renamed: whoever looks at the same time sees all of it or nothing.
-    aside = Path(tempfile.mkdtemp(prefix=".sample-", dir=target.parent))
-    try:
+    # Without the fsync of folders.replaced_folder, which takes seconds here: a damaged mirror is written again anyway.
+    with tempfile.TemporaryDirectory(prefix=".sample-", dir=target.parent) as aside:
+        new, old = Path(aside, "new"), Path(aside, "old")
         for path, data in content.items():
-            (aside / "new" / path).parent.mkdir(parents=True, exist_ok=True)
-            (aside / "new" / path).write_bytes(data)
-        if target.exists():  # damaged: a cleaner of old files may have been there
-            os.replace(target, aside / "old")
+            (new / path).parent.mkdir(parents=True, exist_ok=True)
+            (new / path).write_bytes(data)
         try:
-            os.replace(aside / "new", target)
-        except OSError:  # another process was faster
-            if not _complete(target, content):
+            if target.exists():
+                target.rename(old)
+            new.rename(target)
+        except OSError:
+            if not _is_complete(target, content):  # unless another process was faster
                 raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return target
 
 
-def _complete(target: Path, content: dict[str, bytes]) -> bool:
+def _is_complete(target: Path, content: dict[str, bytes]) -> bool:
     try:
         return all((target / path).read_bytes() == data for path, data in content.items())
     except OSError:

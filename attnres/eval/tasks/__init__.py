@@ -1,1 +1,1 @@
-"""Task definitions that lm-eval 0.4.13 lacks or has wrong; loaded by path, as lm-eval loads its own."""
+"""Task definitions that lm-eval 0.4.13 lacks or gets wrong. They are loaded by path, as lm-eval loads its own."""

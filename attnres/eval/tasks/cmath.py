@@ -1,22 +1,22 @@
-"""CMath: what is shown after an example, and the comparison of numbers."""
+"""CMath: the answer that follows an example, and the comparison of answers as numbers."""
 
 # ruff: noqa: RUF001 - answers in Chinese have full-width punctuation.
 
 import re
 from fractions import Fraction
 
-# A fraction, or a decimal number with optional separators of thousands.
+# A fraction, a number with separators of thousands, or a plain number.
 NUMBER = re.compile(r"-?\d+\s*/\s*\d+|-?\d+(?:[,，]\d{3})+(?:\.\d+)?|-?\d+(?:\.\d+)?")
 PHRASE = re.compile(r"答案(?:是|为)[：:]?\s*(.*)")
 
 
 def target(doc: dict) -> str:
-    """The worked solution of an example, the bare answer of a question."""
+    """Returns the worked solution of an example, or the bare answer of a question."""
     return doc.get("solution") or str(doc["golden"])
 
 
 def process_results(doc: dict, results: list[str]) -> dict[str, int]:
-    """1 if the number after the last "答案是", or else the last number, equals the known answer."""
+    """Scores 1 if the number after the last "答案是", or else the last number, equals the known answer."""
     phrases = PHRASE.findall(results[0])
     found = NUMBER.findall(phrases[-1]) if phrases else []
     # After the phrase the first number is the answer; without it, the last one.
