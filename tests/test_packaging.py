@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import attnres
 
@@ -19,14 +21,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "attnres"
 
 # What lies beside the flat files that travel to the Hub, and stays here.
-NOT_REMOTE_CODE = {"__init__", "__main__", "demo", "plots", "registration"}
+SHARED = {"folders", "messages"}  # by all commands, and not by the model
+NOT_REMOTE_CODE = {"__init__", "__main__", "demo", "plots", "registration", *SHARED}
 REMOTE_CODE = sorted({path.stem for path in PACKAGE.glob("*.py")} - NOT_REMOTE_CODE)
-MODEL = {"attnres", *REMOTE_CODE}  # "attnres" are the public names
+MODEL = {"attnres", *REMOTE_CODE, *SHARED}  # "attnres" are the public names
 
 # Which top-level module of the package may import which. eval evaluates any causal language model: it knows no AttnRes,
 # and asks conversion for what transformers loads where a checkpoint has another layout.
 MAY_IMPORT = {
     "plots": set(),
+    **{name: set() for name in SHARED},
     "kernels": set(),  # depth_kernels reaches them by name
     **{name: set(REMOTE_CODE) for name in REMOTE_CODE},
     "registration": set(REMOTE_CODE),
@@ -36,7 +40,7 @@ MAY_IMPORT = {
     "parallel": MODEL,
     "bench": MODEL | {"plots"},
     "training": MODEL,
-    "eval": {"plots", "conversion"},
+    "eval": {"plots", "conversion", *SHARED},
     # conversion reads a checkpoint's headers, copies its files and puts a folder in place; a card needs the same.
     "hub_card": MODEL | {"plots", "eval", "analysis", "conversion"},
 }
@@ -114,14 +118,14 @@ def test_version_is_read_from_the_source(metadata):
     [
         ("torch", None, ">=2.11"),
         ("transformers", None, "<6,>=5.17"),
-        ("accelerate", None, ">=1.1"),
+        ("accelerate", None, ">=1.10.1"),
         ("safetensors", None, ">=0.8"),
         ("numba", "cpu", "<1,>=0.64"),
         ("huggingface_hub", None, "<3,>=1.5"),
         ("lm-eval", "eval", "<0.5,>=0.4.13"),
-        ("datasets", "eval", ">=2.16"),
-        ("matplotlib", "eval", ">=3.9"),
-        ("matplotlib", "hub", ">=3.9"),
+        ("datasets", "eval", ">=4.7"),
+        ("matplotlib", "eval", ">=3.10.8"),
+        ("matplotlib", "hub", ">=3.10.8"),
         ("triton", "triton", ">=3.6"),
     ],
 )
@@ -134,6 +138,25 @@ def test_required_version_is_the_promised_range(metadata, name, extra, specifier
         and (requirement.marker is None if extra is None else requirement.marker.evaluate({"extra": extra}))
     )
     assert str(found.specifier) == specifier
+
+
+def test_the_floor_that_is_tested_is_the_lowest_version_that_is_declared(metadata):
+    pinned = {}
+    for name in ("common.txt", "floor.txt"):
+        for line in (ROOT / "requirements" / name).read_text().splitlines():
+            if "==" in line and not line.startswith("#"):
+                pin = Requirement(line)
+                if pin.marker is None or pin.marker.evaluate():
+                    pinned[canonicalize_name(pin.name)] = str(pin.specifier).removeprefix("==")
+    extras = {"cpu", "eval", "gguf", "hub", "train", "triton"}
+    for requirement in map(Requirement, metadata.get_all("Requires-Dist")):
+        extra = next(
+            (each for each in extras if requirement.marker and f'extra == "{each}"' in str(requirement.marker)), None
+        )
+        if requirement.marker is None or extra:
+            least = [each.version for each in requirement.specifier if each.operator == ">="]
+            assert least, f"{requirement}: has no lowest version"
+            assert Version(least[0]) == Version(pinned[canonicalize_name(requirement.name)]), requirement
 
 
 def test_metadata_name_licence_and_python(metadata):
