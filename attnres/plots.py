@@ -89,19 +89,16 @@ def depth_weights(
         _write_cells(axes, matrix, "{:.2f}", 7, lambda weight: "black" if weight > 0.5 else "white")
         for row, column in enumerate(partial_columns):
             if column is not None:
-                place, style = (column - 0.46, row - 0.43), {"edgecolor": "#D55E00", "linewidth": 1.3}
-                axes.add_patch(Rectangle(place, 0.92, 0.86, fill=False, **style))
+                style = {"fill": False, "edgecolor": COLOURS[2], "linewidth": 1.3}
+                axes.add_patch(Rectangle((column - 0.46, row - 0.43), 0.92, 0.86, **style))
         axes.set(title=title, xlabel="source")
         axes.set_xticks(range(len(column_labels)), column_labels, fontsize=8)
         axes.set_yticks(range(len(row_labels)), row_labels, fontsize=8)
         axes.spines[:].set_visible(False)
     all_axes[0].set_ylabel("sublayer that mixes")
     figure.colorbar(image, ax=all_axes, label="mean depth weight", fraction=0.03)
-    figure.suptitle(
-        "Which sources each sublayer mixes: depth weights, mean over tokens; each row sums to 1\n"
-        "outlined: the partial sum of the sublayer's own block",
-        fontsize=10,
-    )
+    heading = "Which sources each sublayer mixes: depth weights, mean over tokens; each row sums to 1"
+    figure.suptitle(f"{heading}\noutlined: the partial sum of the sublayer's own block", fontsize=10)
     _save(figure, path)
 
 
@@ -236,11 +233,8 @@ def overhead(path: str | PathLike, panels: Sequence[Mapping], title: str):
             _tidy(axes)
         axes_of_row[0].set_ylabel("overhead (%)")
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(
-        f"Time over plain residuals: median and quartiles of the ratios within each round\n{title}",
-        fontsize=10,
-        parse_math=False,
-    )
+    heading = "Time over plain residuals: median and quartiles of the ratios within each round"
+    figure.suptitle(f"{heading}\n{title}", fontsize=10, parse_math=False)
     _save(figure, path)
 
 
@@ -267,9 +261,9 @@ def training_dynamics(path: str | PathLike, runs: Sequence[Mapping]):
     losses.set(title="Validation loss", xlabel="optimiser step", ylabel="loss (nats per token)")
     outputs.set(title="Output magnitude over depth", ylabel="RMS of the layer's output")
     gradients.set(title="Gradient norm over depth", ylabel="norm of the loss's gradient by that output")
-    for axes in (losses, outputs, gradients):
-        _tidy(axes)
+    _tidy(losses)
     for axes in (outputs, gradients):
+        _tidy(axes)
         axes.set_xlabel("decoder layer")
         axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -103,15 +103,10 @@ class DepthDynamicsCallback(TrainerCallback):
 
 
 class _MeasuredStep:
-    """Observes a decoder for one optimiser step. Everything stays on its device until `values`, so no GPU has to wait.
-
-    Args:
-        decoder: the module with the decoder layers.
-        loss_scale: factor of the loss in the backward pass.
-    """
+    """Observes a decoder for one optimiser step. All values stay on their device until `values`, so no GPU waits."""
 
     def __init__(self, decoder: nn.Module, loss_scale: float):
-        self.loss_scale = loss_scale
+        self.loss_scale = loss_scale  # factor of the loss in the backward pass
         self.num_layers = len(decoder.layers)
         self.mixer = getattr(decoder, "depth_mixer", None)
         self._training_pass = False

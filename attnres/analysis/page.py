@@ -19,7 +19,6 @@ from .page_template import PAGE, SCRIPT, STYLE
 from .text import printable
 
 DIGITS = 5
-SHOWN_NAMES = 6  # in a list of names
 SPACES = {" ": "\u2423", "\n": "\u21b5", "\r": "\u240d", "\t": "\u21e5"}
 
 
@@ -27,7 +26,7 @@ def render(found: list[DepthWeights], effects: Sequence[Ablation] = ()) -> str:
     """Returns the page over one or more models, with the ablation of each if there are any."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    environment.filters |= {"visible": visible, "listed": _listed}
+    environment.filters["visible"] = visible
     models = [
         {"weights": weights, "summary": weights.summary(), "effect": effects[index] if effects else None}
         for index, weights in enumerate(found)
@@ -86,8 +85,3 @@ def _worth(weights: DepthWeights, effect: Ablation) -> list[tuple]:
         if control
     ]
     return sorted(cells, key=lambda cell: -cell[0])
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - SHOWN_NAMES
-    return (", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")) or "none"

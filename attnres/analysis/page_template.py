@@ -66,7 +66,7 @@ exp(entropy). A source is ignored: {{ summary.ignored_rule }}.</p>
 {% call table(["mixture", "sources"] + measures + ["ignored sources"]) %}
 {% for row in summary.mixtures %}
 <tr><th scope="row">{{ row.name }}</th><td>{{ row.sources }}</td>{{ numbers(row) }}<td>{{
-row.ignored | listed }}</td></tr>
+row.ignored[:6] | join(", ") or "none" }}{{ ", ..." if row.ignored | length > 6 }}</td></tr>
 {% endfor %}
 {% endcall %}
 </details>
