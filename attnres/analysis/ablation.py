@@ -1,11 +1,11 @@
-"""What a source is worth to a sublayer: the loss without it. A large depth weight is not a large effect.
+"""Measures what a source is worth to a sublayer: the change of the loss without it. A large weight may have no effect.
 
 Without source k, sublayer l mixes by the weights that are left, renormalised:
 
     h_l = sum_{i != k} a_i v_i / (1 - a_k)
 
-Beside it stands a control of the same sublayer: at every token one source drawn at random is left out, in proportion to
-nothing. What leaving out source k costs says something about k where it differs from that.
+The control of the same sublayer leaves out one source per token, drawn uniformly at random. The change of the loss
+without source k says something about k where it differs from the control.
 """
 
 import json
@@ -18,7 +18,8 @@ import torch
 
 from ..depth_mixer import PseudoQuery
 from ..depth_variants import VARIANTS, Variant, rms_norm
-from .depth_weights import _sources, write_text
+from ..folders import write_text
+from .depth_weights import source_names
 
 FORMAT = "attnres-ablation/1"
 _MASKED = "masked attnres"
@@ -26,32 +27,23 @@ _MASKED = "masked attnres"
 
 @dataclass
 class Ablation:
-    """Changes of the loss, in nats per token, by sublayer: attention, MLP, attention, MLP, ..., output.
-
-    Attributes:
-        model: name.
-        tokens: predicted tokens.
-        loss: of the model as it is.
-        sources: names of the sources, the embedding first.
-        without: 2 L + 1 rows of n changes, where source k is left out; `None` for the only source of a sublayer.
-        control: 2 L + 1 rows, one change per draw, where a random source of every token is left out; empty likewise.
-        weights: 2 L + 1 rows of n mean depth weights.
-    """
+    """Changes of the loss in nats per token; 2 L + 1 rows: attention, MLP, attention, MLP, ..., output."""
 
     model: str
-    tokens: int
-    loss: float
-    sources: list[str]
-    without: list[list[float | None]]
-    control: list[list[float]]
-    weights: list[list[float]]
+    tokens: int  # predicted tokens
+    loss: float  # of the unchanged model
+    sources: list[str]  # the embedding first
+    without: list[list[float | None]]  # per row n changes, without source k each; None for an only source
+    control: list[list[float]]  # per row one change per draw; empty for an only source
+    weights: list[list[float]]  # per row n mean depth weights
 
     def save(self, path: str | os.PathLike):
+        """Writes the result as JSON, atomically."""
         write_text(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
 
 
 def passes(counts: list[int], draws: int) -> int:
-    """How many forward passes an ablation takes, for sublayers of that many sources."""
+    """Returns the number of forward passes of an ablation, given the number of sources of each sublayer."""
     return 1 + sum(count + draws for count in counts if count > 1)
 
 
@@ -65,25 +57,26 @@ def ablate(
     name: str | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Ablation:
-    """The loss of a model without each source of each sublayer, one at a time.
+    """Measures the loss of a model without each source of each sublayer, one at a time.
 
     Args:
-        model: an AttnRes model with a head, in residual_mode "block" or "full", depth_variant "attnres".
+        model: an AttnRes model with a head, in residual_mode "block" or "full" and depth_variant "attnres".
         token_ids: `[B, T]`, T at least 2.
-        draws: of the control, per sublayer.
-        seed: of the control.
-        name: what the result calls the model.
-        progress: called with 1 after each forward pass.
+        draws: number of draws of the control per sublayer.
+        seed: seed of the control.
+        name: name of the model in the result.
+        progress: function called with 1 after each forward pass.
 
     Raises:
-        ValueError: a model without depth mixing, or of another variant.
+        ValueError: the model does not mix over depth or is of another variant, or there are fewer than 2 tokens.
     """
     config = model.config
     name = name or model.name_or_path or type(model).__name__
-    if getattr(config, "residual_mode", "standard") == "standard" or config.depth_variant != "attnres":
+    mode, variant = getattr(config, "residual_mode", "standard"), getattr(config, "depth_variant", None)
+    if mode == "standard" or variant != "attnres":
         raise ValueError(
-            f'{name}: an ablation needs residual_mode "block" or "full" and depth_variant "attnres", got '
-            f"{getattr(config, 'residual_mode', 'standard')!r} and {getattr(config, 'depth_variant', None)!r}."
+            f'{name}: an ablation needs residual_mode "block" or "full" and depth_variant "attnres", got {mode!r} and '
+            f"{variant!r}."
         )
     if token_ids.shape[-1] < 2:
         raise ValueError(f"{name}: a loss needs at least 2 tokens, got {token_ids.shape[-1]}.")
@@ -101,9 +94,10 @@ def ablate(
     try:
         mixed = model.base_model(token_ids, use_cache=False, output_depth_weights=True).depth_weights
         weights = [each.mean((0, 1)).tolist() for each in mixed]
-        whole, without, control = loss(), [], []
-        for sublayer, row in enumerate(weights):
-            count = len(row)
+        whole = loss()
+        without: list[list[float | None]] = []
+        control: list[list[float]] = []
+        for sublayer, count in enumerate(map(len, weights)):
             if count == 1:
                 without.append([None])
                 control.append([])
@@ -114,11 +108,11 @@ def ablate(
             control.append([loss(sublayer, masks[each]) - whole for each in drawn])
     finally:
         model.train(training)
-    return Ablation(name, token_ids[:, 1:].numel(), whole, _sources(config)[0], without, control, weights)
+    return Ablation(name, token_ids[:, 1:].numel(), whole, source_names(config)[0], without, control, weights)
 
 
 def _masked(sources, query, extra, eps):
-    """Attention over the sources that `extra`, true where one is left out, leaves."""
+    """Attends over the sources without those where `extra` is true."""
     values = torch.stack(tuple(sources), dim=2).to(query.dtype)
     logits = (rms_norm(values, eps) * query).sum(-1)
     if extra is not None:
@@ -129,8 +123,7 @@ def _masked(sources, query, extra, eps):
 
 @contextmanager
 def _without(model, sublayer: int, mask: torch.Tensor | None) -> Iterator[None]:
-    """One sublayer leaves out the sources where `mask`, `[n]` or `[B, T, n]`, is true: for that time the model is of a
-    variant of its own."""
+    """Makes one sublayer leave out the sources where `mask`, `[n]` or `[B, T, n]`, is true inside the block."""
 
     def leave_out(mixer, inputs, queries: list[PseudoQuery]) -> list[PseudoQuery]:
         return [query._replace(extra=mask) if place == sublayer else query for place, query in enumerate(queries)]

@@ -1,47 +1,42 @@
-"""Depth weights of an AttnRes model over a text, as running statistics: memory does not grow with the text.
+"""Statistics of the depth weights of an AttnRes model over a text, in memory that does not grow with the text.
 
-Shapes: T tokens, K tokens that are kept one by one, L decoder layers, n sources.
+Shapes: T tokens, K tokens whose own weights are kept, L decoder layers, n sources.
 """
 
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
 
 import torch
 
-from .text import pieces_of, prefix_of, token_text, tokens_of
+from ..folders import write_text
+from ..messages import one_line
+from .text import prefix_of, tokens_of
 
 FORMAT = "attnres-depth-weights/1"
 IGNORED_SHARE = 0.1  # a source is ignored if its mean weight is below this share of 1 / n, the uniform weight
-KINDS = {"attention": "attention", "mlp": "MLP", "output": "output"}  # as they are called in text
-MAX_CONTEXT = 2048  # unless more is asked for: what is alive at a time grows with it
+KINDS = {"attention": "attention", "mlp": "MLP", "output": "output"}  # and how they are written in text
+MAX_CONTEXT = 2048  # by default; the memory of a forward pass grows with it
 DIGITS = 6  # of the weights of single tokens
+SUMMARY = ("newest", "embedding", "entropy", "effective_sources")
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Weights of one mixture, over the tokens of the text; sources in the order of depth, the embedding first.
+    """The weights of one mixture over the tokens of the text; sources in the order of depth, the embedding first."""
 
-    Attributes:
-        layer: decoder layer, from 0; None for the output.
-        kind: "attention" or "mlp", the sublayer that reads the mixture, or "output".
-        partial: whether the newest source is the partial sum of the sublayer's own block.
-        mean, std, min, max: n numbers each; std is that of the tokens at hand (divided by T).
-        entropy: mean over tokens of the entropy of the weights, in nats.
-    """
-
-    layer: int | None
-    kind: str
-    partial: bool
-    mean: list[float]
-    std: list[float]
+    layer: int | None  # decoder layer, from 0; None for the output
+    kind: str  # "attention" or "mlp", the sublayer that reads the mixture, or "output"
+    partial: bool  # whether the newest source is the partial sum of the sublayer's own block
+    mean: list[float]  # this and the next three: n numbers
+    std: list[float]  # of the tokens at hand (divided by T)
     min: list[float]
     max: list[float]
-    entropy: float
+    entropy: float  # of each token's weights, in nats, mean over tokens
 
     @property
     def name(self) -> str:
@@ -63,18 +58,18 @@ class Mixture:
 
     @property
     def effective_sources(self) -> float:
-        """exp(entropy): as many sources with equal weights have this entropy."""
+        """exp(entropy): the number of equally weighted sources that have this entropy."""
         return math.exp(self.entropy)
 
     @property
     def ignored(self) -> list[int]:
-        """Sources with a mean weight below `IGNORED_SHARE / n`."""
+        """Indices of the sources with a mean weight below `IGNORED_SHARE / n`."""
         return [index for index, mean in enumerate(self.mean) if mean < IGNORED_SHARE / self.num_sources]
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token of the text: its id and the text that it stands for."""
+    """A token of the text: its id and the characters that it stands for."""
 
     id: int
     text: str
@@ -82,50 +77,41 @@ class Token:
 
 @dataclass(frozen=True)
 class DepthWeights:
-    """What `depth_weights` measured.
-
-    Attributes:
-        model: its name.
-        family: of the backbone, such as "qwen3".
-        residual_mode: "block" or "full".
-        num_layers: L.
-        layers_per_block: decoder layers per block; None in "full" mode.
-        text: name of the text.
-        num_tokens: T, tokens of the text that were counted.
-        context: tokens that the model saw at a time, each chunk starting anew.
-        sources: names of all sources in the order of depth; a mixture of n sources has the first n.
-        short_sources: the same, short enough for the axis of a figure.
-        mixtures: 2 L + 1, in the order attention, MLP, attention, MLP, ..., output.
-        tokens: the first K of the text.
-        token_weights: per mixture and kept token n weights.
-    """
+    """The result of `depth_weights`."""
 
     model: str
-    family: str
-    residual_mode: str
-    num_layers: int
-    layers_per_block: int | None
-    text: str
-    num_tokens: int
-    context: int
-    sources: list[str]
-    short_sources: list[str]
-    mixtures: list[Mixture]
-    tokens: list[Token]
-    token_weights: list[list[list[float]]]
+    family: str  # model type of the backbone, such as "qwen3"
+    residual_mode: str  # "block" or "full"
+    num_layers: int  # L
+    layers_per_block: int | None  # None in "full" mode
+    text: str  # name of the text
+    num_tokens: int  # T
+    context: int  # tokens per chunk
+    sources: list[str]  # names of all sources in the order of depth; a mixture of n sources has the first n
+    short_sources: list[str]  # the same, short enough for the axis of a figure
+    mixtures: list[Mixture]  # 2 L + 1, in the order attention, MLP, attention, MLP, ..., output
+    tokens: list[Token]  # the first K tokens of the text
+    token_weights: list[list[list[float]]]  # per mixture and kept token: n weights
+
+    @property
+    def description(self) -> str:
+        """Mode, depth and text of the measurement, on one line."""
+        mode = "Full AttnRes" if self.layers_per_block is None else "Block AttnRes"
+        blocks = "" if self.layers_per_block is None else f" in blocks of {self.layers_per_block}"
+        return f"{mode}, {self.num_layers} decoder layers{blocks}; {self.num_tokens:,} tokens of {self.text}"
 
     def of_kind(self, kind: str) -> list[Mixture]:
-        """The mixtures before attention, before MLP, or of the output."""
+        """Returns the mixtures before attention ("attention"), before MLP ("mlp"), or of the output ("output")."""
         return [mixture for mixture in self.mixtures if mixture.kind == kind]
 
     def summary(self) -> dict:
-        """Summary numbers: `overall` (means over the mixtures of two sources or more, by kind and of all), `mixtures`
-        (of each one) and `ignored` (per source that any mixture ignores: which do, and how many see it)."""
-        several = [mixture for mixture in self.mixtures if mixture.num_sources > 1]
-        groups = {
-            **{kind: [mixture for mixture in several if mixture.kind == kind] for kind in KINDS},
-            "all": several,
-        }
+        """Returns summary numbers.
+
+        `overall` has means over the mixtures of two sources or more, by kind and of all; `mixtures` has the numbers of
+        each mixture; `ignored` has, per source that any mixture ignores, which mixtures do and how many see it.
+        """
+        groups = {**{kind: self.of_kind(kind) for kind in KINDS}, "all": self.mixtures}
+        several = {kind: [mixture for mixture in group if mixture.num_sources > 1] for kind, group in groups.items()}
         ignored = {}
         for index, source in enumerate(self.sources):
             by = [mixture.name for mixture in self.mixtures if index in mixture.ignored]
@@ -134,15 +120,12 @@ class DepthWeights:
                 ignored[source] = {"by": by, "seen_by": seen}
         return {
             "ignored_rule": f"mean weight below {IGNORED_SHARE}/n, n the number of sources that the mixture sees",
-            "overall": {kind: _means(group) for kind, group in groups.items() if group},
+            "overall": {kind: _means(group) for kind, group in several.items() if group},
             "mixtures": [
                 {
                     "name": mixture.name,
                     "sources": mixture.num_sources,
-                    "newest": mixture.newest,
-                    "embedding": mixture.embedding,
-                    "entropy": mixture.entropy,
-                    "effective_sources": mixture.effective_sources,
+                    **{name: getattr(mixture, name) for name in SUMMARY},
                     "ignored": [self.sources[index] for index in mixture.ignored],
                 }
                 for mixture in self.mixtures
@@ -151,32 +134,27 @@ class DepthWeights:
         }
 
     def save(self, path: str | os.PathLike):
-        """Writes all as JSON, with the summary, atomically."""
+        """Writes everything as JSON, including the summary, atomically."""
         content = {"format": FORMAT, **asdict(self), "summary": self.summary()}
         write_text(path, json.dumps(content, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "DepthWeights":
-        """Reads what `save` wrote.
+        """Reads a file written by `save`.
 
         Raises:
-            ValueError: the file is something else.
+            ValueError: the file is not such a file, has another format, or is damaged.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            found = content["format"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}: no depth weights; `attnres inspect` writes them as JSON.") from None
-        if found != FORMAT:
-            raise ValueError(
-                f"{path}: format must be {FORMAT!r}, got {found!r}; write it again with `attnres inspect`."
-            )
-        try:
+            if content["format"] != FORMAT:
+                raise ValueError(f"format must be {FORMAT!r}, got {content['format']!r}")
             values = {field.name: content[field.name] for field in fields(cls)}
             values["mixtures"] = [Mixture(**mixture) for mixture in values["mixtures"]]
             values["tokens"] = [Token(**token) for token in values["tokens"]]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: damaged ({error}); write it again with `attnres inspect`.") from None
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else one_line(error)
+            raise ValueError(f"{path}: holds no depth weights ({reason}); write it with `attnres inspect`.") from None
         return cls(**values)
 
 
@@ -194,25 +172,26 @@ def depth_weights(
     text_name: str = "text",
     progress: Callable[[int], object] | None = None,
 ) -> DepthWeights:
-    """Statistics of the depth weights over a text, which may be longer than memory.
+    """Computes statistics of the depth weights over a text of any length.
 
     The text is cut into chunks of `context` tokens, each of which starts anew: its first tokens see little of what
-    came before them. Tokens that the tokenizer puts before every text are there at the start of each chunk, and are
-    not counted.
+    came before them. Tokens that the tokenizer puts before every text are put before each chunk and not counted.
 
     Args:
         model: an AttnRes model in residual_mode "block" or "full".
-        tokenizer: of the model; None only with `token_ids`.
+        tokenizer: the model's tokenizer; may be None with `token_ids`.
         text: the text, or its parts in order.
-        token_ids: instead of a text.
-        context: tokens at a time (default: what the model takes, at most 2048).
-        max_tokens: stop after as many tokens of the text (default: all).
-        keep_tokens: first tokens whose weights are kept one by one.
-        name, text_name: what the result calls the model and the text.
-        progress: called with the number of tokens after each chunk.
+        token_ids: the ids of the tokens, instead of a text.
+        context: tokens per chunk (default: the model's maximum, but at most 2048).
+        max_tokens: number of tokens of the text after which to stop (default: all).
+        keep_tokens: number of first tokens whose own weights are kept.
+        name: name of the model in the result.
+        text_name: name of the text in the result.
+        progress: function called with the number of tokens after each chunk.
 
     Raises:
-        ValueError: a model without depth mixing, a text of fewer than two tokens, or weights that are not finite.
+        ValueError: the model does not mix over depth, the text has fewer than two tokens, the weights are not finite,
+            or `context` or a token id is out of range.
     """
     config = model.config
     name = name or model.name_or_path or type(model).__name__
@@ -222,33 +201,42 @@ def depth_weights(
         raise ValueError("depth_weights needs either a tokenizer and a text, or token_ids.")
     prefix = [] if tokenizer is None else prefix_of(tokenizer)
     context = _context(config, context, len(prefix), name)
-    stream = tokens_of(tokenizer, pieces_of(text)) if token_ids is None else ((int(id), None) for id in token_ids)
-    kept: list[tuple[int, str | None]] = []
-    running: list[_Running] | None = None
-    training = model.training
+    if text is not None:
+        tokens = tokens_of(tokenizer, text)
+    elif tokenizer is not None:
+        tokens = ((id, str(tokenizer.convert_ids_to_tokens(id))) for id in map(int, token_ids))
+    else:
+        tokens = ((id, f"<{id}>") for id in map(int, token_ids))
+    stream = islice(tokens, max_tokens)
+    kept: list[Token] = []
+    running: list[_Running] = []
+    num_tokens, training = 0, model.training
     model.eval()
     try:
-        for chunk in _chunks(islice(stream, max_tokens), context - len(prefix)):
+        while chunk := list(islice(stream, context - len(prefix))):
             ids = [id for id, _ in chunk]
-            _check_ids(ids, config.vocab_size, name)
+            if wrong := [id for id in ids if not 0 <= id < config.vocab_size]:
+                raise ValueError(
+                    f"{name}: the text has token id {wrong[0]}, but the model has {config.vocab_size} embeddings; use "
+                    "the model's own tokenizer."
+                )
             inputs = torch.tensor([prefix + ids], device=model.device)
-            # The base model: logits are not needed.
+            # The base model, because logits are not needed.
             mixed = model.base_model(input_ids=inputs, use_cache=False, output_depth_weights=True).depth_weights
-            if running is None:
-                running = [_Running(weights.shape[-1]) for weights in mixed]
+            running = running or [_Running(weights.shape[-1]) for weights in mixed]
             keep = max(0, keep_tokens - len(kept))
             for statistics, weights in zip(running, mixed, strict=True):
                 statistics.add(weights[0, len(prefix) :], keep, name)
-            kept += chunk[:keep]
+            kept += [Token(*token) for token in chunk[:keep]]
+            num_tokens += len(ids)
             if progress is not None:
                 progress(len(ids))
     finally:
         model.train(training)
-    if running is None or running[0].count < 2:
-        count = 0 if running is None else running[0].count
+    if num_tokens < 2:
         limit = "; raise max_tokens" if max_tokens is not None and max_tokens < 2 else ""
-        raise ValueError(f"{text_name}: a mean and its spread need at least 2 tokens, got {count}{limit}.")
-    names, short_names = _sources(config)
+        raise ValueError(f"{text_name}: a mean and its spread need at least 2 tokens, got {num_tokens}{limit}.")
+    names, short_names = source_names(config)
     return DepthWeights(
         model=name,
         family=config.backbone_config.model_type,
@@ -256,25 +244,29 @@ def depth_weights(
         num_layers=config.num_hidden_layers,
         layers_per_block=config.layers_per_block if config.residual_mode == "block" else None,
         text=text_name,
-        num_tokens=running[0].count,
+        num_tokens=num_tokens,
         context=context,
         sources=names,
         short_sources=short_names,
         mixtures=[statistics.mixture(index, config) for index, statistics in enumerate(running)],
-        tokens=[Token(id, token_text(tokenizer, id) if text is None else text) for id, text in kept],
+        tokens=kept,
         token_weights=[statistics.kept for statistics in running],
     )
 
 
-def write_text(path: str | os.PathLike, text: str):
-    """Writes a file atomically."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+def source_names(config) -> tuple[list[str], list[str]]:
+    """Returns the names of all sources of a model in the order of depth, and short ones."""
+    layers, per_block = config.num_hidden_layers, config.layers_per_block
+    if config.residual_mode == "full":
+        outputs = [(layer, kind) for layer in range(layers) for kind in ("attention", "mlp")]
+        names = [f"output of layer {layer} {KINDS[kind]}" for layer, kind in outputs]
+        return ["embedding", *names], ["emb", *(f"{layer}{kind[0]}" for layer, kind in outputs)]
+    spans = [(start, min(start + per_block, layers) - 1) for start in range(0, layers, per_block)]
+    names = [
+        f"block {number} ({f'layer {first}' if first == last else f'layers {first} to {last}'})"
+        for number, (first, last) in enumerate(spans, 1)
+    ]
+    return ["embedding", *names], ["emb", *(f"b{number}" for number in range(1, len(spans) + 1))]
 
 
 class _Running:
@@ -283,14 +275,14 @@ class _Running:
     def __init__(self, num_sources: int):
         self.count = 0
         self.mean = torch.zeros(num_sources, dtype=torch.float64)
-        self.squares = torch.zeros(num_sources, dtype=torch.float64)  # of deviations from the mean, summed
+        self.squares = torch.zeros(num_sources, dtype=torch.float64)  # sum of squared deviations from the mean
         self.min = torch.full((num_sources,), math.inf, dtype=torch.float64)
         self.max = torch.full((num_sources,), -math.inf, dtype=torch.float64)
         self.entropy = 0.0
         self.kept: list[list[float]] = []
 
     def add(self, weights: torch.Tensor, keep: int, name: str):
-        """Takes the weights `[T, n]` of a chunk, and keeps those of its first tokens."""
+        """Adds the weights `[T, n]` of a chunk and keeps those of its first `keep` tokens."""
         weights = weights.to("cpu", torch.float64)
         if not weights.isfinite().all():
             raise ValueError(f"{name}: its depth weights are not finite; try --dtype float32, or check the checkpoint.")
@@ -306,7 +298,7 @@ class _Running:
         self.kept += [[round(weight, DIGITS) for weight in row] for row in weights[:keep].tolist()]
 
     def mixture(self, index: int, config) -> Mixture:
-        """The statistics of mixture `index` of a model."""
+        """Returns the statistics of mixture `index` of a model with this configuration."""
         is_output = index == config.num_sublayers
         layer, is_mlp = divmod(index, 2)
         in_block = config.residual_mode == "block" and not is_output
@@ -323,30 +315,11 @@ class _Running:
 
 
 def _means(mixtures: list[Mixture]) -> dict[str, float]:
-    entropy = sum(mixture.entropy for mixture in mixtures) / len(mixtures)
     return {
         "mixtures": len(mixtures),
-        "newest": sum(mixture.newest for mixture in mixtures) / len(mixtures),
-        "embedding": sum(mixture.embedding for mixture in mixtures) / len(mixtures),
-        "entropy": entropy,
-        "effective_sources": sum(mixture.effective_sources for mixture in mixtures) / len(mixtures),
+        **{name: sum(getattr(mixture, name) for mixture in mixtures) / len(mixtures) for name in SUMMARY},
         "ignoring": sum(bool(mixture.ignored) for mixture in mixtures),
     }
-
-
-def _sources(config) -> tuple[list[str], list[str]]:
-    """Names of all sources, and short ones."""
-    layers, per_block = config.num_hidden_layers, config.layers_per_block
-    if config.residual_mode == "full":
-        outputs = [(layer, kind) for layer in range(layers) for kind in ("attention", "mlp")]
-        names = [f"output of layer {layer} {KINDS[kind]}" for layer, kind in outputs]
-        return ["embedding", *names], ["emb", *(f"{layer}{kind[0]}" for layer, kind in outputs)]
-    spans = [(start, min(start + per_block, layers) - 1) for start in range(0, layers, per_block)]
-    names = [
-        f"block {number} ({f'layer {first}' if first == last else f'layers {first} to {last}'})"
-        for number, (first, last) in enumerate(spans, 1)
-    ]
-    return ["embedding", *names], ["emb", *(f"b{number}" for number in range(1, len(spans) + 1))]
 
 
 def _context(config, context: int | None, prefix: int, name: str) -> int:
@@ -354,22 +327,8 @@ def _context(config, context: int | None, prefix: int, name: str) -> int:
     if context is None:
         context = min(MAX_CONTEXT, longest or MAX_CONTEXT)
     if context <= prefix or (longest and context > longest):
+        most = f", and at most {longest} tokens" if longest else ""
         raise ValueError(
-            f"{name}: context must be above {prefix}, the tokens that start every text, and at most "
-            f"{longest or 'what the model takes'} tokens, got {context}."
+            f"{name}: context must be above {prefix}, the number of tokens that start every text{most}, got {context}."
         )
     return context
-
-
-def _check_ids(ids: list[int], vocab_size: int, name: str):
-    wrong = next((id for id in ids if not 0 <= id < vocab_size), None)
-    if wrong is not None:
-        raise ValueError(
-            f"{name}: the tokenizer gives token id {wrong}, the model has {vocab_size} embeddings; "
-            "they do not belong together."
-        )
-
-
-def _chunks(stream: Iterator, size: int) -> Iterator[list]:
-    while chunk := list(islice(stream, size)):
-        yield chunk

@@ -1,143 +1,213 @@
-"""Markup, style and script of the page that `page.render` fills. Nothing here loads anything."""
+"""Markup (jinja2), style and script of the page that `page.render` fills. The page loads no other file."""
 
-# matplotlib's cividis at 17 points: even steps look even, and colour-blind readers see the same steps.
-COLOURS = (
-    "#00224e", "#002e6a", "#1a386f", "#32436d", "#434e6c", "#535a6d", "#61656f", "#6f7073", "#7d7c78",
-    "#8c8878", "#9b9476", "#aba072", "#bcae6c", "#cdbb63", "#dec958", "#f0d846", "#fee838",
-)  # fmt: skip
-
-PAGE = """<!DOCTYPE html>
+PAGE = """
+{%- set titles = {"attention": "before attention", "mlp": "before MLP", "output": "output", "all": "all"} -%}
+{% macro table(labels) %}
+<div class="scroll" tabindex="0"><table><thead><tr>{% for label in labels %}<th scope="col">{{ label }}</th>{% endfor %}
+</tr></thead><tbody>{{ caller() }}</tbody></table></div>
+{% endmacro %}
+{% macro numbers(row) %}
+<td>{{ "%.3f" % row.newest }}</td><td>{{ "%.3f" % row.embedding }}</td><td>{{ "%.3f" % row.entropy }}</td><td>{{
+"%.3f" % row.effective_sources }}</td>
+{%- endmacro %}
+{% set measures = ["weight on newest source", "on embedding", "entropy (nats)", "effective sources"] %}
+<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src '[[script_hash]]'; style-src \
-'[[style_hash]]'; base-uri 'none'; form-action 'none'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src '{{ script_hash }}'; style-src \
+'{{ style_hash }}'; base-uri 'none'; form-action 'none'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>[[title]]</title>
-<style>[[style]]</style>
+<title>Depth weights: {{ models | map(attribute="weights.model") | join(", ") }}</title>
+<style>{{ style | safe }}</style>
 </head>
 <body>
-<header>
 <h1>Depth weights</h1>
 <p>How much each mixture takes from each earlier source: a row per decoder layer, a column per source, the embedding
-first. Each row sums to 1. Colours follow the square root of the weight, so that small ones can be told apart.</p>
-<div class="scale"><div class="bar"></div><ol><li class="t0">0</li><li class="t1">0.05</li><li class="t2">0.2</li><li
- class="t3">0.5</li><li class="t4">1</li></ol></div>
-<p class="hint">Hatched: not there yet. Marked in the corner: the partial sum of the sublayer's own block.</p>
-<noscript><p>The heatmaps need JavaScript; the tables do not.</p></noscript>
-</header>
-<main>[[models]]</main>
-<div id="tip" role="tooltip" hidden></div>
-<script type="application/json" id="data">[[data]]</script>
-<script>[[script]]</script>
+first. Each row sums to 1. Colours follow the square root of the weight, so that small weights can be told apart.</p>
+<div class="scale"><span>0</span><span>0.06</span><span>0.25</span><span>0.56</span><span>1</span></div>
+<p class="hint">Hatched: no such source yet. Marked in the corner: the partial sum of the sublayer's own block.</p>
+{% for model in models %}
+{% set weights, summary, effect = model.weights, model.summary, model.effect %}
+<section class="model">
+<h2>{{ weights.model }}</h2>
+<p class="hint">{{ weights.description }}, {{ "{:,}".format(weights.context) }} at a time ({{ weights.family }})</p>
+{% if weights.tokens %}
+<div class="tokens" role="radiogroup" aria-label="which token's weights to show">
+<label><input type="radio" name="{{ loop.index0 }}" value="-1" autocomplete="off" checked><span>mean</span></label>
+{% set model_number = loop.index0 %}
+{% for token in weights.tokens %}
+<label title="token {{ loop.index0 }}, id {{ token.id }}"><input type="radio" name="{{ model_number }}" value="{{
+loop.index0 }}" autocomplete="off"><span><bdi>{{ token.text | visible }}</bdi></span></label>
+{% endfor %}
+</div>
+<p class="hint">The first {{ weights.tokens | length }} tokens: choose one to see its own weights.</p>
+{% endif %}
+<p class="showing" aria-live="polite">Showing the mean over all {{ "{:,}".format(weights.num_tokens) }} tokens.</p>
+<div class="panels">
+{% for kind in ("attention", "mlp", "output") %}
+<figure class="{{ kind }}"><figcaption>{{ titles[kind] }}</figcaption><div class="heatmap" data-panel="{{ kind }}"
+ tabindex="0" role="application" aria-roledescription="heatmap" aria-label="{{ titles[kind] }}: heatmap of depth \
+weights, a row per mixture, a column per source; arrow keys move"></div></figure>
+{% endfor %}
+</div>
+<p class="hint">Point at a cell, or focus a panel and use the arrow keys, to see its numbers.</p>
+<h3>Summary</h3>
+{% call table(["mixtures", "how many"] + measures + ["ignoring a source"]) %}
+{% for kind, row in summary.overall.items() %}
+<tr><th scope="row">{{ titles[kind] }}</th><td>{{ row.mixtures }}</td>{{ numbers(row) }}<td>{{ row.ignoring }} of {{
+row.mixtures }}</td></tr>
+{% endfor %}
+{% endcall %}
+<p class="hint">Means over the mixtures of two sources or more. Entropy: mean over tokens; effective sources:
+exp(entropy). A source is ignored: {{ summary.ignored_rule }}.</p>
+<details><summary>Every mixture</summary>
+{% call table(["mixture", "sources"] + measures + ["ignored sources"]) %}
+{% for row in summary.mixtures %}
+<tr><th scope="row">{{ row.name }}</th><td>{{ row.sources }}</td>{{ numbers(row) }}<td>{{
+row.ignored[:6] | join(", ") or "none" }}{{ ", ..." if row.ignored | length > 6 }}</td></tr>
+{% endfor %}
+{% endcall %}
+</details>
+{% if effect %}
+<h3>What each source is worth</h3>
+<p class="hint">Change of the loss, in nats per token, when one source of one mixture is left out and the weights of the
+others are renormalised, over {{ "{:,}".format(effect.tokens) }} tokens (loss {{ "%.4f" % effect.loss }}). Beside it the
+control: at every token of the same mixture a source drawn at random is left out. A large weight is not a large
+effect.</p>
+<details><summary>Every source of every mixture</summary>
+{% call table(["mixture", "source left out", "mean weight", "change of the loss", "without a random source"]) %}
+{% for change, mixture, source, weight, control in worth(weights, effect) %}
+<tr><th scope="row">{{ mixture }}</th><td>{{ source }}</td><td>{{ "%.3f" % weight }}</td><td>{{
+"%+.4f" % change }}</td><td>{{ "%+.4f" % (control | sum / control | length) }} ({{ "%+.4f" % (control | min) }} to {{
+"%+.4f" % (control | max) }})</td></tr>
+{% endfor %}
+{% endcall %}
+</details>
+{% endif %}
+</section>
+{% endfor %}
+<div id="tip" role="status"></div>
+<script type="application/json" id="data">{{ data | tojson }}</script>
+<script>{{ script | safe }}</script>
 </body>
 </html>
 """
 
-STYLE = (
-    """
-:root { --back: #ffffff; --text: #1b1f24; --soft: #57606a; --line: #d0d7de; --card: #f6f8fa;
-  --focus: #0969da; }
+STYLE = """
+:root { --back: #ffffff; --text: #1b1f24; --soft: #57606a; --line: #d0d7de; --card: #f6f8fa; --focus: #0969da; }
 @media (prefers-color-scheme: dark) {
-  :root { --back: #14171c; --text: #e6e9ed; --soft: #a3acb8; --line: #3a424d; --card: #1e232a;
-    --focus: #6cb2ff; }
+  :root { --back: #14171c; --text: #e6e9ed; --soft: #a3acb8; --line: #3a424d; --card: #1e232a; --focus: #6cb2ff; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem 1.25rem 3rem; max-width: 1500px; background: var(--back); color: var(--text);
-  font: 15px/1.45 system-ui, "DejaVu Sans", sans-serif; }
-h1 { margin: .2rem 0; font-size: 1.5rem; }
-h2 { margin: 2rem 0 .2rem; padding-top: 1rem; border-top: 1px solid var(--line); font-size: 1.25rem;
-  overflow-wrap: anywhere; }
-h3 { margin: 1.2rem 0 .4rem; font-size: 1.05rem; }
-p { margin: .3rem 0; }
-header p { max-width: 75ch; }
-.facts, .hint, .readout { color: var(--soft); overflow-wrap: anywhere; }
-.readout { min-height: 1.5em; }
-.showing { font-weight: 600; overflow-wrap: anywhere; }
-.scale { width: 320px; max-width: 90%; margin: .6rem 12px; }
-.bar { height: 14px; border-radius: 3px; background: linear-gradient(to right, """
-    + ", ".join(COLOURS)
-    + """); }
-.scale ol { position: relative; height: 1.4em; margin: 0; padding: 0; list-style: none; font-size: .8rem; }
-.scale li { position: absolute; transform: translateX(-50%); }
-.t0 { left: 0; } .t1 { left: 22.36%; } .t2 { left: 44.72%; } .t3 { left: 70.71%; } .t4 { left: 100%; }
-.tokens { display: flex; flex-wrap: wrap; gap: 3px; margin: .6rem 0 .2rem; max-height: 10.5rem; overflow-y: auto;
-  padding: 3px; }
-.tokens button { padding: .1rem .35rem; border: 1px solid var(--line); border-radius: 4px; background: var(--card);
-  color: var(--text); font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre; cursor: pointer;
+  font: 15px/1.45 system-ui, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
+h2 { padding-top: 1rem; border-top: 1px solid var(--line); }
+p { margin: .3rem 0; max-width: 100ch; }
+.hint { color: var(--soft); }
+.showing, figcaption { font-weight: 600; }
+.scale { display: flex; justify-content: space-between; width: 320px; max-width: 100%; padding-top: 14px;
+  font-size: .8rem; background: top / 100% 14px no-repeat; }
+.tokens { display: flex; flex-wrap: wrap; gap: 3px; max-height: 10.5rem; overflow-y: auto; padding: 3px; }
+.tokens label { position: relative; cursor: pointer; }
+.tokens input { position: absolute; opacity: 0; }
+.tokens span { display: block; padding: .1rem .35rem; border: 1px solid var(--line); border-radius: 4px;
+  background: var(--card); font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre;
   max-width: 20rem; overflow: hidden; text-overflow: ellipsis; }
-.tokens button.all { font-family: inherit; }
-.tokens button[aria-checked="true"] { background: var(--text); color: var(--back); border-color: var(--text); }
-:focus-visible { outline: 3px solid var(--focus); outline-offset: 1px; }
+.tokens :checked + span { background: var(--text); color: var(--back); }
+:focus-visible, .tokens :focus-visible + span { outline: 3px solid var(--focus); outline-offset: -2px; }
 .panels { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .5rem 1.5rem; }
-.panel { margin: 0; min-width: 0; }
-.panel.output { grid-column: 1 / -1; }
-figcaption { font-weight: 600; margin: .3rem 0; }
-.scroll { overflow-x: auto; }
-.tall { max-height: 32rem; overflow-y: auto; }
-canvas:focus-visible { outline-offset: -3px; }
-canvas { display: block; touch-action: pan-x pan-y; }
+@media (max-width: 800px) { .panels { grid-template-columns: minmax(0, 1fr); } }
+figure { margin: 0; }
+.output { grid-column: 1 / -1; }
+.heatmap { overflow-x: auto; padding: 4px 16px 4px 0; font-size: 12px; line-height: var(--height); }
+.row { display: flex; }
+.row > :first-child { flex: 0 0 60px; padding-right: 5px; text-align: right; }
+.row > :last-child { flex: none; display: flex; width: calc(var(--columns) * var(--width)); }
+.cells { background: repeating-linear-gradient(135deg, transparent 0 6px, var(--line) 6px 7px); }
+.cells span, .names span { flex: 0 0 var(--width); min-width: 0; display: flex; justify-content: center;
+  white-space: nowrap; }
+.cells span { border: solid var(--back); border-width: 0 1px 1px 0; height: var(--height); font-size: var(--font);
+  overflow: hidden; }
+.cells .partial { background-image: linear-gradient(135deg, currentColor 5.5px, transparent 5.5px); }
+.cells .current { border-color: #000; outline: 2px solid #fff; box-shadow: 0 0 0 3px #000; z-index: 1; }
+.scroll { max-height: 32rem; overflow: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
+th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: right; overflow-wrap: normal; }
 th:first-child, td:last-child, th:last-child { text-align: left; }
-th { font-weight: 600; }
-thead th { vertical-align: bottom; }
-.tall thead th { position: sticky; top: 0; background: var(--back); }
-details { margin: .6rem 0; }
+thead th { position: sticky; top: 0; background: var(--back); vertical-align: bottom; }
 summary { cursor: pointer; }
 #tip { position: fixed; z-index: 2; pointer-events: none; padding: .4rem .6rem; border: 1px solid var(--line);
-  border-radius: 6px; background: var(--card); color: var(--text); font-size: .85rem; line-height: 1.4;
-  width: max-content; max-width: min(22rem, 100vw - 8px); box-shadow: 0 2px 10px rgb(0 0 0 / .25); }
-#tip[hidden] { display: none; }
-#tip div { overflow-wrap: anywhere; }
+  border-radius: 6px; background: var(--card); font-size: .85rem; width: max-content;
+  max-width: min(22rem, 100vw - 8px); box-shadow: 0 2px 10px rgb(0 0 0 / .25); }
+#tip:empty { visibility: hidden; }
 #tip div:first-child { font-weight: 600; }
-@media (max-width: 800px) { .panels { grid-template-columns: minmax(0, 1fr); } }
 """
-)
 
 SCRIPT = r"""
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const tip = document.getElementById("tip");
-const FONT = '12px system-ui, "DejaVu Sans", sans-serif';
-const KINDS = {attention: "before attention", mlp: "before MLP", output: "output"};
-const map = data.colours.map(hex => [1, 3, 5].map(at => parseInt(hex.slice(at, at + 2), 16)));
+let current = null;  // the cell that is described
 
-function colour(weight) {
-  const place = Math.sqrt(Math.min(1, Math.max(0, weight))) * (map.length - 1);
-  const low = Math.min(map.length - 2, Math.floor(place));
-  return map[low].map((value, part) => Math.round(value + (map[low + 1][part] - value) * (place - low)));
+function element(parent, name, className = "", text = "") {
+  const child = parent.appendChild(document.createElement(name));
+  child.className = className;
+  child.textContent = text;
+  return child;
 }
 
-function signed(change) {
-  return (change < 0 ? "" : "+") + change.toFixed(4);
+function leave() {
+  tip.replaceChildren();
+  if (current) current.classList.remove("current");
+  current = null;
 }
 
-function theme(name) {
-  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+function placeTip() {
+  if (!current) return;
+  const box = current.getBoundingClientRect(), size = tip.getBoundingClientRect();
+  const below = box.bottom + 8 + size.height < innerHeight - 4;
+  tip.style.left = Math.max(4, Math.min(box.right + 8, innerWidth - size.width - 4)) + "px";
+  tip.style.top = Math.max(4, below ? box.bottom + 8 : box.top - size.height - 8) + "px";
 }
 
 class Panel {
-  constructor(canvas, model, view) {
-    this.canvas = canvas;
-    this.model = model;
-    this.view = view;
-    this.rows = [];
-    model.rows.forEach((row, index) => { if (row.kind === canvas.dataset.panel) this.rows.push(index); });
-    this.columns = model.short.length;
-    this.cursor = null;
-    canvas.addEventListener("pointermove", event => this.point(event));
-    canvas.addEventListener("pointerdown", event => this.point(event));
-    canvas.addEventListener("pointerleave", () => this.leave());
-    canvas.addEventListener("keydown", event => this.key(event));
-    canvas.addEventListener("focus", () => { if (canvas.matches(":focus-visible")) this.select(0, 0); });
-    canvas.addEventListener("blur", () => this.leave());
+  constructor(map, model, view) {
+    Object.assign(this, {map, model, view});
+    this.rows = model.rows.map((row, index) => index).filter(index => model.rows[index].kind === map.dataset.panel);
+    this.cells = this.rows.map(index => {
+      const {layer, mean, partial} = model.rows[index], row = element(map, "div", "row");
+      element(row, "span", "", layer === null ? "output" : "layer " + layer);
+      const cells = element(row, "div", "cells");
+      return mean.map((_, column) => element(cells, "span", partial && column === mean.length - 1 ? "partial" : ""));
+    });
+    const last = element(map, "div", "row");
+    element(last, "span");
+    const names = element(last, "div", "names");
+    this.names = model.short.map(() => element(names, "span"));
+    this.places = new Map(this.cells.flatMap((cells, row) => cells.map((cell, column) => [cell, [row, column]])));
+    const point = ({target}) => {
+      if (!this.places.has(target)) leave();
+      else if (target !== current) this.select(...this.places.get(target));
+    };
+    map.addEventListener("pointermove", point);
+    map.addEventListener("pointerdown", point);
+    map.addEventListener("pointerleave", leave);
+    map.addEventListener("keydown", event => this.key(event));
+    map.addEventListener("focus", () => { if (map.matches(":focus-visible")) this.select(0, 0); });
+    map.addEventListener("blur", leave);
   }
 
-  label(row) {
-    return this.rows.length === 1 && this.model.rows[this.rows[row]].layer === null
-      ? "output" : "layer " + this.model.rows[this.rows[row]].layer;
+  resize() {
+    const {map, names, model} = this, columns = names.length;
+    const width = Math.max(4, Math.min(64, Math.floor((map.clientWidth - 76) / columns)));
+    const height = this.rows.length <= 32 ? 21 : 13;
+    const font = width < 28 || height < 18 ? 0 : 11;
+    const sizes = {columns, width: width + "px", height: height + "px", font: font + "px"};
+    for (const [name, value] of Object.entries(sizes)) map.style.setProperty("--" + name, value);
+    const step = Math.ceil((8 + 7 * Math.max(...model.short.map(name => name.length))) / width);
+    names.forEach((name, column) => { name.textContent = column % step ? "" : model.short[column]; });
   }
 
   weights(row) {
@@ -145,198 +215,68 @@ class Panel {
     return this.view.token < 0 ? this.model.rows[index].mean : this.model.tokenWeights[index][this.view.token];
   }
 
-  draw() {
-    const canvas = this.canvas, context = canvas.getContext("2d"), ratio = window.devicePixelRatio || 1;
-    context.font = FONT;
-    const widest = texts => Math.ceil(Math.max(...texts.map(text => context.measureText(text).width)));
-    // As wide as the widest label of any panel, so that the panels' columns are in line.
-    this.left = widest(["output", "layer " + this.model.rows[this.model.rows.length - 2].layer]) + 8;
-    this.top = 4;
-    const available = canvas.parentElement.clientWidth - this.left - 12;
-    this.width = Math.max(4, Math.min(64, Math.floor(available / this.columns)));
-    this.height = this.rows.length <= 32 ? 21 : 13;
-    const inner = this.width * this.columns, below = this.top + this.height * this.rows.length;
-    const outerWidth = this.left + inner + 12, outerHeight = below + 20;
-    canvas.width = Math.round(outerWidth * ratio);
-    canvas.height = Math.round(outerHeight * ratio);
-    canvas.style.width = outerWidth + "px";
-    canvas.style.height = outerHeight + "px";
-    context.setTransform(ratio, 0, 0, ratio, 0, 0);
-    this.hatch(context, inner, below - this.top);
-    const gap = this.width >= 12 ? 1 : 0;
-    context.textBaseline = "middle";
-    context.textAlign = "center";
-    context.font = "11px system-ui, \"DejaVu Sans\", sans-serif";
-    const written = this.width >= 28 && this.height >= 18;
-    this.rows.forEach((index, row) => {
-      const weights = this.weights(row), y = this.top + row * this.height;
-      const last = weights.length - 1;
-      weights.forEach((weight, column) => {
-        const x = this.left + column * this.width;
-        context.fillStyle = "rgb(" + colour(weight).join(" ") + ")";
-        context.fillRect(x, y, this.width - gap, this.height - gap);
-        context.fillStyle = weight > 0.25 ? "#000" : "#fff";
-        if (written) context.fillText(weight.toFixed(2), x + this.width / 2, y + this.height / 2 + 1);
-        if (column === last && this.model.rows[index].partial) {
-          const size = Math.min(8, this.width - gap);
-          context.beginPath();
-          context.moveTo(x, y);
-          context.lineTo(x + size, y);
-          context.lineTo(x, y + size);
-          context.fill();
-        }
-      });
-    });
-    context.font = FONT;
-    context.fillStyle = theme("--text");
-    context.textAlign = "right";
-    const rowStep = Math.ceil(15 / this.height);
-    for (let row = 0; row < this.rows.length; row += rowStep) {
-      context.fillText(this.label(row), this.left - 5, this.top + (row + 0.5) * this.height + 1);
-    }
-    context.textAlign = "center";
-    const names = this.model.short.slice(0, this.columns), step = Math.ceil((widest(names) + 8) / this.width);
-    for (let column = 0; column < this.columns; column += step) {
-      context.fillText(names[column], Math.max(this.left + (column + 0.5) * this.width, 14), below + 11);
-    }
-    if (this.cursor) this.frame(context, this.cursor.row, this.cursor.column);
-  }
-
-  hatch(context, width, height) {
-    context.save();
-    context.beginPath();
-    context.rect(this.left, this.top, width, height);
-    context.clip();
-    context.strokeStyle = theme("--line");
-    context.lineWidth = 1;
-    context.beginPath();
-    for (let x = this.left - height; x < this.left + width; x += 8) {
-      context.moveTo(x, this.top + height);
-      context.lineTo(x + height, this.top);
-    }
-    context.stroke();
-    context.restore();
-  }
-
-  frame(context, row, column) {  // white within black, around the cell: seen on every colour
-    const x = this.left + column * this.width, y = this.top + row * this.height;
-    for (const [style, width] of [["#000", 4], ["#fff", 2]]) {
-      context.strokeStyle = style;
-      context.lineWidth = width;
-      context.strokeRect(x - 2, y - 2, this.width + 4, this.height + 4);
-    }
-  }
-
-  point(event) {
-    const box = this.canvas.getBoundingClientRect();
-    const column = Math.floor((event.clientX - box.left - this.left) / this.width);
-    const row = Math.floor((event.clientY - box.top - this.top) / this.height);
-    const inside = row >= 0 && row < this.rows.length && column >= 0 && column < this.weights(row).length;
-    if (inside) this.select(row, column); else this.leave();
+  paint() {
+    this.cells.forEach((cells, row) => cells.forEach((cell, column) => {
+      const weight = this.weights(row)[column];
+      cell.textContent = weight.toFixed(2);
+      cell.style.color = weight > 0.25 ? "#000" : "#fff";
+      cell.style.backgroundColor = data.colours[Math.round(255 * Math.sqrt(Math.min(1, Math.max(0, weight))))];
+    }));
   }
 
   key(event) {
-    if (event.key === "Escape") { this.leave(); return; }
-    const moves = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1],
-      Home: [0, -Infinity], End: [0, Infinity], PageUp: [-10, 0], PageDown: [10, 0]};
-    const move = moves[event.key];
+    if (event.key === "Escape") leave();
+    const move = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], Home: [0, -Infinity],
+      End: [0, Infinity], PageUp: [-10, 0], PageDown: [10, 0]}[event.key];
     if (!move || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
-    const from = this.cursor || {row: 0, column: 0};
-    const row = Math.min(this.rows.length - 1, Math.max(0, from.row + move[0]));
-    const column = Math.min(this.weights(row).length - 1, Math.max(0, from.column + move[1]));
-    const holder = this.canvas.parentElement, x = this.left + column * this.width;
-    holder.scrollLeft = Math.min(x - this.width, Math.max(holder.scrollLeft, x + 2 * this.width - holder.clientWidth));
+    const from = this.places.get(current) || [0, 0];
+    const row = Math.min(this.cells.length - 1, Math.max(0, from[0] + move[0]));
+    const column = Math.min(this.cells[row].length - 1, Math.max(0, from[1] + move[1]));
+    this.cells[row][column].scrollIntoView({block: "nearest", inline: "nearest"});
     this.select(row, column);
   }
 
   select(row, column) {
-    const moved = !this.cursor || this.cursor.row !== row || this.cursor.column !== column;
-    this.cursor = {row, column};
-    if (moved) this.draw();
-    const lines = this.describe(row, column);
-    tip.replaceChildren(...lines.map(line => {
-      const element = document.createElement("div");
-      element.textContent = line;
-      return element;
-    }));
-    tip.hidden = false;
-    this.view.readout.textContent = lines.join("; ");
-    this.place();
-  }
-
-  place() {
-    const {row, column} = this.cursor;
-    const box = this.canvas.getBoundingClientRect(), size = tip.getBoundingClientRect();
-    const x = box.left + this.left + (column + 1) * this.width + 8;
-    const y = box.top + this.top + (row + 1) * this.height + 8;
-    tip.style.left = Math.max(4, Math.min(x, innerWidth - size.width - 4)) + "px";
-    tip.style.top = Math.max(4, y + size.height > innerHeight - 4 ? y - size.height - this.height - 16 : y) + "px";
-  }
-
-  describe(row, column) {
-    const entry = this.model.rows[this.rows[row]], newest = column === entry.mean.length - 1;
+    const entry = this.model.rows[this.rows[row]], newest = column === entry.mean.length - 1, {token} = this.view;
     const note = newest ? (entry.partial ? ", partial sum, newest" : ", newest") : "";
-    const lines = [
-      (entry.layer === null ? "output" : "layer " + entry.layer + ", " + KINDS[entry.kind]),
+    const title = this.map.previousElementSibling.textContent;
+    const lines = [entry.layer === null ? title : "layer " + entry.layer + ", " + title,
       "source: " + this.model.sources[column] + note];
-    if (this.view.token >= 0) {
-      lines.push("weight " + this.weights(row)[column].toFixed(4) + " for token " + this.view.token + " "
-        + this.model.tokens[this.view.token]);
+    if (token >= 0) {
+      const weight = this.weights(row)[column].toFixed(4);
+      lines.push("weight " + weight + " for token " + token + " " + this.model.tokens[token]);
     }
     lines.push("mean weight " + entry.mean[column].toFixed(4) + ", std over tokens " + entry.std[column].toFixed(4),
       "min " + entry.min[column].toFixed(4) + ", max " + entry.max[column].toFixed(4));
     if (entry.without) {
       const random = entry.control.reduce((sum, value) => sum + value, 0) / entry.control.length;
+      const signed = change => (change < 0 ? "" : "+") + change.toFixed(4);
       lines.push("loss without it " + signed(entry.without[column]) + ", without a random source " + signed(random));
     }
-    return lines;
-  }
-
-  leave() {
-    tip.hidden = true;
-    if (!this.cursor) return;
-    this.cursor = null;
-    this.draw();
+    leave();
+    current = this.cells[row][column];
+    current.classList.add("current");
+    for (const line of lines) element(tip, "div", "", line);
+    placeTip();
   }
 }
 
-const panels = [];
-for (const section of document.querySelectorAll("section.model")) {
-  const model = data.models[section.dataset.model];
-  const view = {token: -1, readout: section.querySelector(".readout")};
-  const own = [...section.querySelectorAll("canvas")].map(canvas => new Panel(canvas, model, view));
-  panels.push(...own);
-  const buttons = [...section.querySelectorAll(".tokens button")], showing = section.querySelector(".showing");
-  const mean = showing.textContent;
-  const choose = button => {
-    for (const each of buttons) {
-      each.setAttribute("aria-checked", String(each === button));
-      each.tabIndex = each === button ? 0 : -1;
-    }
-    view.token = Number(button.dataset.token);
+const panels = [...document.querySelectorAll("section.model")].flatMap((section, number) => {
+  const model = data.models[number], showing = section.querySelector(".showing"), mean = showing.textContent;
+  const view = {token: -1};
+  const own = [...section.querySelectorAll(".heatmap")].map(map => new Panel(map, model, view));
+  section.addEventListener("change", event => {
+    view.token = Number(event.target.value);
     showing.textContent = view.token < 0 ? mean : "Showing token " + view.token + ": " + model.tokens[view.token];
-    view.readout.textContent = "";  // it was about what was shown before
-    for (const panel of own) panel.draw();
-  };
-  buttons.forEach((button, index) => {
-    button.addEventListener("click", () => choose(button));
-    button.addEventListener("keydown", event => {
-      const last = buttons.length - 1;
-      const target = {ArrowRight: index + 1, ArrowDown: index + 1, ArrowLeft: index - 1, ArrowUp: index - 1,
-        Home: 0, End: last}[event.key];
-      if (target === undefined) return;
-      event.preventDefault();
-      const next = buttons[(target + buttons.length) % buttons.length];
-      next.focus();
-      choose(next);
-    });
+    for (const panel of own) panel.paint();
   });
-}
-const drawAll = () => { for (const panel of panels) panel.draw(); };
-window.addEventListener("resize", drawAll);
-window.addEventListener("scroll", () => { for (const panel of panels) if (panel.cursor) panel.place(); },
-  {passive: true, capture: true});
-window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
-drawAll();
+  return own;
+});
+const resize = () => { for (const panel of panels) panel.resize(); };
+window.addEventListener("resize", resize);
+window.addEventListener("scroll", placeTip, {passive: true, capture: true});
+document.querySelector(".scale").style.backgroundImage = "linear-gradient(to right, " + data.colours.join() + ")";
+resize();
+for (const panel of panels) panel.paint();
 """

@@ -10,16 +10,16 @@ from .process import local_folder, require, wrote
 
 @click.command("inspect", cls=Command, short_help="which earlier outputs each sublayer reads, over a text")
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
-@click.option("--text", metavar="FILE", required=True, help="text in UTF-8, - for standard input")
-@click.option("--out", metavar="DIR", default="inspect-out", help="folder of results")
-@click.option("--max-tokens", metavar="N", type=at_least(1), help="of the text that are counted (default: all)")
+@click.option("--text", metavar="FILE", required=True, help="text in UTF-8, or - for standard input")
+@click.option("--out", metavar="DIR", default="inspect-out", help="folder for the results")
+@click.option("--max-tokens", metavar="N", type=at_least(1), help="stop after N tokens of the text (default: all)")
 @click.option(
     "--tokens",
     "keep_tokens",
     metavar="N",
     type=at_least(0),
     default=64,
-    help="first tokens whose own weights the page shows",
+    help="number of first tokens whose own weights the page shows",
 )
 @click.option(
     "--ablate",
@@ -28,19 +28,20 @@ from .process import local_folder, require, wrote
     cls=Maybe,
     type=at_least(2),
     flag_value=512,
-    help="measure also how the loss changes without each source of each sublayer, on the first tokens of the text (512 "
-    "if no number is given); takes a forward pass for each",
+    help="also measure how the loss on the first TOKENS tokens of the text (512 if no number is given) changes without "
+    "each source of each sublayer; takes a forward pass for each",
 )
 @click.option(
     "--context",
     metavar="TOKENS",
     type=at_least(1),
-    help="that the model sees at a time; each chunk starts anew (default: what the model takes, at most 2048)",
+    help="number of tokens that the model sees at a time; each chunk starts anew (default: what the model takes, at "
+    "most 2048)",
 )
-@click.option("--dtype", type=DTYPE, default="auto", help="of the weights; auto: as in the checkpoint")
-@click.option("--device", metavar="NAME", help="such as cpu or cuda:1 (default: a GPU where there is one)")
+@click.option("--dtype", type=DTYPE, default="auto", help="dtype of the weights; auto: as in the checkpoint")
+@click.option("--device", metavar="NAME", help="device, such as cpu or cuda:1 (default: a GPU if there is one)")
 def inspect(models, text, out, **options):
-    """Averages the depth weights of AttnRes checkpoints over the tokens of a text of any length, and writes the paper's
+    """Averages the depth weights of AttnRes checkpoints over the tokens of a text of any length. Writes the paper's
     heatmaps before attention and before MLP with the output row as PNG, all numbers as JSON, and one HTML page that
     needs no network. Prints summary numbers.
 
@@ -58,14 +59,12 @@ def inspect(models, text, out, **options):
 
 @click.command("dynamics", cls=Command, short_help="loss, outputs and gradients over depth of training runs")
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
-@click.option(
-    "--step", metavar="N", type=at_least(1), help="the last measurement up to this step (default: the last of all)"
-)
-@click.option("--out", metavar="DIR", default="dynamics-out", help="folder of results")
+@click.option("--step", metavar="N", type=at_least(1), help="use the last measurement up to step N (default: the last)")
+@click.option("--out", metavar="DIR", default="dynamics-out", help="folder for the results")
 def dynamics(runs, step, out):
     """Draws the paper's figure of training dynamics from what DepthDynamicsCallback logged in one or more trainings
-    with transformers' Trainer: validation loss over steps, and of each decoder layer the magnitude of its output and
-    the norm of the loss's gradient by it.
+    with transformers' Trainer: validation loss over steps, and for each decoder layer the magnitude of its output and
+    the norm of the loss's gradient with respect to it.
 
     RUN... are output_dirs of a Trainer, with checkpoints or a trainer_state.json.
     """
@@ -75,7 +74,10 @@ def dynamics(runs, step, out):
     found = read_runs(list(runs), step)
     for run in found:
         if not run.validation["loss"]:
-            print(f"attnres: {run.name} has no eval_loss: evaluate while training (eval_strategy)", file=sys.stderr)
+            print(
+                f'attnres: {run.name}: has no eval_loss; evaluate during training (eval_strategy="steps")',
+                file=sys.stderr,
+            )
     written = write(found, out)
     print(as_markdown(found), end="")
     wrote(written, out)

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven through a pipe: what a person would see of a page, and do with it."""
+"""Drives a headless Chromium through a pipe, so that tests see of a page what a person would."""
 
 import base64
 import json
@@ -54,13 +54,12 @@ class Page:
         return answer["result"].get("value")
 
     def point_at(self, panel: str, row: float, column: float, model: int = 0):
-        """Moves the mouse to the middle of a cell of a heatmap; the canvas is scrolled into view first."""
+        """Moves the mouse to the middle of a place of a heatmap, which is scrolled into view first."""
         box = self.evaluate(f"""(() => {{
-            const panel = panels.filter(each => each.canvas.dataset.panel === "{panel}")[{model}];
-            panel.canvas.scrollIntoView({{block: "center"}});
-            const box = panel.canvas.getBoundingClientRect();
-            return [box.left + panel.left + ({column} + 0.5) * panel.width,
-                    box.top + panel.top + ({row} + 0.5) * panel.height];
+            const panel = panels.filter(each => each.map.dataset.panel === "{panel}")[{model}];
+            panel.map.scrollIntoView({{block: "center"}});
+            const box = panel.cells[{row}][0].getBoundingClientRect();
+            return [box.left + ({column} + 0.5) * box.width, box.top + box.height / 2];
         }})()""")
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
 

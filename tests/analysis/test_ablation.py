@@ -1,4 +1,4 @@
-"""The loss without a source: against the model run with that source's weight removed by hand."""
+"""Tests the loss without a source against a model whose weight for that source is removed by hand."""
 
 import json
 import re

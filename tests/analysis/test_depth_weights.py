@@ -1,4 +1,4 @@
-"""Statistics of depth weights over a text: equal to those of all weights at once, in memory that does not grow."""
+"""Tests statistics of depth weights over a text: equal to those of all weights at once, in bounded memory."""
 
 import io
 import json
@@ -150,10 +150,10 @@ def test_what_is_saved_loads_as_it_was(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[1]", "no depth weights"),
-        ("\x89PNG", "no depth weights"),
+        ("[1]", "holds no depth weights"),
+        ("\x89PNG", "holds no depth weights"),
         ('{"format": "attnres-depth-weights/9"}', "format must be 'attnres-depth-weights/1', got"),
-        ('{"format": "attnres-depth-weights/1", "model": "m"}', "damaged .'family'"),
+        ('{"format": "attnres-depth-weights/1", "model": "m"}', "holds no depth weights .'family' is missing"),
     ],
 )
 def test_another_file_is_refused_in_one_line(tmp_path, content, message):
@@ -166,12 +166,12 @@ def test_another_file_is_refused_in_one_line(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"text": ""}, "needs? at least 2 tokens, got 0"),
+        ({"text": ""}, "need at least 2 tokens, got 0"),
         ({"text": "T"}, "at least 2 tokens, got 1"),
         ({"text": TEXT, "max_tokens": 1}, "at least 2 tokens, got 1; raise max_tokens"),
         ({"text": TEXT, "context": 65}, "at most 64 tokens, got 65"),
         ({"text": TEXT, "token_ids": [1]}, "either a tokenizer and a text, or token_ids"),
-        ({"token_ids": [1, 258]}, "token id 258, the model has 258 embeddings"),
+        ({"token_ids": [1, 258]}, "token id 258, but the model has 258 embeddings"),
     ],
 )
 def test_a_bad_argument_is_one_line(options, message):
