@@ -93,7 +93,7 @@ def test_a_folder_without_results_is_refused(checkpoint, tmp_path):
 
 def test_plain_checkpoints_are_refused(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "plain")
-    refused(tmp_path / "plain", tmp_path / "hub", match="prenorm checkpoint, a card needs an AttnRes one")
+    refused(tmp_path / "plain", tmp_path / "hub", match="prenorm checkpoint, but a card needs an AttnRes one")
 
 
 def test_a_missing_tokenizer_is_named(checkpoint, tmp_path):
@@ -214,7 +214,7 @@ def test_no_folder_that_the_user_stands_or_lives_in_is_replaced(checkpoint, tmp_
         monkeypatch.chdir(out / place)
     else:
         monkeypatch.setattr(Path, "home", lambda: out / place)
-    with pytest.raises(ValueError, match=f"is the {kind} folder or holds it; name a new folder with --out"):
+    with pytest.raises(FileExistsError, match=f"is or holds the {kind} folder"):
         build(checkpoint, out, execute_snippets=False, overwrite=True)
     assert [path.name for path in out.iterdir()] == ["below"]
 
@@ -227,8 +227,8 @@ def test_a_file_in_the_place_of_results_is_named(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("card", "message"),
     [
-        ("license: 'mit <script>'", "README.md: license must be an identifier of the hub .*--license sets it"),
-        ('license: "mit\\nevil: 1"', "README.md: license must be an identifier of the hub"),
+        ("license: 'mit <script>'", "README.md: license must be an identifier of the Hub .*--license sets it"),
+        ('license: "mit\\nevil: 1"', "README.md: license must be an identifier of the Hub"),
         ("base_model: '](x) y'\ntags: [attention-residuals]", "base model must be a hub id .*--base-model sets it"),
         ("a: " + "[" * 3000, "README.md: its front matter is not valid YAML"),
     ],
