@@ -14,22 +14,12 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from .. import AttnResConfig
 from ..backbones import check_supported
 from ..messages import one_line, quiet_transformers, say
+from . import workloads
 from .arms import PLAIN, Variant, build, check, convert, select
 from .machine import describe, load_average
 from .memory import peak_bytes, saved_bytes
 from .settings import BACKBONE, DTYPES, MEASURES, Settings, check_names
 from .timing import compare, interleave
-from .workloads import (
-    WORKLOADS,
-    Workload,
-    depth_alone,
-    end_training,
-    hollow,
-    loss_of,
-    random_ids,
-    run_prefill,
-    run_train_step,
-)
 
 FORMAT = "attnres-bench/1"
 
@@ -135,9 +125,10 @@ class _Run:
             models, size = self._checked_models(config, per_block)
             convert(models, getattr(torch, dtype))
             point = {**size, "hidden_size": config.hidden_size, "dtype": dtype}
-            for workloads in (each for name, each in WORKLOADS.items() if name in measures):
-                for workload in workloads(models, self.settings):
-                    self._time(workload, point, title)
+            for name, make_workloads in workloads.WORKLOADS.items():
+                if name in measures:
+                    for workload in make_workloads(models, self.settings):
+                        self._time(workload, point, title)
             if "memory" in measures:
                 for tokens in self.settings.tokens:
                     measured = self._memory(models, tokens, title)
@@ -159,9 +150,9 @@ class _Run:
         for dtype in self.settings.dtypes:
             models, _ = self._checked_models(config, shape.sublayers_per_block // 2)
             for model in models.values():
-                hollow(model)
+                workloads.hollow(model)
             convert(models, getattr(torch, dtype))
-            for workload in depth_alone(models, self.settings):
+            for workload in workloads.depth_alone(models, self.settings):
                 self._time(workload, {"dtype": dtype}, "depth alone")
 
     def _checked_models(self, config: PreTrainedConfig, per_block: int) -> tuple[dict[str, PreTrainedModel], dict]:
@@ -175,7 +166,7 @@ class _Run:
         self.result["check"].append({**size, "relative_errors": errors})
         return {name: models[name] for name in self.variants if name not in left_out}, size
 
-    def _time(self, workload: Workload, point: dict, title: str):
+    def _time(self, workload: workloads.Workload, point: dict, title: str):
         rounds, warmup = self.settings.rounds, self.settings.warmup
         what = ", ".join(f"{name} {value}" for name, value in workload.parameters.items())
         title, total = f"{title}: {workload.name} ({what})", (rounds + warmup) * len(workload.samples)
@@ -187,19 +178,19 @@ class _Run:
         self.result["timings"].append(timing)
 
     def _memory(self, models: dict[str, PreTrainedModel], tokens: int, title: str) -> dict[str, dict]:
-        ids = random_ids(models[PLAIN], 1, tokens, self.settings.seed)
+        ids = workloads.random_ids(models[PLAIN], 1, tokens, self.settings.seed)
         measured = {}
         for name, model in tqdm(models.items(), desc=f"{title}: memory, {tokens} tokens", file=sys.stderr, leave=False):
             model.train()
-            run_train_step(model, ids)  # allocates what is made once and kept, such as tables
+            workloads.run_train_step(model, ids)  # allocates what is made once and kept, such as tables
             model.zero_grad(set_to_none=True)
-            saved = saved_bytes(partial(loss_of, model, ids), model.parameters())
-            peak_train = peak_bytes(partial(run_train_step, model, ids), self.device)
-            end_training(model)
+            saved = saved_bytes(partial(workloads.loss_of, model, ids), model.parameters())
+            peak_train = peak_bytes(partial(workloads.run_train_step, model, ids), self.device)
+            workloads.end_training(model)
             measured[name] = {
                 "saved_bytes": saved,
                 "peak_bytes_train": peak_train,
-                "peak_bytes_prefill": peak_bytes(partial(run_prefill, model, ids), self.device),
+                "peak_bytes_prefill": peak_bytes(partial(workloads.run_prefill, model, ids), self.device),
             }
         return measured
 

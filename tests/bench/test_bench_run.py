@@ -9,7 +9,7 @@ from families import tiny_config
 from helpers import random_attnres, short_config
 
 from attnres import cli, plots
-from attnres.bench import report, runner, settings
+from attnres.bench import report, runner, settings, workloads
 from attnres.bench.runner import backbone_config, with_depth
 from attnres.bench.settings import DepthShape
 
@@ -122,13 +122,13 @@ def test_the_table_is_printed_and_progress_goes_to_stderr(folder, tmp_path, caps
 
 
 def test_low_precision_and_a_named_implementation_run(folder, tmp_path, monkeypatch):
-    seen, prefill = set(), runner.WORKLOADS["prefill"]
+    seen, prefill = set(), workloads.WORKLOADS["prefill"]
 
     def watched(models, options):
         seen.update(weight.dtype for model in models.values() for weight in model.parameters())
         return prefill(models, options)
 
-    monkeypatch.setitem(runner.WORKLOADS, "prefill", watched)
+    monkeypatch.setitem(workloads.WORKLOADS, "prefill", watched)
     arguments = ["bench", "--model", str(folder), *SMALL, "--measure", "prefill,depth", "--dtype", "bfloat16"]
     assert cli.main([*arguments, "--arms", "block", "--implementations", "eager", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "bench.json").read_text())
