@@ -1,7 +1,9 @@
-"""Facts about the machine and the installed versions, recorded with the figures."""
+"""Facts about the machine and the installed packages, recorded with the results."""
 
 import os
 import platform
+import re
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -13,7 +15,11 @@ PACKAGES = ("torch", "transformers", "numpy", "numba", "triton", "flash-linear-a
 
 
 def describe(device: torch.device) -> dict:
-    """Machine, versions and threads, for the results."""
+    """Returns machine, versions and number of threads, for the results."""
+    versions = {"python": platform.python_version(), "attnres": __version__}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
     found = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _cpu_model(),
@@ -22,33 +28,21 @@ def describe(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "load_average": load_average(),
         "device": str(device),
-        "versions": {"python": platform.python_version(), "attnres": __version__, **_versions()},
+        "versions": versions,
     }
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
-        found["versions"]["cuda"] = torch.version.cuda
+        versions["cuda"] = torch.version.cuda
     return found
 
 
-def load_average() -> float | None:
-    """Of the last minute, where the system tells."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+def load_average() -> float:
+    """Returns the load average of the last minute."""
+    return round(os.getloadavg()[0], 2)
 
 
 def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "unknown")
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
+    path = Path("/proc/cpuinfo")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or "unknown"

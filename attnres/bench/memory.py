@@ -1,4 +1,4 @@
-"""Bytes that a forward pass keeps for its backward pass, and the most that a step has allocated at a time."""
+"""Bytes that a forward pass saves for its backward pass, and peak memory of a step."""
 
 import json
 import tempfile
@@ -10,17 +10,17 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def saved_bytes(forward: Callable[[], torch.Tensor], exclude: Iterable[torch.Tensor]) -> int:
-    """Bytes of the tensors that autograd saves in a forward pass.
+    """Counts the bytes of the tensors that autograd saves in a forward pass.
 
-    Each storage counts once and whole, however many views of it are saved. What an autograd function keeps outside
-    `save_for_backward` is not seen.
+    Each storage counts once and in full, however many views of it are saved. Tensors that an autograd function keeps
+    without `save_for_backward` are not counted.
 
     Args:
-        forward: returns what would be differentiated.
-        exclude: tensors whose storages do not count: the parameters.
+        forward: function to measure, which returns a differentiable tensor.
+        exclude: tensors whose storages do not count, such as the parameters.
     """
     excluded = {tensor.untyped_storage().data_ptr() for tensor in exclude}
-    storages = {}  # keeps them alive, so that no address is given away twice
+    storages = {}  # keeps the storages alive, so that no address is reused
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -31,15 +31,16 @@ def saved_bytes(forward: Callable[[], torch.Tensor], exclude: Iterable[torch.Ten
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = forward()
     total = sum(storage.nbytes() for storage in storages.values())
-    del result
+    del result  # only now: it keeps the graph alive
     return total
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """The most bytes in tensors at a time while `run` runs, above what there was before.
+    """Measures the most bytes allocated for tensors while `run` runs, above those allocated before.
 
-    On CUDA what its allocator says. On a CPU the sum of torch's own allocations and releases, from its profiler: the
-    resident set of the process also holds what the C library keeps back, and differs from run to run.
+    On CUDA this is the statistic of torch's allocator. On a CPU it is the sum of torch's own allocations and releases
+    from its profiler, because the resident set of the process includes memory that the C library holds back, and
+    differs from run to run.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -58,5 +59,5 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     changes = [event["args"] for event in events]
     if not changes:
         return 0
-    before = changes[0]["Total Allocated"] - changes[0]["Bytes"]  # the profiler counts on from one run to the next
+    before = changes[0]["Total Allocated"] - changes[0]["Bytes"]  # the profiler's total carries over between runs
     return max(0, *(change["Total Allocated"] - before for change in changes))

@@ -1,10 +1,11 @@
-"""Attention Residuals as the paper's pseudo-code writes them: stack the sources, norm, softmax and sum, every time.
+"""Attention Residuals as in the paper's pseudo-code: every sublayer stacks the sources, then norm, softmax and sum.
 
-Runs inside the transformers backbone itself: its decoder layers keep their sublayers and get another forward pass. The
-variant to beat, and the check of every other variant. Shapes: B batch, T tokens, D hidden size, n sources.
+The mixing runs inside the transformers backbone itself: decoder layers keep their sublayers and get a new forward
+method. It is the variant to beat, and the reference of every other variant. Shapes: B batch, T tokens, D hidden size,
+n sources.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import MethodType
 
 import torch
@@ -13,79 +14,63 @@ from torch import nn
 from ..backbones import get_family, layer_type
 from ..depth_mixer import DepthMixer
 
-# (sources, query [D], gain [D], eps) to the mixture [B, T, D]
-Mixing = Callable[[Sequence[torch.Tensor], torch.Tensor, torch.Tensor, float], torch.Tensor]
+Sources = tuple[torch.Tensor, ...]
+# Maps (sources, query [D], gain [D], eps) to the mixture [B, T, D].
+Mixing = Callable[[Sources, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
-def stack_and_mix(sources: Sequence[torch.Tensor], query: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
-    """The pseudo-code of the paper's README, one call per sublayer: n tensors `[B, T, D]` to their mixture."""
-    values = torch.stack(tuple(sources))
+def stack_and_mix(sources: Sources, query: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
+    """Mixes n sources `[B, T, D]` by the pseudo-code of the paper's README."""
+    values = torch.stack(sources)
     keys = nn.functional.rms_norm(values, (values.shape[-1],), gain, eps)
     logits = torch.einsum("d, n b t d -> n b t", query, keys)
     return torch.einsum("n b t, n b t d -> b t d", logits.softmax(0), values)
 
 
-class DepthState:
-    """What one forward pass has computed so far: complete sources and the partial sum of the current block."""
-
-    def start(self, embedding: torch.Tensor):
-        self.sources, self.partial = [embedding], None
-
-    def all(self) -> list[torch.Tensor]:
-        return self.sources if self.partial is None else [*self.sources, self.partial]
-
-    def add(self, output: torch.Tensor):
-        self.partial = output if self.partial is None else self.partial + output
-
-    def complete(self):
-        if self.partial is not None:
-            self.sources, self.partial = [*self.sources, self.partial], None
-
-    def end(self):
-        self.sources, self.partial = [], None
-
-
 def mix_over_depth(model, depth: DepthMixer, layers_per_block: int | None, mixing: Mixing):
-    """Gives a plain transformers model Attention Residuals in place of its residual additions, in place.
+    """Replaces the residual additions of a plain transformers model by Attention Residuals, in place.
 
     Args:
-        model: of a supported family.
-        depth: its pseudo-queries and gains are copied.
+        model: model of a supported family.
+        depth: mixer whose pseudo-queries and gains are copied.
         layers_per_block: decoder layers per block; None: every sublayer output is a source (Full AttnRes).
-        mixing: mixes the sources of one sublayer.
+        mixing: function that mixes the sources of one sublayer.
     """
-    config, state = model.config, DepthState()
-    # A parameter per sublayer, as in a model that is written this way: a row of a stacked one would have a gradient of
-    # the size of the stack.
+    config = model.config
+    # One parameter per sublayer, as a model written this way has: the gradient of a row of a stacked parameter would
+    # be as large as the whole stack.
     norms = (depth.attention_norm, depth.mlp_norm)
     queries = [norm.query[layer, 0] for layer in range(config.num_hidden_layers) for norm in norms]
     gains = [norm.weight[layer] for layer in range(config.num_hidden_layers) for norm in norms]
     model.depth_queries = nn.ParameterList(each.detach().clone() for each in [*queries, depth.output_norm.query[0]])
     model.depth_gains = nn.ParameterList(each.detach().clone() for each in [*gains, depth.output_norm.weight])
+    sources = []  # of the current forward pass: the embedding, complete blocks, the partial sum of the current block
 
     def mixture(index: int) -> torch.Tensor:
-        sources = state.all()
         if len(sources) == 1:
             return sources[0]
-        return mixing(sources, model.depth_queries[index], model.depth_gains[index], config.rms_norm_eps)
+        return mixing(tuple(sources), model.depth_queries[index], model.depth_gains[index], config.rms_norm_eps)
+
+    def add(output: torch.Tensor, starts_block: bool):
+        if starts_block:
+            sources.append(output)
+        else:
+            sources[-1] = sources[-1] + output
 
     def forward_of(layer_idx: int):
         def forward(layer, hidden_states, *args, **inputs):
             if layer_idx == 0:
-                state.start(hidden_states)
-            if layers_per_block is None or layer_idx % layers_per_block == 0:
-                state.complete()
-            state.add(_attention(config, layer, layer_idx, mixture(2 * layer_idx), inputs))
-            if layers_per_block is None:
-                state.complete()
-            state.add(_mlp(config, layer, mixture(2 * layer_idx + 1)))
-            return state.partial
+                sources[:] = [hidden_states]
+            starts_block = layers_per_block is None or layer_idx % layers_per_block == 0
+            add(_attention(config, layer, layer_idx, mixture(2 * layer_idx), inputs), starts_block)
+            add(_mlp(config, layer, mixture(2 * layer_idx + 1)), layers_per_block is None)
+            return sources[-1]
 
         return forward
 
     def mix_output(norm, args):
         mixed = mixture(2 * config.num_hidden_layers)
-        state.end()  # or the tensors of this pass would live until the next one
+        sources.clear()  # otherwise the tensors of this pass would live until the next one
         return (mixed,)
 
     for layer_idx, layer in enumerate(model.model.layers):
@@ -114,6 +99,7 @@ def _mlp(config, layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def _finished(config, layer: nn.Module, output: torch.Tensor, *names: str | None) -> torch.Tensor:
+    """Applies the family's norm, dropout and multiplier of sublayer outputs."""
     for name in names:
         output = output if name is None else getattr(layer, name)(output)
     multiplier = get_family(config).output_multiplier

@@ -1,20 +1,21 @@
-"""Options of a benchmark, their defaults and rules, in one place."""
+"""Options of a benchmark with their defaults and rules."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 MEASURES = {
-    "prefill": "forward of a prompt that fills a cache, as generate() starts; logits of the last token only",
-    "decode": "one token per sequence with a cache of --context tokens, per step",
-    "compiled-decode": "the same by torch.compile with a static cache, on a GPU with CUDA graphs",
-    "train": "forward with loss, and backward; without the optimiser, which is the same for all",
+    "prefill": "forward pass over a prompt that fills a cache, as generate() starts; logits of the last token only",
+    "decode": "one token per sequence with a cache of --context tokens; time per step",
+    "compiled-decode": "decode with torch.compile and a static cache, on a GPU with CUDA graphs",
+    "train": "forward with loss, and backward; without the optimizer, which costs every variant the same",
     "generate": "generate() end to end: a prompt of --context tokens, then --new-tokens tokens, greedy",
     "memory": "bytes saved for backward; peak memory of a training step and of a prefill",
-    "depth": "the residual path alone: sublayers and their norms replaced by the identity",
+    "depth": "the residual path alone: sublayers and their norms are replaced by the identity",
 }
 DEFAULT_MEASURES = tuple(name for name in MEASURES if not name.startswith("compiled"))
 DTYPES = ("float32", "bfloat16", "float16")
 
-# Qwen3-like, with a small vocabulary so that the head does not hide what the residual path costs.
+# Qwen3-like, with a small vocabulary so that the head does not hide the cost of the residual path.
 BACKBONE = {
     "model_type": "qwen3",
     "vocab_size": 4096,
@@ -36,13 +37,7 @@ QUICK_BACKBONE = BACKBONE | {
 
 @dataclass(frozen=True)
 class DepthShape:
-    """Size of the residual path that is measured alone.
-
-    Attributes:
-        sublayers: attention and MLP count as one each; even.
-        sublayers_per_block: the paper's S; even.
-        tokens, hidden_size: T and D.
-    """
+    """Size of the residual path that is measured alone; `sublayers_per_block` is the paper's S."""
 
     sublayers: int
     sublayers_per_block: int
@@ -53,10 +48,10 @@ class DepthShape:
         return f"{self.sublayers},{self.sublayers_per_block},{self.tokens},{self.hidden_size}"
 
     def __post_init__(self):
-        for name in ("sublayers", "sublayers_per_block"):
-            if getattr(self, name) % 2:
+        for name, value in (("sublayers", self.sublayers), ("sublayers_per_block", self.sublayers_per_block)):
+            if value % 2:
                 raise ValueError(
-                    f"depth shape: {name} must be even, as a decoder layer is two sublayers; got {getattr(self, name)}"
+                    f"depth shape: {name} must be even, because a decoder layer is two sublayers; got {value}"
                 )
         if self.sublayers_per_block > self.sublayers:
             raise ValueError(
@@ -67,17 +62,17 @@ class DepthShape:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that determines a run. Where there are several values, each combination is measured.
+    """Settings of a run. Every combination of the values in tuples is measured.
 
     Attributes:
-        backbone: configuration of the backbone, used where `model` is not given.
-        model: folder, config.json or hub id whose configuration is used, with random weights.
-        depths: decoder layers; empty: as the configuration says.
-        num_blocks: at most this many blocks; or, where given, layers_per_block: decoder layers per block.
-        tokens: sequence lengths of prefill, train and memory, batch 1.
-        batches, context, new_tokens: of decode; generate has batch 1.
-        implementations: of the depth mixing, a variant for each; empty: only the one that is shipped as default.
-        rounds: in each of them every variant is measured once.
+        arms: names of the variants; `plain` is always included.
+        backbone: configuration of the backbone, unless `model` is given.
+        model: folder, config.json or hub id whose configuration is used with random weights.
+        depths: numbers of decoder layers; empty: the number in the configuration.
+        layers_per_block: replaces `num_blocks` if it is not empty.
+        tokens: sequence lengths of prefill, train and memory, with batch size 1.
+        batches: batch sizes of decode; generate has batch size 1.
+        implementations: implementations of the depth mixing to compare; empty: only the default.
     """
 
     arms: tuple[str, ...]
@@ -113,3 +108,10 @@ QUICK = Settings(
     depth_shape=DepthShape(32, 8, 128, 256),
     rounds=3,
 )
+
+
+def check_names(kind: str, given: Collection[str], known: Collection[str]):
+    """Raises ValueError if a given name is unknown."""
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{kind} must be one of {', '.join(known)}; got {name!r}")

@@ -1,5 +1,5 @@
-"""Interleaved timing: each variant runs once per round, in rotating order, so that a slow spell of the machine
-falls on all of them; what counts is the ratio to the baseline within a round."""
+"""Interleaved timing. Each variant runs once per round, in rotating order, so that a slow spell of the machine affects
+all of them; the result is the ratio to the baseline within a round."""
 
 import statistics
 import time
@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sample:
-    """One variant's part in a round.
+    """The part of one variant in a round.
 
     Attributes:
-        run: what is timed; takes what `prepare` returned.
-        prepare, finish: before and after, not timed.
+        run: timed function; its argument is the result of `prepare`.
+        prepare: function that runs before, untimed.
+        finish: function that runs afterwards, untimed.
     """
 
     run: Callable
@@ -29,14 +30,15 @@ def interleave(
     synchronize: Callable[[], None] = lambda: None,
     after_sample: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of every variant in every round.
+    """Measures the seconds of every variant in every round.
 
     Args:
-        samples: per variant what to run.
-        rounds: that count; `warmup` more come first.
-        clock: in seconds.
-        synchronize: waits for an accelerator.
-        after_sample: called after each, for progress.
+        samples: samples by variant.
+        rounds: number of rounds that count.
+        warmup: number of rounds before them.
+        clock: function that returns seconds.
+        synchronize: function that waits for an accelerator.
+        after_sample: function called after each sample, for progress.
     """
     names = list(samples)
     seconds = {name: [] for name in names}
@@ -59,7 +61,7 @@ def interleave(
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
+    """Returns median and quartiles."""
     if len(values) == 1:
         return dict.fromkeys(("median", "q1", "q3"), values[0])
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
@@ -67,12 +69,12 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def compare(seconds: Mapping[str, list[float]], baseline: str, divisor: int = 1) -> dict[str, dict]:
-    """Per variant the ratio to the baseline, taken within each round, and the seconds, each as median and quartiles.
+    """Returns, per variant, median and quartiles of the ratio to the baseline within each round, and of the seconds.
 
     Args:
-        seconds: what `interleave` returned.
-        baseline: the variant to divide by.
-        divisor: units of work, such as tokens, in one run; `seconds` are per unit.
+        seconds: result of `interleave`.
+        baseline: name of the variant to divide by.
+        divisor: units of work in one run, such as tokens; the seconds are per unit.
     """
     return {
         name: {

@@ -8,44 +8,39 @@ from .options import Command, Several
 from .process import CommandError, local_folder, require
 
 
-@click.command("card", cls=Command, short_help="a complete Hub folder: code, weights, and a card of what was measured")
+@click.command("card", cls=Command, short_help="build a Hub folder with code, weights and a card of measured results")
 @click.argument("model", metavar="MODEL")
-@click.option("--out", metavar="DIR", default="card-out", help="folder to make")
+@click.option("--out", metavar="DIR", default="card-out", help="folder to create")
 @click.option(
     "--results",
     cls=Several,
     metavar="DIR...",
     help="folders that `attnres eval` wrote for MODEL, without --limit; several hold different rows",
 )
-@click.option("--text", metavar="FILE", help="whose depth weights are drawn (default: four short texts)")
+@click.option("--text", metavar="FILE", help="text over which depth weights are drawn (default: four short texts)")
 @click.option(
     "--dynamics",
     cls=Several,
     metavar="RUN...",
-    help="output_dir of Trainers that logged training dynamics, to be drawn",
+    help="output_dir of Trainers whose logged training dynamics are drawn",
 )
-@click.option("--license", metavar="ID", help="such as apache-2.0 (default: what MODEL's card or LICENSE says)")
-@click.option(
-    "--language",
-    cls=Several,
-    metavar="CODE...",
-    help="such as en, zh or code (default: what MODEL's card says)",
-)
-@click.option("--base-model", metavar="ID", help="hub id of what MODEL was converted or fine-tuned from")
+@click.option("--license", metavar="ID", help="such as apache-2.0 (default: from MODEL's card or LICENSE)")
+@click.option("--language", cls=Several, metavar="CODE...", help="such as en, zh or code (default: from MODEL's card)")
+@click.option("--base-model", metavar="ID", help="hub id of the model that MODEL was converted or fine-tuned from")
 @click.option(
     "--no-run",
     is_flag=True,
-    help="do not load the model: no snippet is run and no depth weights are drawn, and the card says so",
+    help="do not load the model: no snippet is run, no depth weights are drawn, and the card says so",
 )
-@click.option("--link", is_flag=True, help="hard links to MODEL's weights; saving over DIR later changes MODEL")
-@click.option("--overwrite", is_flag=True, help="replace DIR once the new one is complete")
+@click.option("--link", is_flag=True, help="hard-link MODEL's weights; saving over DIR later changes MODEL")
+@click.option("--overwrite", is_flag=True, help="replace DIR once the new folder is complete")
 @click.option("--push", "repository", metavar="REPO", help="upload to this hub repository, private unless --public")
-@click.option("--public", is_flag=True, help="everybody may see the repository")
+@click.option("--public", is_flag=True, help="make the uploaded repository public")
 @click.option("--yes", is_flag=True, help="upload without asking")
 def card(model, out, results, dynamics, language, no_run, repository, public, yes, **options):
-    """Makes a folder that loads anywhere with trust_remote_code=True: the model's code, weights, tokenizer, and a model
-    card from what was measured on these very weights. The card's usage snippets are run, offline and without this
-    package, and everything is checked for tokens and local paths before the folder appears.
+    """Builds a folder that loads anywhere with trust_remote_code=True: the model's code, weights, tokenizer, and a
+    model card with results measured on these very weights. Before the folder appears, the card's usage snippets are
+    run, offline and without this package, and every file is checked for tokens and local paths.
 
     MODEL is a folder or hub id of an AttnRes checkpoint with its tokenizer.
     """
@@ -70,13 +65,13 @@ def card(model, out, results, dynamics, language, no_run, repository, public, ye
         return
     kind = "public" if public else "private"
     print(f"{upload_list(folder)}, to the {kind} repository {repository}", file=sys.stderr)
-    if yes or _agreed():
+    if yes or _confirmed():
         print(push(folder, repository, public=public))
     else:
         print("attnres: not uploaded", file=sys.stderr)
 
 
-def _agreed() -> bool:
+def _confirmed() -> bool:
     if not sys.stdin.isatty():
         raise CommandError("not uploaded: there is no terminal to ask for confirmation; --yes skips the question")
     print("Upload? [y/N] ", end="", file=sys.stderr, flush=True)

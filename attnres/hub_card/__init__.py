@@ -1,4 +1,4 @@
-"""Hub folders: a checkpoint with its code, figures and a model card of measured results."""
+"""Hub folders: a checkpoint with its code, figures, and a model card of measured results."""
 
 from .folder import build
 from .push import push, upload_list

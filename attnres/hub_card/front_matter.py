@@ -1,4 +1,4 @@
-"""The machine-readable part of a card: front matter with `model-index`, and `.eval_results/*.yaml`."""
+"""The machine-readable part of a card: its front matter with `model-index`, and `.eval_results/*.yaml`."""
 
 from typing import NamedTuple
 
@@ -9,11 +9,11 @@ from .provenance import OWN_TAG, Provenance
 
 
 class DataSet(NamedTuple):
-    """Where a row's items are on the hub.
+    """The Hub data set of a benchmark.
 
     Attributes:
-        id, config, split: as `datasets.load_dataset` takes them; no config where a row goes over several.
-        task_id: of the benchmark that the hub has registered for the data set, None where it has none.
+        id, config, split: arguments of `datasets.load_dataset`; no config if the benchmark uses several.
+        task_id: benchmark that the Hub has registered for the data set; None if it has none.
     """
 
     id: str
@@ -42,15 +42,9 @@ DATA_SETS = {
 
 
 def front_matter(name: str, family: str, provenance: Provenance, rows: dict[str, dict]) -> ModelCardData:
-    """The front matter of a card.
-
-    Args:
-        name: of the model.
-        family: of its backbone, as transformers calls it.
-        provenance: what is known of its origin.
-        rows: measured results of benchmarks, by row.
-    """
-    converted = {"base_model_relation": "finetune"} if provenance.base_model else {}
+    """Returns the front matter of a card with its measured results, given by row."""
+    # Without results the card must have neither a model-index nor the name that belongs to it.
+    index = {"model_name": name, "eval_results": [_eval_result(result) for result in rows.values()]} if rows else {}
     return ModelCardData(
         language=provenance.language,
         license=provenance.license,
@@ -61,32 +55,25 @@ def front_matter(name: str, family: str, provenance: Provenance, rows: dict[str,
         base_model=provenance.base_model,
         datasets=provenance.datasets,
         tags=[OWN_TAG, "attnres", "custom_code", family],
-        **converted,
-        # Without results there must be no model-index, and then no name either.
-        **({"model_name": name, "eval_results": [_eval_result(result) for result in rows.values()]} if rows else {}),
+        **({"base_model_relation": "finetune"} if provenance.base_model else {}),
+        **index,
     )
 
 
 def eval_results(rows: dict[str, dict]) -> dict[str, list[dict]]:
-    """Contents of `.eval_results/<name>.yaml`, by name, for the rows whose data set is a registered benchmark."""
-    return {
-        row: eval_result_entries_to_yaml(
-            [
-                EvalResultEntry(
-                    dataset_id=DATA_SETS[row].id,
-                    task_id=DATA_SETS[row].task_id,
-                    value=shown_value(result),
-                    notes=f"{_how(result)}, lm-eval {result['versions'].get('lm_eval', 'of unknown version')}",
-                )
-            ]
-        )
-        for row, result in rows.items()
-        if DATA_SETS[row].task_id
-    }
+    """Returns the content of `.eval_results/<row>.yaml` for each row that the Hub has registered as a benchmark."""
+    found = {}
+    for row, result in rows.items():
+        data, version = DATA_SETS[row], result["versions"].get("lm_eval", "of unknown version")
+        if data.task_id:
+            notes = f"{_how(result)}, lm-eval {version}"
+            entry = EvalResultEntry(dataset_id=data.id, task_id=data.task_id, value=shown_value(result), notes=notes)
+            found[row] = eval_result_entries_to_yaml([entry])
+    return found
 
 
 def shown_value(result: dict) -> float:
-    """A row's score in per cent, the same number in the front matter and in the table."""
+    """Returns a score in per cent, rounded in the same way for the front matter and the table."""
     return round(result["score"]["value"], 2)
 
 

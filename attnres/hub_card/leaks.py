@@ -1,4 +1,4 @@
-"""Finds what must not be uploaded: access tokens, private keys, paths of the machine that built the folder."""
+"""Finds what must not be uploaded: access tokens, private keys, and paths of the machine that built the folder."""
 
 import json
 import re
@@ -7,11 +7,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-WEIGHTS = ".safetensors"
-MAX_HEADER_BYTES = 100 * 2**20  # that of safetensors itself
+MAX_HEADER_BYTES = 100 * 2**20  # the limit of safetensors itself
 SHOWN = 8  # leading characters of a finding: enough to look it up, too few to use it
 
-# A name before a path would make it a part of a web address or of another path.
+# A path right after a word, a dot or a slash is part of a web address or of another path.
 _ALONE = r"(?<![\w.~/-])"
 PATTERNS = {
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{20,}",
@@ -26,42 +25,38 @@ PATTERNS = {
 
 
 def find_leaks(folder: Path, private: tuple[Path, ...] = ()) -> list[str]:
-    """What was found, a line each: the file and what is in it, no more than the beginning of a secret.
+    """Searches every file and returns one line per finding, with no more than the first characters of a secret.
 
     Args:
-        folder: to search; of weight files the header is read, which has their metadata.
-        private: folders of this machine whose names must not appear, besides the home and the temporary folder.
+        folder: folder to search; in weight files only the header with its metadata is read.
+        private: further paths of this machine that must not appear, besides the home and the temporary folder.
     """
-    patterns = {what: re.compile(pattern) for what, pattern in PATTERNS.items()}
-    patterns.update(_machine_paths(private))
+    patterns = PATTERNS | {
+        what: _ALONE + re.escape(str(path)) + r"[\\/][\w.]"
+        for what, path in (
+            ("a path of this home folder", Path.home()),
+            ("a path of this temporary folder", tempfile.gettempdir()),
+        )
+    }
+    for path in map(Path.resolve, private):
+        if len(path.parts) > 2:  # "/" and "/data" are no secret and occur in many texts
+            patterns[f"the path of {path.name}"] = re.escape(str(path)) + r"(?![\w-])"
     found = []
-    for path in sorted(folder.rglob("*")):
-        if not path.is_file():
-            continue
-        where, texts = path.relative_to(folder).as_posix(), list(_texts(path))
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        texts = list(_texts(path))
         for what, pattern in patterns.items():
-            match = next((match for text in texts for match in [pattern.search(text)] if match), None)
+            match = next((match for text in texts if (match := re.search(pattern, text))), None)
             if match:
-                found.append(f"{where}: {what} ({match[0][:SHOWN]}...)")
+                found.append(f"{path.relative_to(folder).as_posix()}: {what} ({match[0][:SHOWN]}...)")
     return found
 
 
-def _machine_paths(private: tuple[Path, ...]) -> dict[str, re.Pattern]:
-    parents = {"a path of this home folder": Path.home(), "a path of this temporary folder": tempfile.gettempdir()}
-    patterns = {what: _ALONE + re.escape(str(path)) + r"[\\/][\w.]" for what, path in parents.items()}
-    for path in private:
-        # The root and a folder right below it are no secret, and their names are in many a text.
-        if len(path.resolve().parts) > 2:
-            patterns[f"the path of {path.name}"] = re.escape(str(path.resolve())) + r"(?![\w-])"
-    return {what: re.compile(pattern) for what, pattern in patterns.items()}
-
-
 def _texts(path: Path) -> Iterator[str]:
-    """The content as text: as it is, and with what JSON may escape in it written out."""
-    raw = _header(path) if path.suffix == WEIGHTS else path.read_bytes()
-    text = raw.decode("utf-8", errors="replace")
+    """Yields the content of a file and, for JSON, the content with its escapes resolved."""
+    is_weights = path.suffix == ".safetensors"
+    text = (_header(path) if is_weights else path.read_bytes()).decode("utf-8", errors="replace")
     yield text
-    if path.suffix in (".json", WEIGHTS):
+    if is_weights or path.suffix == ".json":
         try:
             yield json.dumps(json.loads(text), ensure_ascii=False).replace("\\\\", "\\")
         except (ValueError, RecursionError):

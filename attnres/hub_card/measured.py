@@ -1,14 +1,13 @@
-"""Selects the evaluations that belong on a card: measured on these weights, complete and validated."""
+"""Selects the evaluations that belong on a card: complete, undamaged, and measured on these very weights."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
 from ..eval import records
 from ..eval.suites import ROWS
 
-# What a checkpoint's identity is made of. The same weights mixed in other blocks are another model.
+# The parts of a checkpoint's identity. The same weights with another block size are another model.
 PARTS = {
     "weights": "other weights",
     "config": "another configuration or code (.json and .py files)",
@@ -16,29 +15,21 @@ PARTS = {
 }
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Results by row, in the order of the paper's table.
-
-    Attributes:
-        rows: of benchmarks.
-        smoke: of the sample suite, which is no benchmark.
-    """
-
-    rows: dict[str, dict] = field(default_factory=dict)
-    smoke: dict[str, dict] = field(default_factory=dict)
-
-
-def read_measured(folders: Sequence[str | PathLike], model: str, identity: dict[str, str]) -> Measured:
-    """Reads what `attnres eval` wrote.
+def read_measured(
+    folders: Sequence[str | PathLike], model: Path, identity: dict[str, str]
+) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Reads results of `attnres eval`.
 
     Args:
-        folders: of evaluations, `DIR/<row>/result.json` in each.
-        model: the checkpoint's folder, for messages.
-        identity: of the checkpoint, as `eval.identity.checkpoint_identity` says.
+        folders: evaluations, with `<row>/result.json` in each.
+        model: folder of the checkpoint, named in messages.
+        identity: hashes of the checkpoint, from `eval.identity.checkpoint_identity`.
+
+    Returns:
+        Benchmark results, and results of the sample suite, which is no benchmark; by row, in the paper's order.
 
     Raises:
-        ValueError: no results, damaged ones, limited ones, those of another model, or a row twice.
+        ValueError: results are missing, damaged, limited, of another model, or given twice for one row.
     """
     found: dict[str, tuple[Path, dict]] = {}
     for folder in map(Path, folders):
@@ -55,20 +46,18 @@ def read_measured(folders: Sequence[str | PathLike], model: str, identity: dict[
                 raise ValueError(f"{where}: {found[name][0]} has the row {name} too; name one of the two.")
             found[name] = (where, result)
     ordered = {name: found[name][1] for name in ROWS if name in found}
-    return Measured(
-        rows={name: result for name, result in ordered.items() if result["suite"] != "sample"},
-        smoke={name: result for name, result in ordered.items() if result["suite"] == "sample"},
-    )
+    smoke = {name: result for name, result in ordered.items() if result["suite"] == "sample"}
+    return {name: result for name, result in ordered.items() if name not in smoke}, smoke
 
 
-def _check(where: Path, result: dict, model: str, identity: dict[str, str]):
-    # Also in the settings: one of the places alone is changed by accident.
+def _check(where: Path, result: dict, model: Path, identity: dict[str, str]):
+    # The limit is recorded in two places; editing only one of them does not hide it.
     if result["limit"] is not None or result["settings"].get("limit") is not None:
         raise ValueError(
             f"{where}: was run with --limit, so it is no result of the benchmark; run `attnres eval` without it."
         )
     measured_on = result["fingerprint"].get("model")
-    if not isinstance(measured_on, dict) or not isinstance(measured_on.get("weights"), str):
+    if not isinstance(measured_on, dict):
         raise ValueError(f"{where}: does not say which weights it was measured on; run `attnres eval` again.")
     for part, what in PARTS.items():
         if measured_on.get(part) != identity[part]:

@@ -9,31 +9,27 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
 from ..conversion.checkpoint import read_json
+from ..messages import one_line
 
 README, REPORT = "README.md", "conversion_report.json"
-OWN_TAG = "attention-residuals"  # marks a card of this package, whose base model is that of the folder
+OWN_TAG = "attention-residuals"  # marks cards of this package, whose base model is that of the folder
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt", "LICENCE.md")
-# Licences known by their text; any other file is linked as it is.
+# Licences that are recognised by their text; the card links to any other file.
 LICENSE_TEXTS = {
     "apache-2.0": r"Apache License\s+Version 2\.0, January 2004",
     "mit": r"Permission is hereby granted, free of charge, to any person obtaining a copy\s+of this software and "
     r"associated documentation files",
 }
 LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-WEB = ("https://", "http://")
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What is known of a checkpoint besides its tensors; None where nobody said.
+    """Licence, language and origin of a checkpoint; None for what is not stated.
 
     Attributes:
-        license, license_name, license_link: as in the front matter of a card.
-        license_from: who stated the licence, in words.
-        language: codes.
-        base_model: hub ids of what it was derived from.
-        datasets: hub ids of what it was trained on.
+        license_from: where the licence was stated, in words.
         report: content of the conversion report.
     """
 
@@ -53,22 +49,29 @@ def read_provenance(
     language: str | list[str] | None = None,
     base_model: str | None = None,
 ) -> Provenance:
-    """Reads the folder's card, licence file and conversion report; what the user says goes first.
+    """Reads a checkpoint's card, licence file and conversion report; arguments take precedence over them.
 
     Raises:
-        ValueError: the card cannot be read, or a value is no licence, language or hub id.
+        ValueError: the card cannot be read, or a value is not a licence, a language or a hub id.
     """
     stated = _front_matter(folder / README)
     if base_model is None and OWN_TAG in _strings(stated.get("tags")):
-        # Any other card is that of the checkpoint which was converted: its base model is one generation too early.
+        # Any other card is that of the plain checkpoint which was converted: its base model is one generation too old.
         base_model = stated.get("base_model")
-    for each in _strings(base_model) if base_model != "" else [""]:
-        _check_id(each, folder)
+    base_models = [""] if base_model == "" else _strings(base_model)
+    for each in base_models:
+        try:
+            validate_repo_id(each)
+        except ValueError as error:
+            raise ValueError(
+                f"{folder}: base model must be a hub id such as someone/model, got {each!r} ({error}); "
+                "--base-model sets it."
+            ) from None
     report = folder / REPORT
     return Provenance(
         **_licence(folder, stated, license),
         language=_languages(folder, stated.get("language") if language is None else language),
-        base_model=_strings(base_model) or None,
+        base_model=base_models or None,
         datasets=_strings(stated.get("datasets")) or None,
         report=read_json(report) if report.is_file() else None,
     )
@@ -81,38 +84,22 @@ def _front_matter(path: Path) -> dict:
         block = REGEX_YAML_BLOCK.search(path.read_text(encoding="utf-8-sig"))
         stated = yaml.safe_load(block[2]) if block else None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: its front matter is not valid YAML ({' '.join(str(error).split())[:120]})."
-        ) from None
+        raise ValueError(f"{path}: its front matter is not valid YAML ({one_line(error, 120)}).") from None
     if stated is not None and not isinstance(stated, dict):
         raise ValueError(f"{path}: its front matter must be a mapping of keys, got {type(stated).__name__}.")
     return stated or {}
 
 
-def _check_id(base_model: str, folder: Path):
-    try:
-        validate_repo_id(base_model)
-    except ValueError as error:
-        raise ValueError(
-            f"{folder}: base model must be a hub id such as someone/model, got {base_model!r} ({error}); "
-            "--base-model sets it."
-        ) from None
-
-
 def _licence(folder: Path, stated: dict, given: str | None) -> dict[str, str]:
+    """Returns the fields of `Provenance` about the licence."""
     if given is not None:
-        if not LICENSE_ID.fullmatch(given):
-            raise ValueError(f"license must be an identifier of the hub such as apache-2.0 or other, got {given!r}.")
+        _check_licence(given, "")
         return {"license": given, "license_from": "stated by the author of this card"}
     if isinstance(stated.get("license"), str):
-        if not LICENSE_ID.fullmatch(stated["license"].lower()):
-            raise ValueError(
-                f"{folder / README}: license must be an identifier of the hub such as apache-2.0 or other, "
-                f"got {stated['license'][:80]!r}; --license sets it."
-            )
-        found = {key: stated[key] for key in ("license", "license_name", "license_link") if _is_text(stated.get(key))}
+        _check_licence(stated["license"].lower(), f"{folder / README}: ")
+        found = {key: stated[key] for key in ("license", "license_name", "license_link") if _strings(stated.get(key))}
         link = found.get("license_link", "")
-        if link and not link.startswith(WEB) and not (folder / link).is_file():
+        if link and not link.startswith(("https://", "http://")) and not (folder / link).is_file():
             del found["license_link"]
         return {**found, "license_from": "taken from the card of the checkpoint"}
     name = next((name for name in LICENSE_FILES if (folder / name).is_file()), None)
@@ -125,9 +112,17 @@ def _licence(folder: Path, stated: dict, given: str | None) -> dict[str, str]:
     return {"license": "other", "license_link": name, "license_from": f"the text in {name}"}
 
 
+def _check_licence(value: str, where: str):
+    if not LICENSE_ID.fullmatch(value):
+        raise ValueError(
+            f"{where}license must be an identifier of the Hub such as apache-2.0 or other, got {value[:80]!r}; "
+            "--license sets it."
+        )
+
+
 def _languages(folder: Path, value) -> list[str] | None:
     values = value if isinstance(value, list) else [value]
-    languages = _strings(["no" if each is False else each for each in values])  # YAML reads Norwegian as a truth value
+    languages = _strings(["no" if each is False else each for each in values])  # YAML reads Norwegian's "no" as false
     wrong = [each for each in languages if not LANGUAGE.fullmatch(each)]
     if wrong:
         raise ValueError(
@@ -137,8 +132,6 @@ def _languages(folder: Path, value) -> list[str] | None:
 
 
 def _strings(value) -> list[str]:
-    return [value] if _is_text(value) else [each for each in value if _is_text(each)] if isinstance(value, list) else []
-
-
-def _is_text(value) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    """Returns the non-blank strings in a value from YAML, which may be a list or a single one."""
+    values = value if isinstance(value, list) else [value]
+    return [each for each in values if isinstance(each, str) and each.strip()]

@@ -1,13 +1,14 @@
-"""Uploads a finished folder to the Hub after listing its files."""
+"""Uploads a finished folder to the Hub."""
 
 from pathlib import Path
 
 from ..conversion.inspection import shown_size
+from ..messages import one_line
 from .validation import check_folder
 
 
 def upload_list(folder: Path) -> str:
-    """The files that go up with their sizes, and the sum."""
+    """Lists the files that would be uploaded with their sizes, and the total."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     width = max(map(len, sizes))
@@ -16,28 +17,28 @@ def upload_list(folder: Path) -> str:
 
 
 def push(folder: Path, repo: str, *, public: bool = False, api=None) -> str:
-    """Checks a folder once more and uploads it; returns its address.
+    """Checks a folder again, uploads it to the Hub, and returns its address.
 
     Args:
-        repo: hub id; made if it is not there.
-        public: everybody may see it; otherwise the repository must be private.
-        api: a `huggingface_hub.HfApi` (default: one with the token that the user logged in with).
+        folder: result of `build`.
+        repo: hub id; the repository is created if it does not exist.
+        public: whether everybody may see the repository; otherwise it must be private.
+        api: `huggingface_hub.HfApi` (default: one with the token of `hf auth login`).
 
     Raises:
-        ValueError: something in the folder must not be published, the repository is public although that was not asked
-            for, or the Hub refuses.
+        ValueError: the folder fails a check, the repository is public and `public` is false, or the Hub refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError  # of the library that it sends with, which is not always the same
+    from huggingface_hub.errors import HTTPError  # of its HTTP library, which differs between versions
 
     check_folder(folder)
     api = HfApi() if api is None else api
     try:
         address = api.create_repo(repo, private=not public, exist_ok=True)
-        # One that was there before keeps its visibility.
+        # A repository that already exists keeps its visibility.
         if not public and not api.model_info(repo).private:
-            raise ValueError(f"{repo}: exists and is public; --public says that this is meant.")
+            raise ValueError(f"{repo}: exists and is public; upload with --public, or choose another repository.")
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload AttnRes model")
     except (HTTPError, OSError) as error:
-        raise ValueError(f"{repo}: not uploaded ({' '.join(str(error).split())[:200]})") from None
+        raise ValueError(f"{repo}: not uploaded ({one_line(error)})") from None
     return str(address)

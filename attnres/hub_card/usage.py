@@ -1,4 +1,4 @@
-"""The card's usage snippets, and running them in a process without this package."""
+"""The card's usage snippets, and a run of them in a process without this package."""
 
 import json
 import os
@@ -7,11 +7,8 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-PROMPT = "The residual stream of a transformer"
-NEW_TOKENS = 20
-
-# Runs the snippets from stdin in a process that cannot import this package, and checks that the folder's own code ran.
-_RUNNER = """
+# Runs the snippets from stdin, blocks imports of this package, and checks that the folder's own code ran.
+RUNNER = """
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
@@ -20,33 +17,21 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 names = {"__name__": "__main__"}
 exec(compile(sys.stdin.read(), "usage", "exec"), names)
-assert type(names["model"]).__module__.startswith("transformers_modules."), "the model is not of the folder's own code"
+assert type(names["model"]).__module__.startswith("transformers_modules."), "the folder's own code was not used"
 assert names["output"].shape[-1] > names["inputs"]["input_ids"].shape[-1], "generate() added no token"
 """
-
-
-def snippets(name: str, has_depth_mixer: bool) -> dict[str, str]:
-    """Title and code of the snippets, to be run one after the other.
-
-    Args:
-        name: what `from_pretrained` is given: a hub id or a folder.
-        has_depth_mixer: whether the model mixes over depth.
-    """
-    found = {
-        "Generate": f"""\
+GENERATE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-name = {json.dumps(name, ensure_ascii=False)}
+name = {name}
 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
 
-inputs = tokenizer("{PROMPT}", return_tensors="pt", return_token_type_ids=False)
-output = model.generate(**inputs, max_new_tokens={NEW_TOKENS})
+inputs = tokenizer("The residual stream of a transformer", return_tensors="pt", return_token_type_ids=False)
+output = model.generate(**inputs, max_new_tokens=20)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 """
-    }
-    if has_depth_mixer:
-        found["Look at the depth weights"] = """\
+DEPTH_WEIGHTS = """\
 import torch
 
 with torch.no_grad():
@@ -56,35 +41,44 @@ with torch.no_grad():
 for sublayer, weights in enumerate(depth_weights):
     print(sublayer, [round(weight, 3) for weight in weights.mean((0, 1)).tolist()])
 """
-    return found
+
+
+def snippets(name: str, has_depth_mixer: bool) -> dict[str, str]:
+    """Returns the code of the snippets by title; they run one after the other.
+
+    Args:
+        name: argument of `from_pretrained`: a hub id or a folder.
+        has_depth_mixer: whether the model mixes over depth.
+    """
+    found = {"Generate": GENERATE.format(name=json.dumps(name, ensure_ascii=False))}
+    return found | {"Look at the depth weights": DEPTH_WEIGHTS} if has_depth_mixer else found
 
 
 def run(code: dict[str, str], folder: Path, name: str) -> None:
     """Runs the snippets on a folder, offline and without this package.
 
     Args:
-        code: by title.
-        folder: that `name` in the code stands for.
+        code: snippets by title.
+        folder: folder to load when the code says `name`.
         name: hub id or folder name.
 
     Raises:
-        ValueError: they fail, with the last line of what Python says.
+        ValueError: a snippet failed; the message ends with the last line of Python's output.
     """
     with TemporaryDirectory(prefix="attnres-card-") as temporary:
         place = Path(temporary) / "run" / name
         place.parent.mkdir(parents=True)
         place.symlink_to(folder.resolve(), target_is_directory=True)
-        # A home of its own for what the hub's library keeps: neither a cache nor a token of the user's is seen.
-        home = {"HF_HOME": f"{temporary}/home", "HF_MODULES_CACHE": f"{temporary}/modules"}
-        environment = {
-            **{key: value for key, value in os.environ.items() if key not in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")},
-            **home,
+        tokens = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+        environment = {key: value for key, value in os.environ.items() if key not in tokens} | {
+            "HF_HOME": f"{temporary}/home",  # neither the user's cache nor a stored token is visible
+            "HF_MODULES_CACHE": f"{temporary}/modules",
             "HF_HUB_OFFLINE": "1",
             "PYTHONUTF8": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
         done = subprocess.run(
-            [sys.executable, "-c", _RUNNER],
+            [sys.executable, "-c", RUNNER],
             input="\n".join(code.values()),
             cwd=Path(temporary) / "run",
             env=environment,
@@ -94,7 +88,5 @@ def run(code: dict[str, str], folder: Path, name: str) -> None:
             errors="replace",
         )
     if done.returncode != 0:
-        reason = next(
-            (line for line in reversed(done.stderr.splitlines()) if line.strip()), f"status {done.returncode}"
-        )
-        raise ValueError(f"the card's usage snippets fail on the new folder ({reason.strip()[:300]}).")
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise ValueError(f"the card's usage snippets fail on the new folder ({lines[-1].strip()[:300]}).")

@@ -1,4 +1,4 @@
-"""The arms share one set of weights and compute what they say; a faulty one is not measured."""
+"""The variants share one set of weights and compute what they say; a faulty one is not measured."""
 
 import weakref
 
@@ -33,7 +33,7 @@ def oracle_of(model, plain, layers_per_block):
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "granite", "gemma2", "qwen3_moe", "qwen3_next", "kimi_linear"])
-def test_all_arms_of_a_family_compute_the_same_logits(family):
+def test_all_variants_of_a_family_compute_the_same_logits(family):
     chosen = select(ALL)
     models, _ = build(chosen, short_config(family), 2, CPU, seed=0)
     errors, left_out = check(chosen, models, seed=0)
@@ -43,7 +43,7 @@ def test_all_arms_of_a_family_compute_the_same_logits(family):
 @pytest.mark.parametrize(
     ("name", "mode", "layers_per_block"), [("stacked", "block", 2), ("stacked-full", "full", None)]
 )
-def test_stacked_arms_match_an_oracle_that_knows_nothing_of_them(name, mode, layers_per_block):
+def test_stacked_variants_match_an_oracle_that_knows_nothing_of_them(name, mode, layers_per_block):
     models, _ = build(select(ALL), short_config("qwen3"), 2, CPU, seed=0)
     ids = random_tokens(2, 7)
     with torch.no_grad():
@@ -55,8 +55,8 @@ def test_stacked_arms_match_an_oracle_that_knows_nothing_of_them(name, mode, lay
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_decoding_with_a_cache_made_by_the_plain_model_runs_in_every_arm(built, name):
-    """Timing shares one cache; each arm's own cache gives what it computes without one."""
+def test_decoding_with_a_cache_made_by_the_plain_model_runs_in_every_variant(built, name):
+    """Timing shares one cache; each variant's own cache gives what it computes without one."""
     _, models = built
     ids = random_tokens(1, 9)
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_decoding_with_a_cache_made_by_the_plain_model_runs_in_every_arm(built, 
 
 
 @pytest.mark.parametrize("name", ALL[1:])
-def test_arms_share_the_memory_of_all_backbone_weights(built, name):
+def test_variants_share_the_memory_of_all_backbone_weights(built, name):
     _, models = built
     plain = {weight.data_ptr() for weight in models["plain"].parameters()}
     own = {weight.data_ptr() for weight in models[name].parameters()}
@@ -77,7 +77,7 @@ def test_arms_share_the_memory_of_all_backbone_weights(built, name):
     assert len(own - plain) == {"standard": 0, "block": 6, "full": 6}.get(name, 2 * 11)
 
 
-def test_gradients_of_one_arm_are_not_those_of_another(built):
+def test_gradients_of_one_variant_are_not_those_of_another(built):
     _, models = built
     ids = random_tokens(1, 5)
     models["block"](ids, labels=ids).loss.backward()
@@ -86,7 +86,7 @@ def test_gradients_of_one_arm_are_not_those_of_another(built):
     models["block"].zero_grad(set_to_none=True)
 
 
-def test_stacked_arm_learns_its_pseudo_queries_and_gains(built):
+def test_stacked_variant_learns_its_pseudo_queries_and_gains(built):
     _, models = built
     ids = random_tokens(1, 5)
     models["stacked"](ids, labels=ids).loss.backward()
@@ -96,7 +96,7 @@ def test_stacked_arm_learns_its_pseudo_queries_and_gains(built):
     models["stacked"].zero_grad(set_to_none=True)
 
 
-def test_another_dtype_keeps_weights_shared_and_arms_runnable():
+def test_another_dtype_keeps_weights_shared_and_variants_runnable():
     models, _ = build(select(ALL), short_config("qwen3"), 2, CPU, seed=0)
     convert(models, torch.bfloat16)
     plain = {weight.data_ptr() for weight in models["plain"].parameters()}
@@ -106,29 +106,29 @@ def test_another_dtype_keeps_weights_shared_and_arms_runnable():
         assert model(random_tokens(1, 5)).logits.dtype == torch.bfloat16
 
 
-def test_an_arm_that_computes_something_else_is_refused(built):
+def test_a_variant_that_computes_something_else_is_refused(built):
     chosen, models = built
     query = models["block"].depth_mixer.mlp_norm.query
     before = query.detach().clone()
     with torch.no_grad():
         query[1] += 0.1
-    with pytest.raises(ValueError, match="variant block computes something else than stacked: relative error"):
+    with pytest.raises(ValueError, match="variant block does not compute the same as stacked: the relative error"):
         check(chosen, models, seed=0)
     with torch.no_grad():
         query.copy_(before)
 
 
-def test_an_optional_arm_that_cannot_run_is_left_out_with_its_reason(monkeypatch):
+def test_an_optional_variant_that_cannot_run_is_left_out_with_its_reason(monkeypatch):
     def needs_a_gpu(*_):
         raise ValueError("CUDA tensors needed\nand more")
 
-    fused = arms.Arm("peer", mixing=lambda: needs_a_gpu, reference="stacked")
+    fused = arms.Variant("peer", mixing=lambda: needs_a_gpu, reference="stacked")
     chosen = {"plain": arms.ARMS["plain"], "fla-fused": fused}
     models, _ = build(chosen, short_config("qwen3"), 2, CPU, seed=0)
-    assert check(chosen, models, seed=0) == ({}, {"fla-fused": "cannot run here (CUDA tensors needed)"})
+    assert check(chosen, models, seed=0) == ({}, {"fla-fused": "cannot run here (CUDA tensors needed and more)"})
 
 
-def test_an_arm_of_a_package_that_is_missing_is_left_out_with_its_reason(monkeypatch):
+def test_a_variant_of_a_package_that_is_missing_is_left_out_with_its_reason(monkeypatch):
     monkeypatch.setattr(arms, "find_spec", lambda name: None)
     models, left_out = build(select(["fla-naive"]), short_config("qwen3"), 2, CPU, seed=0)
     assert left_out == {"fla-naive": "flash-linear-attention is not installed"} and "fla-naive" not in models
@@ -142,7 +142,7 @@ def test_plain_is_always_there_and_implementations_repeat_block_and_full():
     assert models["block:eager"].config.depth_implementation == "eager"
 
 
-def test_stacked_arm_lets_go_of_its_sources_after_a_pass(built):
+def test_stacked_variant_lets_go_of_its_sources_after_a_pass(built):
     _, models = built
     outputs = []
     handle = (

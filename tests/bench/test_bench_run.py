@@ -9,7 +9,7 @@ from families import tiny_config
 from helpers import random_attnres, short_config
 
 from attnres import cli, plots
-from attnres.bench import report, runner, settings
+from attnres.bench import report, runner, settings, workloads
 from attnres.bench.runner import backbone_config, with_depth
 from attnres.bench.settings import DepthShape
 
@@ -48,7 +48,7 @@ def test_json_says_what_was_measured_on_what(run):
     assert list(result["arms"]) == ["plain", "standard", "block", "full", "stacked"] and result["left_out"] == {}
 
 
-def test_every_combination_is_timed_in_every_arm(run):
+def test_every_combination_is_timed_in_every_variant(run):
     _, result = run
     sizes = [(2, 1, 2), (2, 2, 1), (4, 2, 2), (4, 4, 1)]  # decoder layers, of them per block, blocks
     models = [each for each in result["timings"] if not each["workload"].startswith("depth")]
@@ -122,13 +122,13 @@ def test_the_table_is_printed_and_progress_goes_to_stderr(folder, tmp_path, caps
 
 
 def test_low_precision_and_a_named_implementation_run(folder, tmp_path, monkeypatch):
-    seen, prefill = set(), runner.WORKLOADS["prefill"]
+    seen, prefill = set(), workloads.WORKLOADS["prefill"]
 
     def watched(models, options):
         seen.update(weight.dtype for model in models.values() for weight in model.parameters())
         return prefill(models, options)
 
-    monkeypatch.setitem(runner.WORKLOADS, "prefill", watched)
+    monkeypatch.setitem(workloads.WORKLOADS, "prefill", watched)
     arguments = ["bench", "--model", str(folder), *SMALL, "--measure", "prefill,depth", "--dtype", "bfloat16"]
     assert cli.main([*arguments, "--arms", "block", "--implementations", "eager", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "bench.json").read_text())
@@ -136,10 +136,10 @@ def test_low_precision_and_a_named_implementation_run(folder, tmp_path, monkeypa
     assert list(result["timings"][0]["arms"]) == ["plain", "block", "block:eager"]
 
 
-def test_a_faulty_arm_is_one_line_and_leaves_no_files(folder, tmp_path, capsys, monkeypatch):
+def test_a_faulty_variant_is_one_line_and_leaves_no_files(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("attnres.bench.arms.CHECK_TOLERANCE", -1.0)
     assert cli.main(["bench", "--model", str(folder), *SMALL, "--out", str(tmp_path / "out")]) == 2
-    assert "computes something else than" in capsys.readouterr().err
+    assert "does not compute the same as" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -154,8 +154,8 @@ def test_a_faulty_arm_is_one_line_and_leaves_no_files(folder, tmp_path, capsys, 
         ("--dtype int8", "dtype must be one of float32, bfloat16, float16; got 'int8'"),
         ("--implementations x", "implementation must be one of auto"),
         ("--layers-per-block 13", "layers_per_block must be between 1 and num_hidden_layers=12, got 13"),
-        ("--device tpu", "device must be cpu, cuda or cuda:N; got 'tpu'"),
-        ("--device cuda:99", "device 'cuda:99' is not there: torch sees"),
+        ("--device tpu", "device: must be cpu, cuda or cuda:N; got 'tpu'"),
+        ("--device cuda:99", "device: 'cuda:99' does not exist; torch sees"),
         ("--model ./nothing", "model ./nothing: no such folder or file"),
     ],
 )
@@ -173,7 +173,7 @@ def test_values_out_of_range_are_one_line_and_status_2(arguments, message, tmp_p
         ("--tokens many", "'--tokens': must be whole numbers of at least 1, joined by commas, got many"),
         ("--num-blocks 2 --layers-per-block 2", "say the same: leave one out"),
         ("--depth-shape 8,4,6", "must be four whole numbers of at least 1: L,S,T,D, got 8,4,6"),
-        ("--depth-shape 7,2,6,16", "sublayers must be even, as a decoder layer is two sublayers; got 7"),
+        ("--depth-shape 7,2,6,16", "sublayers must be even, because a decoder layer is two sublayers; got 7"),
         ("--depth-shape 4,8,6,16", "sublayers_per_block must be at most sublayers=4, got 8"),
         ("--rounds 0", "'--rounds': must be a whole number of at least 1, got 0"),
     ],

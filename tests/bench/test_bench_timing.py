@@ -6,7 +6,7 @@ from attnres.bench.timing import Sample, compare, interleave, spread
 
 
 class Machine:
-    """A clock that moves on when work is done; `cost(arm, round)` seconds, and one second for what is not timed."""
+    """A clock that moves on when work is done; `cost(variant, round)` seconds, and one second for what is not timed."""
 
     def __init__(self, cost):
         self.now, self.cost, self.order, self.calls = 0.0, cost, [], {}
@@ -28,7 +28,7 @@ class Machine:
         return interleave({name: self.sample(name) for name in names}, rounds, clock=lambda: self.now, **options)
 
 
-def test_every_arm_runs_once_a_round_in_an_order_that_rotates():
+def test_every_variant_runs_once_a_round_in_an_order_that_rotates():
     machine = Machine(lambda name, call: 0.5)
     machine.seconds("abc", 3, warmup=0)
     assert "".join(machine.order) == "abcbcacab"

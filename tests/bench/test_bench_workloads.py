@@ -21,7 +21,7 @@ def models():
 
 @pytest.fixture
 def passes(models):
-    """Per forward pass of any arm the shape of its token ids."""
+    """Per forward pass of any variant the shape of its token ids."""
     shapes = []
     handles = [
         model.model.register_forward_pre_hook(

@@ -96,7 +96,7 @@ def test_kernels_are_checked_in_every_dtype_and_the_gpu_tests_are_collected(tria
 
 
 @pytest.mark.slow
-def test_overhead_is_timed_for_every_workload_and_arm_with_the_kernels(trial):
+def test_overhead_is_timed_for_every_workload_and_variant_with_the_kernels(trial):
     _, rows, _ = trial
     timed = [row for row in rows if row["stage"] == "overhead" and "ms" in row]
     workloads = ["prefill", "training step", "decode", "decode, CUDA graph"]
@@ -106,7 +106,7 @@ def test_overhead_is_timed_for_every_workload_and_arm_with_the_kernels(trial):
 
 
 @pytest.mark.slow
-def test_arms_are_compared_with_the_pseudo_code_before_they_are_timed(trial):
+def test_variants_are_compared_with_the_pseudo_code_before_they_are_timed(trial):
     _, rows, _ = trial
     checks = [(index, row) for index, row in enumerate(rows) if "check" in row]
     assert [row["stage"] for _, row in checks] == ["overhead", "depth"]

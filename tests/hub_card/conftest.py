@@ -1,5 +1,6 @@
 """A small AttnRes checkpoint with its tokenizer, what the real driver measured on it, and its finished Hub folder."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +21,24 @@ def checkpoint(tmp_path_factory) -> Path:
     folder = save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "source")
     (folder / "LICENSE").write_text("Apache License\n   Version 2.0, January 2004\n")
     return folder
+
+
+@pytest.fixture
+def source(checkpoint, tmp_path) -> Path:
+    """A copy of the checkpoint, for a test to change."""
+    return shutil.copytree(checkpoint, tmp_path / "source")
+
+
+@pytest.fixture(scope="session")
+def finished(checkpoint, tmp_path_factory) -> Path:
+    """Built without loading the model."""
+    return build(checkpoint, tmp_path_factory.mktemp("finished") / "tiny", execute_snippets=False)
+
+
+@pytest.fixture
+def folder(finished, tmp_path) -> Path:
+    """A copy of a finished folder, for a test to change."""
+    return shutil.copytree(finished, tmp_path / "copy")
 
 
 @pytest.fixture(scope="session")

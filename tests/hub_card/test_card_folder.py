@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import pytest
 import torch
@@ -266,9 +265,7 @@ def test_an_existing_folder_is_replaced_only_when_asked_for(checkpoint, tmp_path
     assert not (quick(checkpoint, out, overwrite=True) / "thesis.tex").exists()
 
 
-def test_a_failed_build_leaves_nothing(checkpoint, tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(checkpoint, source)
+def test_a_failed_build_leaves_nothing(source, tmp_path):
     config = json.loads((source / "generation_config.json").read_text())
     (source / "generation_config.json").write_text(json.dumps({**config, "note": "hf_" + "a" * 30}))
     with pytest.raises(ValueError, match="generation_config.json"):

@@ -1,7 +1,6 @@
 """No token and no path of the machine ends up in a folder: planted ones are found, wherever they are."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -20,17 +19,6 @@ SECRETS = {
     "a private key": "-----BEGIN RSA " + "PRIVATE KEY-----",
     "a path of a home folder": "/home" + "/someone/models",
 }
-
-
-@pytest.fixture(scope="module")
-def finished(checkpoint, tmp_path_factory):
-    return build(checkpoint, tmp_path_factory.mktemp("finished") / "tiny", execute_snippets=False)
-
-
-@pytest.fixture
-def folder(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "copy")
-    return tmp_path / "copy"
 
 
 def found(folder) -> str:
@@ -115,9 +103,7 @@ def test_folders_of_this_machine_are_found(tmp_path, monkeypatch):
     ]
 
 
-def test_a_name_or_path_is_found_in_a_tokenizer_and_dropped_from_a_configuration(checkpoint, tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(checkpoint, source)
+def test_a_name_or_path_is_found_in_a_tokenizer_and_dropped_from_a_configuration(source, tmp_path):
     config = json.loads((source / "config.json").read_text())
     config["_name_or_path"] = config["backbone_config"]["_name_or_path"] = "./runs/17"
     (source / "config.json").write_text(json.dumps(config))

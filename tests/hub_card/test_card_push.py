@@ -65,7 +65,7 @@ def test_it_is_public_when_that_is_said(folder):
 
 def test_nothing_goes_to_a_repository_that_is_public_already(folder):
     hub = Hub(exists_public=True)
-    with pytest.raises(ValueError, match="exists and is public; --public"):
+    with pytest.raises(ValueError, match="exists and is public; upload with --public"):
         push(folder, "someone/tiny", api=hub)
     assert not hub.uploads
 

@@ -53,10 +53,8 @@ def test_results_with_another_tokenizer_are_refused(checkpoint, measure, tmp_pat
     refused(checkpoint, tmp_path / "hub", results, match="another tokenizer")
 
 
-def test_results_under_another_configuration_are_refused(checkpoint, measure, tmp_path):
-    """The same weights in other blocks are another model."""
-    source = tmp_path / "source"
-    shutil.copytree(checkpoint, source)
+def test_results_under_another_configuration_are_refused(source, measure, tmp_path):
+    """The same weights with another block size are another model."""
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "layers_per_block": 3}))
     refused(source, tmp_path / "hub", measure("gsm8k"), match="configuration or code")
@@ -93,18 +91,16 @@ def test_a_folder_without_results_is_refused(checkpoint, tmp_path):
 
 def test_plain_checkpoints_are_refused(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "plain")
-    refused(tmp_path / "plain", tmp_path / "hub", match="prenorm checkpoint, a card needs an AttnRes one")
+    refused(tmp_path / "plain", tmp_path / "hub", match="prenorm checkpoint, but a card needs an AttnRes one")
 
 
-def test_a_missing_tokenizer_is_named(checkpoint, tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(checkpoint, source, ignore=shutil.ignore_patterns("*token*"))
+def test_a_missing_tokenizer_is_named(source, tmp_path):
+    for path in source.glob("*token*"):
+        path.unlink()
     refused(source, tmp_path / "hub", match="has no tokenizer")
 
 
-def test_a_damaged_checkpoint_is_named(checkpoint, tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(checkpoint, source)
+def test_a_damaged_checkpoint_is_named(source, tmp_path):
     (source / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-5])
     refused(source, tmp_path / "hub", match="not a complete safetensors file")
 
@@ -123,8 +119,7 @@ def test_placeholders_are_refused(checkpoint, name, tmp_path):
     refused(checkpoint, tmp_path / name, match="placeholder")
 
 
-def test_a_picture_that_is_not_there_is_found(checkpoint, tmp_path):
-    folder = build(checkpoint, tmp_path / "hub", execute_snippets=False)
+def test_a_picture_that_is_not_there_is_found(folder):
     with (folder / "README.md").open("a") as file:
         file.write("\n![loss](loss.png)\n")
     with pytest.raises(ValueError, match=r"links to loss\.png, which is not in the folder"):
@@ -132,15 +127,13 @@ def test_a_picture_that_is_not_there_is_found(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["depth_mixer.py", "configuration_attnres.py"])
-def test_code_that_is_not_there_is_found(checkpoint, name, tmp_path):
-    folder = build(checkpoint, tmp_path / "hub", execute_snippets=False)
+def test_code_that_is_not_there_is_found(folder, name):
     (folder / name).unlink()
     with pytest.raises(ValueError, match=f"{name}: missing"):
         validation.check_folder(folder)
 
 
-def test_a_pickle_is_found(checkpoint, tmp_path):
-    folder = build(checkpoint, tmp_path / "hub", execute_snippets=False)
+def test_a_pickle_is_found(folder):
     (folder / "optimizer.pt").touch()
     with pytest.raises(ValueError, match=r"optimizer\.pt: a pickle"):
         validation.check_folder(folder)
@@ -214,7 +207,7 @@ def test_no_folder_that_the_user_stands_or_lives_in_is_replaced(checkpoint, tmp_
         monkeypatch.chdir(out / place)
     else:
         monkeypatch.setattr(Path, "home", lambda: out / place)
-    with pytest.raises(ValueError, match=f"is the {kind} folder or holds it; name a new folder with --out"):
+    with pytest.raises(FileExistsError, match=f"is or holds the {kind} folder"):
         build(checkpoint, out, execute_snippets=False, overwrite=True)
     assert [path.name for path in out.iterdir()] == ["below"]
 
@@ -227,15 +220,13 @@ def test_a_file_in_the_place_of_results_is_named(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("card", "message"),
     [
-        ("license: 'mit <script>'", "README.md: license must be an identifier of the hub .*--license sets it"),
-        ('license: "mit\\nevil: 1"', "README.md: license must be an identifier of the hub"),
+        ("license: 'mit <script>'", "README.md: license must be an identifier of the Hub .*--license sets it"),
+        ('license: "mit\\nevil: 1"', "README.md: license must be an identifier of the Hub"),
         ("base_model: '](x) y'\ntags: [attention-residuals]", "base model must be a hub id .*--base-model sets it"),
         ("a: " + "[" * 3000, "README.md: its front matter is not valid YAML"),
     ],
     ids=["license", "license of two lines", "base model", "nested"],
 )
-def test_a_card_that_states_nonsense_is_named(checkpoint, tmp_path, card, message):
-    source = tmp_path / "source"
-    shutil.copytree(checkpoint, source)
+def test_a_card_that_states_nonsense_is_named(source, tmp_path, card, message):
     (source / "README.md").write_text(f"---\n{card}\n---\n")
     refused(source, tmp_path / "hub", match=message)
