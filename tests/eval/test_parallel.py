@@ -70,7 +70,7 @@ def test_a_killed_process_ends_the_run_at_once_and_keeps_finished_rows(checkpoin
     started = time.monotonic()
     done = launch(IN_EACH_PROCESS, "lost", checkpoint, mirror_root, tmp_path)
     assert done.returncode != 0 and time.monotonic() - started < 60
-    assert "Finished rows are kept; the same command goes on from there." in done.stderr
+    assert "finished rows are kept; run the same command again to continue" in done.stderr
     assert records.read_result(tmp_path / "arc_challenge") and not (tmp_path / "gsm8k").exists()
 
 
