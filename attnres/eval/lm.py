@@ -1,15 +1,16 @@
-"""lm-eval's transformers model with truncation counts, an error on NaN, and shared prefixes computed once."""
+"""lm-eval's transformers model that counts truncated prompts, refuses NaN and computes shared prefixes once."""
 
 import copy
 import inspect
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,68 +21,71 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from ..messages import one_line
 from .batches import Batch, Unit, plan
 from .processes import Team
 
-# Where configurations keep the longest input, in the order in which they are asked.
+# Fields in which configurations keep the longest input, in order of preference.
 LENGTH_NAMES = (
     "max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len", "model_max_length",
 )  # fmt: skip
-PORTION = 64  # tokens that are generated before rows that ended are left out
-UNLIMITED = 10**9  # tokenizers say a huge number where they know of no limit
+PORTION = 64  # tokens that are generated before finished rows are dropped from a batch
+UNLIMITED = 10**9  # tokenizers without a limit give a huge number
 
 
 class NonFiniteLogits(ArithmeticError):
-    """The model gave NaN: its scores would be those of an arbitrary choice."""
+    """The model's logits are NaN, so a score would be arbitrary."""
+
+
+class Request(NamedTuple):
+    """The part of an lm-eval request that the model reads."""
+
+    args: tuple
 
 
 class CausalLM(HFLM):
-    """HFLM that never cuts a prompt silently, and computes once what requests share.
+    """HFLM that counts the prompts it cuts, and computes once what requests share.
 
-    Likelihoods: a context goes through the model once for all its answers, and the head sees only the tokens that are
-    scored. Contexts that start with the same examples, here and where answers are generated, go on from one state.
+    For likelihoods, a context goes through the model once for all its answers, and the head computes the logits of
+    scored tokens only. Contexts with a common prefix, also of generated answers, continue from one state. On rank 0 of
+    a `team`, the batches of a single process are distributed over all ranks; other ranks have no `team`.
 
     Attributes:
-        counts: "tokens" through the model, "prompts_cut" from the left because they exceed the context, and
-            "answers_short" for which less room than the token limit was left. Cleared by the driver before a row.
-        batch_sizes_found: with batch size "auto". Likewise.
+        counts: "tokens" through the model; "prompts_cut", the prompts cut from the left because they exceed the
+            context; "answers_short", the answers with less room than the token limit. The driver clears them.
+        batch_sizes_found: sizes found for the batch size "auto". The driver clears them.
+        expect: function that the progress bar sets to learn the number of requests.
     """
 
-    def __init__(self, model, tokenizer, max_length: int, batch_size: int | str):
+    def __init__(self, model, tokenizer, max_length: int, batch_size: int | str, team: Team | None = None):
+        self._team = team
         self.counts: Counter[str] = Counter()
-        self.expect = None  # told how many requests come, by the progress bar
         self.batch_sizes_found: list[int] = []
+        self.expect = None
         self._room = 0
         self._prefix: tuple[int, ...] = ()  # of the batch that is being generated
         self._state: tuple[tuple[int, ...], object] = ((), None)
+        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
         super().__init__(
-            pretrained=model, tokenizer=tokenizer, backend="causal", max_length=max_length, batch_size=batch_size
-        )
+            pretrained=model, tokenizer=tokenizer, backend="causal", max_length=max_length, batch_size=batch_size,
+            prefix_token_id=next((token for token in ends if token is not None), None),
+        )  # fmt: skip
 
     @property
     def max_length(self) -> int:
-        # lm-eval cuts prompts so that the token limit always fits, and fails where that leaves nothing. While answers
-        # are generated, let it see as much more room as it will ask for: prompts stay whole, answers get what is left.
+        # lm-eval cuts prompts so that the token limit always fits, and fails if nothing is left of the prompt. During
+        # generation it sees as much more room as it will ask for: prompts stay whole, answers get the remaining room.
         return self._max_length + self._room
-
-    @property
-    def prefix_token_id(self) -> int:
-        # What stands before an empty context; a tokenizer may have neither begin nor end token.
-        return next(
-            token
-            for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
-            if token is not None
-        )
 
     @cached_property
     def _accepts(self) -> set[str]:
-        """Arguments of the model's forward pass; that of a model's own code may lack some."""
+        """The arguments of the model's forward pass; models with remote code may lack some."""
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         return set(inspect.signature(base.forward).parameters)
 
     @cached_property
     def _layers(self) -> set[type]:
-        """Kinds of state that the model keeps per layer; none if a pass cannot go on from where another ended."""
+        """The types of the model's cache layers; empty if a forward pass cannot continue from a state."""
         if not {"attention_mask", "past_key_values", "use_cache", "position_ids"} <= self._accepts:
             return set()
         token = torch.tensor([[self.prefix_token_id]], device=self.device)
@@ -93,13 +97,13 @@ class CausalLM(HFLM):
     def _goes_on(self) -> bool:
         """Whether answers are scored from the state after their context.
 
-        Attention alone: the chunks of linear attention fall elsewhere then, and its sums round visibly otherwise.
+        This needs pure attention: the chunks of linear attention would start elsewhere, which changes the rounding.
         """
         return bool(self._layers) and self._layers <= {DynamicLayer, DynamicSlidingWindowLayer}
 
     @property
     def _shares(self) -> bool:
-        """Whether padding may stand between prefix and prompt: only attention over everything takes no notice of it."""
+        """Whether padding may stand between prefix and prompt, which only full attention ignores."""
         return self._layers == {DynamicLayer}
 
     def tok_decode(self, tokens, skip_special_tokens=True):
@@ -118,9 +122,7 @@ class CausalLM(HFLM):
             self.counts["answers_short"] += len(context) + limit > self._max_length
             unit = Unit(context[-(self._max_length - 1) :], (number,))
             kinds.setdefault(repr(sorted(request.args[1].items())), []).append(unit)
-        if self.expect:
-            self.expect(len(requests))
-        size = self._size(None)
+        size = self.batch_size if self.batch_size != "auto" else self._detect_batch_size()
         batches = [batch for units in kinds.values() for batch in plan(units, size, self._shares)]
         return self._run("generate", [Request(request.args) for request in requests], batches, limit)
 
@@ -135,23 +137,43 @@ class CausalLM(HFLM):
             room = self._max_length + 1 - len(answer)
             self.counts["prompts_cut"] += len(context) > room
             questions.setdefault(tuple(context[-room:]), []).append(number)
-        if self.expect:
-            self.expect(len(requests))
-        size = override_bs or self._size(requests)
+        size = override_bs or self.batch_size
+        if size == "auto":
+            size = self._detect_batch_size([max(requests, key=lambda request: len(request[1]) + len(request[2]))])
         units = [unit for question in questions.items() for unit in _units(*question, requests, size)]
         return self._run("score", requests, plan(units, size, self._shares), None)
 
     def _run(self, kind: str, items: Sequence, batches: list[Batch], limit: int | None) -> list:
-        """Answers in the order of the items."""
+        """Answers all batches; returns the answers in the order of the items."""
+        if self.expect:
+            self.expect(len(items))
         work = [(batch.prefix, [items[number] for number in batch.members]) for batch in batches]
+        answer_all = self._work if self._team is None else self._distribute
         answers = [None] * len(items)
-        for batch, given in zip(batches, self.work(kind, work, limit), strict=True):
+        for batch, given in zip(batches, answer_all(kind, work, limit), strict=True):
             for number, each in zip(batch.members, given, strict=True):
                 answers[number] = each
         return answers
 
-    def work(self, kind: str, batches: list[tuple[tuple[int, ...], list]], limit: int | None) -> list[list]:
-        """Answers per batch."""
+    def _distribute(self, kind: str, batches: list, limit: int | None) -> list[list]:
+        """Has every rank answer a share of the batches; returns the answers per batch."""
+        size = self._team.size
+        shares = [(kind, batches[rank::size], limit) for rank in range(size)]
+        replies = self._team.call("answer", shares, lambda own: (self._work(*own), Counter()))
+        answers: list[list] = [[] for _ in batches]
+        for rank, (given, counts) in enumerate(replies):
+            answers[rank::size] = given
+            self.counts.update(counts)
+        return answers
+
+    def answer(self, share: tuple) -> tuple[list[list], Counter]:
+        """Answers a share of the work on another rank than 0; returns the answers per batch and the counts."""
+        self.counts.clear()
+        answers = self._work(*share)
+        return answers, Counter(self.counts)
+
+    def _work(self, kind: str, batches: list[tuple[tuple[int, ...], list]], limit: int | None) -> list[list]:
+        """Returns the answers per batch, where a batch is a prefix and its requests."""
         batch_size, self._room = self.batch_size_per_gpu, (limit or 1) - 1
         try:
             if kind == "score":
@@ -165,50 +187,25 @@ class CausalLM(HFLM):
             self.batch_size_per_gpu, self._room, self._prefix = batch_size, 0, ()
             self._state = ((), None)
 
-    def _size(self, requests: Sequence | None) -> int:
-        """Sequences per batch; found by trial with the longest request where the user said "auto"."""
-        if self.batch_size != "auto":
-            return self.batch_size
-        if requests is None:
-            return self._detect_batch_size()
-        return self._detect_batch_size([max(requests, key=lambda request: len(request[1]) + len(request[2]))])
-
     def _detect_batch_size(self, requests=None, pos=0):
         tokens = self.counts["tokens"]
         found = super()._detect_batch_size(requests, pos)
-        self.counts["tokens"] = tokens  # trials answer nothing
+        self.counts["tokens"] = tokens  # the trials do not count
         self.batch_sizes_found.append(found)
         return found
 
     @torch.no_grad()
     def _score(self, prefix: tuple[int, ...], requests: list[tuple]) -> list[tuple[float, bool]]:
-        """Log-likelihood of each answer, and whether it is what the model would say."""
+        """Returns the log-likelihood of each answer, and whether greedy decoding would give it."""
         answers = [tuple(answer) for _, _, answer in requests]
         contexts = [
             tuple(context[-(self._max_length + 1 - len(answer)) :])
             for (_, context, _), answer in zip(requests, answers, strict=True)
         ]
-        rows = {context: row for row, context in enumerate(dict.fromkeys(contexts))}
-        row_of = [rows[context] for context in contexts]
-        longer = [number for number, answer in enumerate(answers) if len(answer) > 1]
-        if not self._goes_on:
-            scored = self._score_whole(contexts, answers)
+        if self._goes_on:
+            scored = self._score_from_state(prefix, contexts, answers)
         else:
-            start = len(prefix)
-            tokens, mask = self._padded([context[start:] for context in rows], "left")
-            state = self._state_after(prefix, len(rows))
-            mask = torch.cat([mask.new_ones(len(rows), start), mask], dim=1)
-            logits, state = self._forward(tokens, mask, state, 1, bool(longer))
-            first = self._log_softmax(logits[:, -1])  # [R, V]
-            scored = [first[row][None] for row in row_of]
-            if longer:
-                index = torch.tensor([row_of[number] for number in longer], device=self.device)
-                state.reorder_cache(index)
-                tokens, own = self._padded([answers[number][:-1] for number in longer], "right")
-                logits, _ = self._forward(tokens, torch.cat([mask[index], own], dim=1), state, tokens.shape[1], False)
-                rest = self._log_softmax(logits)  # [L, T, V]
-                for place, number in enumerate(longer):
-                    scored[number] = torch.cat([scored[number], rest[place, : len(answers[number]) - 1]])
+            scored = self._score_whole(contexts, answers)
         results = []
         for (strings, *_), answer, each in zip(requests, answers, scored, strict=True):
             wanted = torch.tensor(answer, device=each.device)
@@ -218,31 +215,51 @@ class CausalLM(HFLM):
                 self.cache_hook.add_partial("loglikelihood", strings, results[-1])
         return results
 
-    def _score_whole(self, contexts: list[tuple], answers: list[tuple]) -> list[torch.Tensor]:
-        """Without a state to go on from: each context with each answer, padded on the right, equal ones once."""
+    def _score_from_state(self, prefix: tuple[int, ...], contexts: list, answers: list) -> list[torch.Tensor]:
+        """Returns the log-probabilities of each answer's tokens `[T, V]`; each context goes through the model once."""
+        start = len(prefix)
+        rows = {context: row for row, context in enumerate(dict.fromkeys(contexts))}
+        row_of = [rows[context] for context in contexts]
+        longer = [number for number, answer in enumerate(answers) if len(answer) > 1]
+        tokens, mask = self._padded([context[start:] for context in rows], "left")
+        state = self._state_after(prefix, len(rows))
+        mask = torch.cat([mask.new_ones(len(rows), start), mask], dim=1)
+        logits, state = self._forward(tokens, mask, state, 1, bool(longer))
+        first = logits[:, -1].log_softmax(dim=-1)  # [R, V]
+        scored = [first[row][None] for row in row_of]
+        if longer:
+            index = torch.tensor([row_of[number] for number in longer], device=self.device)
+            state.reorder_cache(index)
+            tokens, own = self._padded([answers[number][:-1] for number in longer], "right")
+            logits, _ = self._forward(tokens, torch.cat([mask[index], own], dim=1), state, tokens.shape[1], False)
+            rest = logits.log_softmax(dim=-1)  # [L, T, V]
+            for place, number in enumerate(longer):
+                scored[number] = torch.cat([scored[number], rest[place, : len(answers[number]) - 1]])
+        return scored
+
+    def _score_whole(self, contexts: list, answers: list) -> list[torch.Tensor]:
+        """Returns the log-probabilities of each answer's tokens `[T, V]`, each read with its context."""
         whole = [context + answer[:-1] for context, answer in zip(contexts, answers, strict=True)]
         rows = {each: row for row, each in enumerate(dict.fromkeys(whole))}
         tokens, _ = self._padded(list(rows), "right")
         length = tokens.shape[1]
         kept = length - min(len(context) for context in contexts) + 1
-        logits = self._log_softmax(self._forward(tokens, None, None, kept, None)[0])
+        logits = self._forward(tokens, None, None, kept, None)[0].log_softmax(dim=-1)
         starts = [len(context) - 1 - (length - kept) for context in contexts]
         return [
             logits[rows[each], start : start + len(answer)]
             for each, start, answer in zip(whole, starts, answers, strict=True)
         ]
 
-    def _log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
-        return torch.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
-
     def _forward(self, tokens, mask, state, kept: int, use_cache: bool | None) -> tuple[torch.Tensor, Cache | None]:
-        """Logits of the last `kept` tokens `[R, kept, V]`, and the state after all tokens.
+        """Returns the logits of the last `kept` tokens `[R, kept, V]`, and the state after all tokens.
 
         Args:
-            tokens: `[R, T]`.
-            mask: `[R, S + T]`, 1 where there is a token of the state or of these; None for none at all.
-            state: after S tokens, or None.
-            use_cache: None where the model does not know the argument.
+            tokens: token ids `[R, T]`.
+            mask: `[R, S + T]`, 1 for tokens and 0 for padding, those of the state included; None for no mask.
+            state: state after S tokens, or None.
+            kept: number of tokens whose logits are computed.
+            use_cache: whether to return a state; None for a model without this argument.
         """
         inputs = {"logits_to_keep": kept} if "logits_to_keep" in self._accepts else {}
         if use_cache is not None:
@@ -250,18 +267,13 @@ class CausalLM(HFLM):
         if mask is not None:
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
             inputs["position_ids"] = positions[:, -tokens.shape[1] :]
-            inputs["attention_mask"] = None if mask.all() else mask  # without padding there are faster kernels
-        with torch.autocast(
-            device_type=self.device.type,
-            dtype=self.mixed_precision_dtype,
-            enabled=self.mixed_precision_dtype is not None,
-        ):
-            output = self.model(tokens, **inputs)
+            inputs["attention_mask"] = None if mask.all() else mask  # faster kernels run without a mask
+        output = self.model(tokens, **inputs)
         self.counts["tokens"] += tokens.numel()
         return _without_nan(output.logits[:, -kept:]), getattr(output, "past_key_values", None)
 
     def _state_after(self, prefix: tuple[int, ...], rows: int) -> Cache | None:
-        """A state of `rows` equal sequences; the prefix itself goes through the model once."""
+        """Returns the state of `rows` copies of the prefix, which goes through the model once."""
         if not prefix:
             return None
         if self._state[0] != prefix:
@@ -273,16 +285,12 @@ class CausalLM(HFLM):
         return state
 
     def _padded(self, sequences: list[tuple], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens `[R, T]` and mask `[R, T]`."""
-        length = max(map(len, sequences))
-        pad = self.tokenizer.pad_token_id
-        if side == "left":
-            tokens = [[pad] * (length - len(each)) + list(each) for each in sequences]
-            mask = [[0] * (length - len(each)) + [1] * len(each) for each in sequences]
-        else:
-            tokens = [list(each) + [pad] * (length - len(each)) for each in sequences]
-            mask = [[1] * len(each) + [0] * (length - len(each)) for each in sequences]
-        return torch.tensor(tokens, device=self.device), torch.tensor(mask, device=self.device)
+        """Returns the padded tokens `[R, T]` and their mask `[R, T]`."""
+        rows = [torch.tensor(each, dtype=torch.long) for each in sequences]
+        pad = {"batch_first": True, "padding_side": side}
+        tokens = pad_sequence(rows, padding_value=self.tokenizer.pad_token_id, **pad)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], **pad)
+        return tokens.to(self.device), mask.to(self.device)
 
     def _model_call(self, inps, attn_mask=None, labels=None):
         logits = super()._model_call(inps, attn_mask=attn_mask, labels=labels)
@@ -290,12 +298,14 @@ class CausalLM(HFLM):
         return _without_nan(logits)
 
     def _model_generate(self, context, max_length, stop, **generation_kwargs):
-        """Tokens `[R, T]`: the context and what follows it, in portions after each of which rows that ended are left
-        out: lm-eval goes on with all of them until the last one stops."""
+        """Returns the contexts with their continuations: token ids `[R, T]`.
+
+        Generates in portions and drops finished rows after each; lm-eval continues all rows until the last one stops.
+        """
         max_length = min(max_length, self._max_length)
         mask = generation_kwargs.pop("attention_mask", torch.ones_like(context))
         context, mask, state = self._after_prefix(context, mask)
-        start, pad = context.shape[1], self.tokenizer.pad_token_id
+        start = context.shape[1]
         self.counts["tokens"] += context.numel() - len(self._prefix) * len(context)
         ended: dict[int, torch.Tensor] = {}
         rows, tokens = list(range(len(context))), context
@@ -309,37 +319,35 @@ class CausalLM(HFLM):
                 )  # fmt: skip
             tokens, state = output.sequences, output.past_key_values
             self.counts["tokens"] += (tokens.shape[1] - width) * len(rows)
-            over = tokens.shape[1] < portion or portion == max_length  # all have ended, or may not go on
+            over = tokens.shape[1] < portion or portion == max_length  # all rows have ended or have no room left
             going = [place for place in range(len(rows)) if not over and not self._ended(tokens[place, start:], stop)]
             ended |= {row: tokens[place] for place, row in enumerate(rows) if place not in going}
             if going and len(going) < len(rows):
                 state.reorder_cache(torch.tensor(going, device=self.device))
             mask = torch.cat([mask, mask.new_ones(len(rows), tokens.shape[1] - width)], dim=1)[going]
             rows, tokens = [rows[place] for place in going], tokens[going]
-        longest = max(len(row) for row in ended.values())
-        return torch.stack(
-            [torch.nn.functional.pad(ended[row], (0, longest - len(ended[row])), value=pad) for row in sorted(ended)]
-        )
+        continued = [ended[row] for row in range(len(context))]
+        return pad_sequence(continued, batch_first=True, padding_value=self.tokenizer.pad_token_id)
 
     def _ended(self, answer: torch.Tensor, stop: list[str]) -> bool:
-        """Whether an answer holds the end token or a text at which lm-eval cuts it off."""
+        """Returns whether an answer holds the end token or a text at which lm-eval cuts it off."""
         text = self.tok_decode(answer.tolist(), skip_special_tokens=False)
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         return any(part in text for part in stop if part) or any(token in ends for token in answer.tolist())
 
     def _after_prefix(self, context, mask) -> tuple[torch.Tensor, torch.Tensor, Cache | None]:
-        """Prefix, padding, prompt, as wide as before, so that the answer starts where lm-eval looks for it.
+        """Moves the padding between prefix and prompt, at the same width, because lm-eval cuts answers by position.
 
         Returns:
-            tokens `[R, T]`, mask `[R, T]`, and the state after the prefix.
+            Tokens `[R, T]`, mask `[R, T]`, and the state after the prefix.
         """
         start = len(self._prefix)
         if not start:
             return context, mask, None
         prompts = [tuple(row[seen.bool()].tolist()) for row, seen in zip(context, mask, strict=True)]
         if any(prompt[:start] != self._prefix for prompt in prompts):
-            raise ValueError("lm-eval encoded a batch of prompts otherwise than each alone")
+            raise ValueError("lm-eval encoded a batch of prompts differently from the single prompts")
         tokens, own = self._padded([prompt[start:] for prompt in prompts], "left")
         same = torch.tensor([self._prefix], device=self.device).expand(len(prompts), -1)
         state = self._state_after(self._prefix, len(prompts))
@@ -347,51 +355,22 @@ class CausalLM(HFLM):
 
 
 def _units(context: tuple[int, ...], numbers: list[int], requests: Sequence, size: int) -> Iterator[Unit]:
-    """A question with its answers, or parts of it with as many as go into a batch; those of one token cost nothing."""
+    """Splits the answers to one context into units that fit a batch; answers of one token take no room of their own."""
     ordered = sorted(numbers, key=lambda number: (-len(requests[number][2]), tuple(requests[number][2]), number))
     longer = [number for number in ordered if len(requests[number][2]) > 1]
-    short = ordered[len(longer) :]
     parts = [longer[start : start + size] for start in range(0, len(longer), size)] or [[]]
-    parts[-1] = parts[-1] + short
-    for part in parts:
-        weight = sum(len(requests[number][2]) > 1 for number in part)
-        yield Unit(context, tuple(part), len(requests[part[0]][2]) - 1, max(1, weight))
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the model needs of lm-eval's request."""
-
-    args: tuple
-
-
-class LeadingLM(CausalLM):
-    """The first of several processes: deals out the batches that it would make alone, and puts the answers together.
-
-    The same batches, because the last bits of a score depend on what else is in a batch.
-    """
-
-    def __init__(self, team: Team, *args):
-        super().__init__(*args)
-        self._team = team
-
-    def work(self, kind: str, batches: list[tuple[tuple[int, ...], list]], limit: int | None) -> list[list]:
-        size = self._team.size
-        shares = [(kind, batches[rank::size], limit) for rank in range(size)]
-        replies = self._team.call("answer", shares, lambda own: (super(LeadingLM, self).work(*own), Counter()))
-        answers: list[list] = [[] for _ in batches]
-        for rank, (given, counts) in enumerate(replies):
-            answers[rank::size] = given
-            self.counts.update(counts)
-        return answers
+    weights = [max(1, len(part)) for part in parts]
+    parts[-1] = parts[-1] + ordered[len(longer) :]
+    for part, weight in zip(parts, weights, strict=True):
+        yield Unit(context, tuple(part), len(requests[part[0]][2]) - 1, weight)
 
 
 @contextmanager
 def _plain_greedy(model) -> Iterator[None]:
-    """Only the token ids of the checkpoint's generation_config: the rest would bend the greedy answers of one model.
+    """Reduces the model's generation_config to its token ids inside the block.
 
-    do_sample=False leaves its beams, penalties and suppressed tokens in force, and what is passed as
-    `generation_config=` is filled up from it. Changed in place, because wrappers (PEFT) share the object.
+    do_sample=False leaves the checkpoint's beams, penalties and suppressed tokens in force, and they also fill up a
+    `generation_config=` argument. The object is changed in place, because wrappers such as PEFT share it.
     """
     config = model.generation_config
     own = dict(vars(config))
@@ -417,38 +396,37 @@ def _without_nan(logits):
 
 
 def load_tokenizer(source: str, trust_remote_code: bool):
-    """The tokenizer of a checkpoint, with a padding token.
+    """Loads the tokenizer of a checkpoint and gives it a padding token.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the tokenizer cannot be loaded or has no tokens.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        usable = len(tokenizer) > 0
+        if len(tokenizer) == 0:
+            raise ValueError("it has no tokens")
     except Exception as error:  # damaged files can fail anywhere in transformers
-        raise ValueError(
-            f"{source}: no tokenizer can be loaded from it ({_line(error)}). Name one with --tokenizer."
-        ) from None
-    if not usable:
-        raise ValueError(f"{source}: its tokenizer has no tokens. Name one with --tokenizer.")
+        reason = one_line(error)
+        raise ValueError(f"{source}: no tokenizer can be loaded ({reason}); name one with --tokenizer") from None
     return with_padding(tokenizer)
 
 
 def with_padding(tokenizer):
-    """A token to pad with: masked wherever it is used, so any will do, and no embedding has to be added for it."""
+    """Returns the tokenizer with a padding token from its vocabulary, which will do because padding is masked."""
     if tokenizer.pad_token_id is None:
-        for other in (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token):
-            if other is not None:
-                tokenizer.pad_token = other
-                break
-        else:
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+        others = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token)
+        known = [token for token in others if token is not None]
+        tokenizer.pad_token = known[0] if known else tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 
 def load_model(folder: str, dtype: str, device_map, trust_remote_code: bool, device: str, load_in_4bit: bool = False):
-    """A causal LM by transformers; on one device unless there is a device map."""
-    options = {}
+    """Loads a causal LM through transformers, on one device unless there is a device map.
+
+    Raises:
+        ValueError: transformers cannot load it, or the weight files lack tensors.
+    """
+    options = {}  # a None would replace the quantization_config of a quantised checkpoint
     if load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     try:
@@ -461,38 +439,41 @@ def load_model(folder: str, dtype: str, device_map, trust_remote_code: bool, dev
             **options,
         )
     except Exception as error:  # a damaged checkpoint can fail anywhere in transformers
-        raise ValueError(f"{folder}: transformers cannot load it as a causal language model ({_line(error)})") from None
-    if found["missing_keys"]:
-        missing = sorted(found["missing_keys"])
+        reason = one_line(error)
+        raise ValueError(f"{folder}: transformers cannot load it as a causal language model ({reason})") from None
+    if missing := sorted(found["missing_keys"]):
         raise ValueError(
-            f"{folder}: its weight files lack {len(missing)} tensors of a {type(model).__name__}, as {missing[0]}; "
-            "transformers made them up, so nothing is evaluated. Check the files, and model_type in config.json."
+            f"{folder}: its weight files lack {len(missing)} tensors of a {type(model).__name__}, such as {missing[0]} "
+            "(transformers fills them with random values); check the files and model_type in config.json"
         )
     return model.eval()
 
 
 def check_device(name: str) -> None:
-    """Says before hours of hashing and loading that a device is not there.
+    """Checks that torch can use a device.
 
     Raises:
-        ValueError: so it is, and why.
+        ValueError: torch cannot use the device.
     """
     try:
         torch.empty(1, device=name)
-    except Exception as error:  # each backend has its own
-        raise ValueError(f"--device {name}: torch cannot use it ({_line(error)}); such as cpu or cuda:0") from None
+    except Exception as error:  # each backend has its own exceptions
+        reason = one_line(error)
+        raise ValueError(f"--device {name}: torch cannot use it ({reason}); name another one, such as cpu") from None
 
 
 def context_length(config, tokenizer, given: int | None, name: str) -> int:
-    """Tokens that fit: as given, as the configuration or one nested in it says, or as the tokenizer says.
+    """Returns the longest input in tokens: as given, else as the configuration or the tokenizer says.
 
-    lm-eval falls back to 2048 where it finds nothing; a long prompt would then be cut although the model could read it.
+    lm-eval falls back to 2048 if it finds nothing, and would cut long prompts that the model could read.
+
+    Raises:
+        ValueError: the length is not given and not found.
     """
     if given:
         return given
-    text = config.get_text_config()
     nested = [getattr(config, key, None) for key in getattr(config, "sub_configs", {})]
-    for place in [text, config, *nested]:
+    for place in [config.get_text_config(), config, *nested]:
         for key in LENGTH_NAMES:
             value = getattr(place, key, None)
             if isinstance(value, int) and value > 0:
@@ -500,22 +481,7 @@ def context_length(config, tokenizer, given: int | None, name: str) -> int:
     length = getattr(tokenizer, "model_max_length", None)
     if length and length < UNLIMITED:
         return int(length)
-    raise ValueError(f"{name}: neither configuration nor tokenizer says how long an input may be. Pass --max-length.")
+    raise ValueError(f"{name}: neither configuration nor tokenizer says how long an input may be; pass --max-length")
 
 
-def wrap(model, tokenizer, max_length: int, batch_size: int | str, team: Team | None = None) -> CausalLM:
-    """The model for lm-eval; the one that leads, or one that follows, where several processes share the work."""
-    if team is None or team.rank != 0:
-        return CausalLM(model, tokenizer, max_length, batch_size)
-    return LeadingLM(team, model, tokenizer, max_length, batch_size)
-
-
-def answer(lm: CausalLM, share: tuple) -> tuple[list[list], Counter]:
-    """A share's answers, with what was counted meanwhile."""
-    lm.counts.clear()
-    answers = lm.work(*share)
-    return answers, Counter(lm.counts)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+wrap = CausalLM  # the name in benchmarks/eval_speed.py

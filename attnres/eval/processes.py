@@ -1,8 +1,8 @@
-"""One evaluation on several processes, as `accelerate launch` or torchrun starts them.
+"""One evaluation on several processes, started by `accelerate launch` or torchrun.
 
-Rank 0 leads: it does all that a single process does, but deals the model's batches out to all. The others
-hold a copy of the model each and answer. So prompts, batches and scores are those of one process, only one decides what
-is measured, reads data and writes, and an error in any share reaches the one place where rows fail.
+Rank 0 does all that a single process does, but distributes the model's batches over all ranks. The other ranks hold a
+copy of the model each and answer their share. So prompts, batches and scores are those of one process, only rank 0
+chooses the rows, reads data and writes, and an error on any rank fails the row on rank 0.
 """
 
 import atexit
@@ -11,34 +11,35 @@ import pickle
 import re
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
+import torch
+import torch.distributed as distributed
+
+from ..messages import one_line
+
 END = "end"
-PATIENCE = timedelta(weeks=52)  # shares take hours; a process that is lost closes its connections, which is noticed
+TIMEOUT = timedelta(weeks=52)  # a share can take hours; a lost process is noticed because its connections close
+RESUME = "finished rows are kept; run the same command again to continue"
 
 
 class ProcessLost(ConnectionError):
-    """Another process is gone: nothing more can be measured."""
+    """Another process has ended, so nothing more can be measured."""
 
 
 class Team:
-    """The processes of one evaluation. Objects travel over gloo, whatever the devices."""
+    """The processes of one evaluation, which exchange objects over gloo on every kind of device."""
 
     def __init__(self, device: str):
-        import torch
-        import torch.distributed as distributed
-
-        self._distributed = distributed
         self._owned = not distributed.is_initialized()
-        if not self._owned:
-            self._group = distributed.new_group(backend="gloo", timeout=PATIENCE)
-        else:
-            distributed.init_process_group("gloo", timeout=PATIENCE)
+        if self._owned:
+            distributed.init_process_group("gloo", timeout=TIMEOUT)
             self._group = distributed.group.WORLD
+        else:
+            self._group = distributed.new_group(backend="gloo", timeout=TIMEOUT)
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         self._ended = False
         if device != "cpu" and torch.accelerator.is_available():
@@ -48,13 +49,13 @@ class Team:
 
     @contextmanager
     def leading(self) -> Iterator[Callable[[object], None]]:
-        """What rank 0 does; gives the function that tells the others the outcome.
+        """Runs rank 0's block and yields a function that sends the outcome to the other ranks.
 
-        An error that rank 0 raises in here is raised by the others too.
+        An exception in the block is raised on the other ranks as well.
         """
-        with _termination_raises(f"this process was told to end, as launchers do when another of {self.size} is lost"):
+        with _termination_raises(f"this process was told to end, as happens when another of {self.size} is lost"):
             try:
-                yield lambda outcome: self._end(outcome)
+                yield self._end
             except ProcessLost:
                 raise
             except Exception as error:
@@ -62,12 +63,9 @@ class Team:
                 raise
 
     def follow(self, handlers: dict[str, Callable]):
-        """What all others do: answer until the first ends; its outcome, or its error raised."""
+        """Answers rank 0's calls until it ends; returns its outcome, or raises its exception."""
         while True:
-            inbox = [None]
-            with self._connected():
-                self._distributed.scatter_object_list(inbox, None, src=0, group=self._group)
-            command, payload = inbox[0]
+            command, payload = self._scatter(None)
             if command == END:
                 self._ended = True
                 if isinstance(payload, Exception):
@@ -75,23 +73,21 @@ class Team:
                 return payload
             reply = _attempt(handlers[command], payload)
             with self._connected():
-                self._distributed.gather_object(reply, None, dst=0, group=self._group)
+                distributed.gather_object(reply, None, dst=0, group=self._group)
 
     def call(self, command: str, payloads: Sequence, handle: Callable) -> list:
-        """Has every process handle its payload, this one by `handle`; the results in order of the processes.
+        """Has every rank handle its payload, rank 0 by `handle`; returns the results in the order of the ranks.
 
         Raises:
-            Exception: what the first process that failed raised, after all have answered.
-            ProcessLost: there is no answer to wait for.
+            Exception: the exception of the first rank that failed, raised after all have answered.
+            ProcessLost: another process has ended.
         """
-        with self._connected():
-            messages = [(command, payload) for payload in payloads]
-            self._distributed.scatter_object_list([None], messages, src=0, group=self._group)
+        self._scatter([(command, payload) for payload in payloads])
         own = _attempt(handle, payloads[0])
         replies = [None] * self.size
         with self._connected():
-            self._distributed.gather_object(None, replies, dst=0, group=self._group)
-        replies[0] = own  # which may be what cannot be sent, such as a model
+            distributed.gather_object(None, replies, dst=0, group=self._group)
+        replies[0] = own  # it may hold what cannot be pickled, such as a model
         for _, error, trace in replies:
             if error is not None:
                 if error.__traceback__ is None:
@@ -100,40 +96,43 @@ class Team:
         return [result for result, _, _ in replies]
 
     def _end(self, outcome):
-        with self._connected():
-            self._distributed.scatter_object_list([None], [(END, outcome)] * self.size, src=0, group=self._group)
+        self._scatter([(END, outcome)] * self.size)
         self._ended = True
 
+    def _scatter(self, messages: list | None) -> tuple:
+        """Sends rank 0's messages, one to each rank; returns the message to this rank."""
+        inbox = [None]
+        with self._connected():
+            distributed.scatter_object_list(inbox, messages, src=0, group=self._group)
+        return inbox[0]
+
     def _leave_together(self):
-        """A launcher stops all processes when one ends with an error: the first must have said everything by then."""
+        """Waits for all ranks at exit: a launcher kills the others, rank 0 included, as soon as one exits with 1."""
         if not self._ended:
             return
         with suppress(OSError, ValueError):
             sys.stdout.flush()
-        with suppress(RuntimeError, ValueError):  # one of them is gone already
-            self._distributed.barrier(group=self._group)
+        with suppress(RuntimeError, ValueError):  # raised where another process has ended already
+            distributed.barrier(group=self._group)
             if self._owned:
-                self._distributed.destroy_process_group()
+                distributed.destroy_process_group()
 
     @contextmanager
     def _connected(self):
         try:
             yield
         except RuntimeError as error:
-            reason = re.sub(r"^\[\S*\] ", "", " ".join(str(error).split())).split(". ")[0][:160]
-            raise ProcessLost(
-                f"another of {self.size} processes is lost ({reason}). Finished rows are kept; the same command goes "
-                "on from there."
-            ) from None
+            reason = re.sub(r"^\[\S*\] ", "", one_line(error, 10_000)).split(". ")[0][:160]
+            raise ProcessLost(f"another of {self.size} processes is lost ({reason}); {RESUME}") from None
 
 
 def join(device: str) -> Team | None:
-    """The processes that were started with this one; None if there are no others."""
+    """Joins the processes that were started with this one; None for a single process."""
     return Team(device) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
 
 
 def _attempt(handle: Callable, payload) -> tuple:
-    """The result, or the error with its trace: whoever fails must still answer, or the others wait forever."""
+    """Returns (result, None, None), or (None, error, traceback): without a reply the other ranks would wait forever."""
     try:
         return handle(payload), None, None
     except ProcessLost:
@@ -143,7 +142,7 @@ def _attempt(handle: Callable, payload) -> tuple:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or one of the same words where it does not survive being sent."""
+    """Returns the error, or a RuntimeError with the same message if it cannot be pickled."""
     with suppress(Exception):
         if str(pickle.loads(pickle.dumps(error))) == str(error):
             return error
@@ -152,14 +151,11 @@ def _portable(error: Exception) -> Exception:
 
 @contextmanager
 def _termination_raises(reason: str):
-    """SIGTERM as an error, so that one line says what happened."""
+    """Turns SIGTERM into a ProcessLost exception inside the block, so that the command ends with one line."""
 
     def stop(number, frame):
-        raise ProcessLost(f"{reason}. Finished rows are kept; the same command goes on from there.")
+        raise ProcessLost(f"{reason}; {RESUME}")
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield

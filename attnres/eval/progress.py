@@ -1,26 +1,17 @@
-"""One bar per row, where lm-eval shows one per task and step."""
+"""Shows one progress bar per row, where lm-eval shows one per task and step."""
 
 import logging
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
+from types import SimpleNamespace
 from typing import TextIO
 
 from tqdm import tqdm
 
 
-class _CountAnswers:
-    """lm-eval calls its cache's hook once for every answer."""
-
-    def __init__(self, bar: tqdm):
-        self.bar = bar
-
-    def add_partial(self, *_):
-        self.bar.update()
-
-
 @contextmanager
 def request_bar(lm, description: str, stream: TextIO):
-    """Shows how many of a row's requests the model has answered."""
+    """Shows inside the block how many of a row's requests the model has answered."""
     hook = lm.cache_hook
     with tqdm(desc=description, unit="request", file=stream, leave=False) as bar:
 
@@ -28,7 +19,8 @@ def request_bar(lm, description: str, stream: TextIO):
             bar.total = (bar.total or 0) + requests
             bar.refresh()
 
-        lm.cache_hook, lm.expect = _CountAnswers(bar), expect
+        # lm-eval calls the hook of its cache once for every answer.
+        lm.cache_hook, lm.expect = SimpleNamespace(add_partial=lambda *_: bar.update()), expect
         try:
             yield
         finally:
@@ -37,7 +29,7 @@ def request_bar(lm, description: str, stream: TextIO):
 
 @contextmanager
 def quiet_lm_eval():
-    """lm-eval warns of options that are set on purpose, logs every task, prints, and shows fleeting bars."""
+    """Hides what lm-eval logs and prints inside the block, its progress bars included."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,12 +1,13 @@
-"""Result files: written atomically, validated when read, never deleted."""
+"""Result files: written atomically, validated when read, and never deleted."""
 
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
-from tempfile import TemporaryFile
+
+from .. import folders
+from ..messages import one_line
 
 RESULT, SAMPLES, FAILURE = "result.json", "samples.jsonl", "failure.txt"
 NUMBER = (int, float)
@@ -23,56 +24,32 @@ FIELDS = {
 
 
 def write_json(path: Path, content) -> None:
-    """JSON, so that a reader sees the old file or the new one."""
+    """Writes a JSON file atomically."""
     write_text(path, [json.dumps(content, indent=2, ensure_ascii=False, default=str), "\n"])
 
 
 def write_lines(path: Path, objects: Iterable) -> str:
-    """JSON lines, likewise; their SHA-256."""
+    """Writes a file of JSON lines atomically and returns its SHA-256."""
     return write_text(path, (json.dumps(each, ensure_ascii=False, default=str) + "\n" for each in objects))
 
 
 def write_text(path: Path, pieces: Iterable[str]) -> str:
-    """Text in pieces, likewise; the SHA-256 of what was written, whatever another process makes of the file later.
+    """Joins pieces of text, writes them atomically and returns the SHA-256 of the file.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written; no part of the file is left.
+        OSError: the disk is full, or the folder cannot be written; no part of the file is left behind.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    digest = hashlib.sha256()
-    try:
-        with partial.open("wb") as file:
-            for piece in pieces:
-                # A lone surrogate, which a tokenizer can produce, has no UTF-8.
-                content = piece.encode("utf-8", errors="backslashreplace")
-                file.write(content)
-                digest.update(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return digest.hexdigest()
-
-
-def check_writable(folder: Path) -> None:
-    """Says before anything is measured that a folder, or the one that it would be made in, cannot be written.
-
-    Raises:
-        OSError: so it is, and why.
-    """
-    while not folder.exists():
-        folder = folder.parent
-    with TemporaryFile(dir=folder):
-        pass
+    # A tokenizer can produce lone surrogates, which have no UTF-8.
+    content = "".join(pieces).encode("utf-8", errors="backslashreplace")
+    folders.write_text(path, content.decode())
+    return hashlib.sha256(content).hexdigest()
 
 
 def read_result(folder: Path) -> dict | None:
-    """The result in a row's folder, None where there is none.
+    """Reads the result in a row's folder; None if there is none.
 
     Raises:
-        ValueError: the file is there and is no result.
+        ValueError: the file is not a result, or its samples are missing.
     """
     path = folder / RESULT
     try:
@@ -80,39 +57,35 @@ def read_result(folder: Path) -> dict | None:
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({' '.join(str(error).split())[:120]})") from None
+        raise ValueError(f"{path}: not valid JSON ({one_line(error, 120)})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a result, but {type(content).__name__}")
+        raise ValueError(f"{path}: not a result: must hold a JSON object, got {type(content).__name__}")
     check_fields(content, FIELDS, f"{path}: not a result")
     for choice in content["protocol"]:
         if not isinstance(choice, dict) or not {"choice", "value", "origin"} <= set(choice):
             raise ValueError(f"{path}: not a result: protocol must hold choice, value, origin; got {repr(choice)[:60]}")
     if content["row"] != folder.name:
-        raise ValueError(f"{path}: row must be {folder.name!r} as the folder's name, got {content['row']!r}")
+        raise ValueError(f"{path}: row must be {folder.name!r}, the name of the folder, got {content['row']!r}")
     if not (folder / SAMPLES).is_file():
         raise ValueError(f"{folder / SAMPLES}: is missing beside its result")
     return content
 
 
 def check_samples(folder: Path, result: dict) -> None:
-    """Refuses samples that are not those which the result was computed from.
+    """Checks that a row's samples are those that its result was computed from.
 
     Raises:
-        ValueError: they are cut, changed, or of another evaluation that wrote into the folder at the same time.
+        ValueError: the samples were cut or changed, or written by another evaluation at the same time.
     """
-    digest = hashlib.sha256()
-    with (folder / SAMPLES).open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    if digest.hexdigest() != result["samples_sha256"]:
+    if hashlib.sha256((folder / SAMPLES).read_bytes()).hexdigest() != result["samples_sha256"]:
         raise ValueError(f"{folder / SAMPLES}: not the samples that {RESULT} beside it was computed from")
 
 
 def check_fields(content: dict, fields: dict, where: str) -> None:
-    """Refuses a field, named with dots, that is missing, of another type or no finite number.
+    """Checks that fields, named with dots, exist and have the right types.
 
     Raises:
-        ValueError: naming the field, its value and the types that it may have.
+        ValueError: a field is missing, has another type or is not a finite number.
     """
     for name, kinds in fields.items():
         value = content
@@ -127,22 +100,21 @@ def check_fields(content: dict, fields: dict, where: str) -> None:
             raise ValueError(f"{where}: {name} must be {allowed}, got {repr(value)[:60]}")
 
 
-def set_aside(folder: Path) -> Path | None:
-    """Moves a row's files that no longer count into a numbered folder beside them; the folder, None without files."""
+def set_aside(folder: Path) -> None:
+    """Moves the files of an outdated result into a numbered folder beside them."""
     files = [folder / name for name in (RESULT, SAMPLES, FAILURE) if (folder / name).exists()]
     if not files:
-        return None
+        return
     number = 1
     while (aside := folder / f"superseded-{number}").exists():
         number += 1
     aside.mkdir()
     for path in files:
         path.rename(aside / path.name)
-    return aside
 
 
 def differences(first, second, prefix: str = "") -> list[str]:
-    """Dotted names of what differs between two fingerprints."""
+    """Returns the dotted names of the fields in which two fingerprints differ."""
     if isinstance(first, dict) and isinstance(second, dict):
         return [
             found

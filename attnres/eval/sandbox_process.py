@@ -1,15 +1,15 @@
-"""The launcher of one sandboxed process: builds the fences, then runs `serve` or `check` inside.
+"""The launcher of one sandboxed process: sets up the fences, then runs `serve` or `check` inside.
 
-Run as a script, `python -I sandbox_process.py ROLE FD DIRECTORY TIMEOUT`, with a stripped environment. Standard
-input carries the length of the text in bytes, a newline and the text, and stays open: when it closes, because the
-harness closed it or died, everything inside ends. Standard output carries JSON lines: first the fences that stand,
-then, from the checker, the verdict.
+It runs as a script, `python -I sandbox_process.py ROLE FD DIRECTORY TIMEOUT`, without the harness's environment.
+Standard input carries the length of the text in bytes, a newline and the text, and stays open: everything inside ends
+when it closes, because the harness closed it or died. Standard output carries lines of JSON: the fences that stand and,
+from the checker, the verdict.
 
-    harness -> launcher -> process 1 of a PID namespace, which waits for standard input -> the program, pid 2
+    harness -> launcher -> process 1 of a PID namespace, which waits for standard input -> the program, process 2
 
-Fences, each raised where the kernel allows it and reported: PID, mount, network and IPC namespaces (with a user
-namespace where not root), a root that holds the Python installation read-only and one small writable directory, a
-user id of its own where root, no capabilities, no new privileges, resource limits.
+The fences, each set up if the kernel allows it: PID, mount, network and IPC namespaces (in a user namespace unless run
+by root), a root folder with the Python installation, read-only, and one small writable folder, a user id of its own if
+run by root, no capabilities, no new privileges, and resource limits.
 """
 
 import ctypes
@@ -45,15 +45,16 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def call(name: str, *arguments):
-    """A function of the C library; its failure, or its absence, is an OSError."""
+    """Calls a function of the C library; raises OSError if it fails or does not exist."""
     function = getattr(libc, name, None)
     if function is None:
-        raise OSError(f"no {name} here")
+        raise OSError(f"the C library has no {name}")
     if function(*arguments) == -1:
         raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
 
 
-def allowed(action, *arguments) -> bool:
+def attempt(action, *arguments) -> bool:
+    """Returns whether an action succeeded."""
     try:
         action(*arguments)
     except OSError:
@@ -64,91 +65,77 @@ def allowed(action, *arguments) -> bool:
 def main(role: str, descriptor: str, directory: str, timeout: str):
     text = sys.stdin.buffer.read(int(sys.stdin.buffer.readline())).decode(errors="surrogatepass")
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")  # where memory runs out, this goes first
+        file.write("1000")  # the first to be killed when memory runs out
     fences = raise_namespaces()
     child = os.fork()
     if child == 0:
         inside(role, int(descriptor), directory, float(timeout), text, fences)
-    os.close(int(descriptor))  # so that the other end notices when the program's process is gone
+    os.close(int(descriptor))  # so that the other end notices when the program's process has ended
     os.waitpid(child, 0)
     if not fences["processes"]:
         kill_descendants()
 
 
 def raise_namespaces() -> dict[str, bool]:
-    """Separate processes, mounts, network and IPC; a user namespace where that takes one."""
+    """Enters namespaces for processes, mounts, network and IPC; returns which of them the kernel granted."""
     flags = {"processes": CLONE_NEWPID, "files": CLONE_NEWNS, "network": CLONE_NEWNET, "ipc": CLONE_NEWIPC}
-    if os.geteuid() == 0 and allowed(call, "unshare", sum(flags.values())):
+    if os.geteuid() == 0 and attempt(call, "unshare", sum(flags.values())):
         return dict.fromkeys(flags, True)
     user, group = os.geteuid(), os.getegid()
-    if allowed(call, "unshare", CLONE_NEWUSER):
-        # Mapped to itself, not to root: nothing regains capabilities by executing a file.
-        with suppress(OSError):
-            Path("/proc/self/setgroups").write_text("deny")
+    if attempt(call, "unshare", CLONE_NEWUSER):
+        # The user is mapped to itself, not to root, so that executing a file regains no capabilities.
+        attempt(Path("/proc/self/setgroups").write_text, "deny")
         Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
         Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
-    return {name: allowed(call, "unshare", flag) for name, flag in flags.items()}
+    return {name: attempt(call, "unshare", flag) for name, flag in flags.items()}
 
 
-def inside(role, descriptor, directory, timeout, text, fences):
-    """Process 1 of the namespace: forks the program and ends, taking all with it, when standard input closes."""
+def inside(role: str, descriptor: int, directory: str, timeout: float, text: str, fences: dict[str, bool]):
+    """Runs process 1 of the namespace: forks the program, and ends with all processes when standard input closes."""
     if not fences["processes"]:
-        allowed(call, "prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    with suppress(OSError):
-        call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    fences["files"] = fences["files"] and allowed(new_root, directory)
+        attempt(call, "prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    attempt(call, "prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    fences["files"] = fences["files"] and attempt(new_root, directory)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    directory = WRITABLE if fences["files"] else directory
     user = own_user(directory, fences)
-    fences["user"] = user is not None
     report = os.dup(1)
-    os.write(report, json.dumps(fences).encode() + b"\n")
+    write_line(report, fences)
     child = os.fork()
     if child:
         os.close(descriptor)
         os.read(0, 1)
         if not fences["processes"]:
-            with suppress(OSError):
-                os.killpg(child, signal.SIGKILL)
+            attempt(os.killpg, child, signal.SIGKILL)
             kill_descendants(user)
         os._exit(0)
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        confine(
-            WRITABLE if fences["files"] else directory, user, timeout, {descriptor, report} - unneeded(role, report)
-        )
+        # The program must not hold the pipe of the verdict.
+        confine(directory, user, timeout, {descriptor} if role == "serve" else {descriptor, report})
         connection = socket.socket(fileno=descriptor)
         if role == "serve":
             sandbox_protocol.serve(connection, text)
         else:
-
-            def verdict(*parts):
-                os.write(report, json.dumps(parts).encode() + b"\n")
-
-            sandbox_protocol.check(connection, text, timeout, verdict)
+            sandbox_protocol.check(connection, text, timeout, lambda *verdict: write_line(report, verdict))
     finally:
         os._exit(1)
 
 
-def unneeded(role: str, report: int) -> set[int]:
-    """The program must not hold the pipe on which verdicts are written."""
-    return {report} if role == "serve" else set()
+def write_line(descriptor: int, content):
+    os.write(descriptor, json.dumps(content).encode() + b"\n")
 
 
-def own_user(directory: str, fences) -> int | None:
-    """Where root: a user id that no other process has, so that the process limit counts this program alone."""
+def own_user(directory: str, fences: dict[str, bool]) -> int | None:
+    """Gives the folder to an unused user id, so that the process limit counts this program alone; None without root."""
     if os.geteuid() != 0:
         return None
-    for user in (
-        10**9 + os.getppid() if fences["processes"] is False else 10**9 + int.from_bytes(os.urandom(3)),
-        65534,
-    ):
-        if allowed(os.chown, WRITABLE if fences["files"] else directory, user, user):
-            return user
-    return None
+    own = int.from_bytes(os.urandom(3), "big") if fences["processes"] else os.getppid()
+    return next((user for user in (10**9 + own, 65534) if attempt(os.chown, directory, user, user)), None)
 
 
 def confine(directory: str, user: int | None, timeout: float, keep: set[int]):
-    """The last steps before foreign code runs; from here on nothing can be regained."""
+    """Gives up all rights, which cannot be regained, before the program runs."""
     os.setsid()
     os.chdir(directory)
     null = os.open(os.devnull, os.O_RDWR)
@@ -162,19 +149,13 @@ def confine(directory: str, user: int | None, timeout: float, keep: set[int]):
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
-    with suppress(OSError):
-        header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
-        call("capset", header, (ctypes.c_uint32 * 6)())
-    with suppress(OSError):
-        call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    with suppress(OSError):
-        # Other processes of the same user can neither trace this one nor read its memory.
-        call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
-    with suppress(OSError):
-        call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    seconds = math.ceil(timeout) + 1
+    attempt(call, "capset", (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)())
+    attempt(call, "prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    # Other processes of the same user can neither trace this one nor read its memory.
+    attempt(call, "prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
+    attempt(call, "prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     for name, limit in {
-        "RLIMIT_CPU": seconds,
+        "RLIMIT_CPU": math.ceil(timeout) + 1,
         "RLIMIT_AS": MEMORY_BYTES,
         "RLIMIT_FSIZE": FILE_BYTES,
         "RLIMIT_NPROC": PROCESSES,
@@ -189,7 +170,7 @@ def confine(directory: str, user: int | None, timeout: float, keep: set[int]):
 
 
 def new_root(directory: str):
-    """A root with the Python installation and the C library, read-only, and one writable directory; nothing else."""
+    """Changes to a root folder with only the Python installation, the C library and one writable folder."""
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", directory, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     for path in ("/usr", "/lib", "/lib64", "/lib32", "/bin", "/etc/ld.so.cache", "/etc/localtime"):
@@ -213,9 +194,8 @@ def new_root(directory: str):
     with suppress(OSError):  # a container that hides parts of its own /proc allows no new one
         mount("proc", directory + "/proc", "proc", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
     os.mkdir(directory + WRITABLE)
-    mount(
-        "tmpfs", directory + WRITABLE, "tmpfs", MS_NOSUID | MS_NODEV, f"size={DIRECTORY_BYTES},nr_inodes=1024,mode=700"
-    )
+    options = f"size={DIRECTORY_BYTES},nr_inodes=1024,mode=700"
+    mount("tmpfs", directory + WRITABLE, "tmpfs", MS_NOSUID | MS_NODEV, options)
     os.chdir(directory)
     mount(None, directory, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
     call("pivot_root", b".", b".")
@@ -224,7 +204,7 @@ def new_root(directory: str):
 
 
 def show(path: str, root: str):
-    """`path` under `root`, read-only with all that is mounted below it."""
+    """Mounts `path` read-only under `root`, with all that is mounted below it."""
     if os.path.isdir(path):
         os.makedirs(root + path, exist_ok=True)
     else:
@@ -248,13 +228,12 @@ def mount(source: str | None, target: str, kind: str | None, flags: int, options
 
 
 def kill_descendants(user: int | None = None):
-    """Without a PID namespace: ends what the program started, by its user id if it has one, else by parentage."""
+    """Kills what the program started without a PID namespace: by its user id if it has one, and by parentage."""
     if user is not None:
         child = os.fork()
         if child == 0:
             os.setresuid(user, user, user)
-            with suppress(OSError):
-                os.kill(-1, signal.SIGKILL)
+            attempt(os.kill, -1, signal.SIGKILL)
             os._exit(0)
     for _ in range(20):
         try:
@@ -262,8 +241,7 @@ def kill_descendants(user: int | None = None):
         except OSError:
             return
         for child in children:
-            with suppress(OSError):
-                os.kill(int(child), signal.SIGKILL)
+            attempt(os.kill, int(child), signal.SIGKILL)
         if not children:
             return
 

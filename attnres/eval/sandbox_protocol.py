@@ -1,11 +1,11 @@
-"""The two ends of one judged program: `serve` runs the program, `check` runs the tests, in processes of their own.
+"""The two ends of one judged program, in two processes: `serve` runs the program, `check` runs the tests.
 
-The tests never run where the program runs. The checker holds proxies of the program's functions; a call sends plain
-values over a socket and takes plain values back, and the comparison is made on the checker's side. So nothing that
-the program does to its own interpreter (builtins patched, `sys.exit`, a result that equals everything, frames read)
-reaches the verdict: the program sees neither the expected values nor the pipe on which the verdict is written.
+The tests never run where the program runs. The checker holds proxies of the program's functions: a call sends plain
+values over a socket and receives plain values, and the checker compares them. So nothing that the program does to its
+own interpreter (patched builtins, `sys.exit`, a result that equals everything, frames of the caller) affects the
+verdict: the program sees neither the expected values nor the pipe of the verdict.
 
-Only the standard library is imported here: this file runs inside the sandbox.
+This file runs inside the sandbox and imports the standard library only.
 """
 
 import ast
@@ -26,52 +26,56 @@ from contextlib import suppress
 FRAME_BYTES = 64 * 2**20  # the longest message that either end accepts
 REASON_CHARACTERS = 300
 MUTABLE = (list, dict, set, bytearray)
-ISO = {"date": datetime.date, "time": datetime.time, "datetime": datetime.datetime}
+SEQUENCES = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
+MAPPINGS = {kind.__name__: kind for kind in (dict, collections.Counter, collections.OrderedDict)}
+ISO = {kind.__name__: kind for kind in (datetime.date, datetime.time, datetime.datetime)}
+# Types whose values are sent as the arguments that construct them.
+ARGUMENTS = {
+    complex: lambda value: [value.real, value.imag],
+    range: lambda value: [value.start, value.stop, value.step],
+    decimal.Decimal: lambda value: [str(value)],
+    fractions.Fraction: lambda value: [str(value)],
+    datetime.timedelta: lambda value: [value.days, value.seconds, value.microseconds],
+}
+CONSTRUCTED = {kind.__name__: kind for kind in ARGUMENTS}
 
 
 class ProtocolError(Exception):
-    """The other end sent what is no message, or a value cannot be sent."""
+    """The other end sent something that is not a message, or a value cannot be sent."""
 
 
 class ProgramEnded(Exception):
-    """The program's process is gone."""
+    """The program's process has ended."""
 
 
 class Values:
-    """Python values as JSON and back: plain data by value, everything else as a numbered handle."""
+    """Converts Python values to JSON and back: plain data by value, everything else as a numbered handle."""
 
     def __init__(self, to_handle, from_handle):
         self.to_handle, self.from_handle = to_handle, from_handle
 
     def encode(self, value):
-        if value is None or isinstance(value, bool | str | float):
-            return float(value) if isinstance(value, float) else str(value) if isinstance(value, str) else value
-        if isinstance(value, int):
-            return int(value)
+        if value is None or isinstance(value, bool):
+            return value
+        for base in (str, float, int):
+            if isinstance(value, base):
+                return base(value)
         if isinstance(value, type):
             known = getattr(builtins, value.__name__, None) is value
             return ["type", value.__name__] if known else ["handle", self.to_handle(value)]
         kind = type(value)
-        for name in ("Counter", "OrderedDict"):
-            if kind is getattr(collections, name):
-                return [name, [[self.encode(key), self.encode(item)] for key, item in value.items()]]
+        if isinstance(value, dict):
+            tag = kind.__name__ if kind in MAPPINGS.values() else "dict"
+            return [tag, [[self.encode(key), self.encode(item)] for key, item in value.items()]]
         if kind is collections.deque:
             return ["deque", [self.encode(item) for item in value], value.maxlen]
-        for base in (list, tuple, set, frozenset):
+        for tag, base in SEQUENCES.items():
             if isinstance(value, base):
-                return [base.__name__, [self.encode(item) for item in value]]
-        if isinstance(value, dict):
-            return ["dict", [[self.encode(key), self.encode(item)] for key, item in value.items()]]
+                return [tag, [self.encode(item) for item in value]]
         if isinstance(value, bytes | bytearray):
             return [kind.__name__, bytes(value).decode("latin-1")]
-        if kind is complex:
-            return ["complex", value.real, value.imag]
-        if kind is range:
-            return ["range", value.start, value.stop, value.step]
-        if kind in (decimal.Decimal, fractions.Fraction):
-            return [kind.__name__, str(value)]
-        if kind is datetime.timedelta:
-            return ["timedelta", value.days, value.seconds, value.microseconds]
+        if kind in ARGUMENTS:
+            return [kind.__name__, *ARGUMENTS[kind](value)]
         if kind in ISO.values():
             return [kind.__name__, value.isoformat()]
         if kind.__module__ == "numpy" and getattr(value, "shape", None) == ():
@@ -83,30 +87,21 @@ class Values:
             return data
         try:
             tag, first, *rest = data
-            if tag == "handle":
-                return self.from_handle(first)
-            return self._built(tag, first, rest)
+            return self.from_handle(first) if tag == "handle" else self._built(tag, first, rest)
         except (TypeError, ValueError, ArithmeticError, KeyError, AttributeError) as error:
-            raise ProtocolError(f"no value: {error}") from None
+            raise ProtocolError(f"not a value: {error}") from None
 
     def _built(self, tag, first, rest):
-        if tag in ("list", "tuple", "set", "frozenset"):
-            return getattr(builtins, tag)([self.decode(item) for item in first])
-        if tag in ("dict", "Counter", "OrderedDict"):
-            made = dict if tag == "dict" else getattr(collections, tag)
-            return made({self.decode(key): self.decode(item) for key, item in first})
+        if tag in MAPPINGS:
+            return MAPPINGS[tag]({self.decode(key): self.decode(item) for key, item in first})
         if tag == "deque":
             return collections.deque([self.decode(item) for item in first], *rest)
+        if tag in SEQUENCES:
+            return SEQUENCES[tag]([self.decode(item) for item in first])
         if tag in ("bytes", "bytearray"):
             return getattr(builtins, tag)(first.encode("latin-1"))
-        if tag in ("complex", "range"):
-            return getattr(builtins, tag)(first, *rest)
-        if tag == "Decimal":
-            return decimal.Decimal(first)
-        if tag == "Fraction":
-            return fractions.Fraction(first)
-        if tag == "timedelta":
-            return datetime.timedelta(first, *rest)
+        if tag in CONSTRUCTED:
+            return CONSTRUCTED[tag](first, *rest)
         if tag in ISO:
             return ISO[tag].fromisoformat(first)
         if tag == "type" and isinstance(getattr(builtins, first), type):
@@ -145,7 +140,7 @@ def _exactly(connection, size):
 
 
 def serve(connection, program: str):
-    """Runs the program, then calls its functions as asked, until the other end hangs up."""
+    """Runs the program, then answers calls of its functions until the other end hangs up."""
     _unlimited_digits()
     objects, handles = [], {}
 
@@ -213,8 +208,15 @@ def _exception(error):
 # ---------------------------------------------------------------------------------------------- the checker's process
 
 
+def _asks(operation):
+    return lambda self, *arguments: self._checker.value(operation, self, *arguments)
+
+
 class Remote:
-    """An object of the program. Only other objects of the program can equal it: its own `__eq__` has no say."""
+    """Stands for an object of the program, which only other objects of the program can equal."""
+
+    __getattr__, __setattr__, __getitem__ = _asks("getattr"), _asks("setattr"), _asks("getitem")
+    __len__, __str__, __repr__ = _asks("len"), _asks("str"), _asks("str")
 
     def __init__(self, checker, number):
         self.__dict__.update(_checker=checker, _number=number)
@@ -225,15 +227,6 @@ class Remote:
             _overwrite(positional[int(index)], self._checker.values.decode(now))
         return self._checker.values.decode(answer["value"])
 
-    def __getattr__(self, name):
-        return self._checker.value("getattr", self, name)
-
-    def __setattr__(self, name, value):
-        self._checker.value("setattr", self, name, value)
-
-    def __getitem__(self, key):
-        return self._checker.value("getitem", self, key)
-
     def __iter__(self):
         iterator = self._checker.value("iter", self)
         while True:
@@ -243,16 +236,8 @@ class Remote:
                 return
             yield item
 
-    def __len__(self):
-        return self._checker.value("len", self)
-
     def __bool__(self):
         return self._checker.value("bool", self) is True
-
-    def __str__(self):
-        return self._checker.value("str", self)
-
-    __repr__ = __str__
 
     def __eq__(self, other):
         if self is other:
@@ -264,7 +249,7 @@ class Remote:
 
 
 def _overwrite(argument, now):
-    """A list that the program changed in place changes here too, as it would in one interpreter."""
+    """Changes an argument as the program did, as in a single interpreter."""
     if type(argument) is not type(now):
         raise ProtocolError("an argument changed its type")
     if isinstance(argument, list | bytearray):
@@ -277,12 +262,14 @@ def _overwrite(argument, now):
 def _error(name: str, message: str) -> Exception:
     known = getattr(builtins, name, None)
     if isinstance(known, type) and issubclass(known, Exception):
-        with suppress(TypeError):  # some want more than a message
+        with suppress(TypeError):  # some take more than a message
             return known(message)
     return RuntimeError(f"{name}: {message}")
 
 
 class Checker:
+    """Asks the program's process for values on behalf of the tests."""
+
     def __init__(self, connection):
         self.connection, self.remotes = connection, {}
         self.values = Values(self._number, self._remote)
@@ -297,10 +284,8 @@ class Checker:
     def names(self, names):
         answer = self.ask("names", *names)
         found = {name: self.values.decode(value) for name, value in answer["values"].items() if name in names}
-        for name, module in answer["modules"].items():
-            if name in names:
-                found[name] = importlib.import_module(module)
-        return found
+        modules = {name: module for name, module in answer["modules"].items() if name in names}
+        return found | {name: importlib.import_module(module) for name, module in modules.items()}
 
     def answer(self):
         answer = receive(self.connection)
@@ -312,7 +297,7 @@ class Checker:
 
     def _remote(self, number):
         if not isinstance(number, int):
-            raise ValueError("a handle that is no number")
+            raise ValueError("a handle must be a number")
         return self.remotes.setdefault(number, Remote(self, number))
 
     @staticmethod
@@ -323,9 +308,9 @@ class Checker:
 
 
 def check(connection, tests: str, timeout: float, report):
-    """Waits for the program, runs the tests against it and reports (verdict, reason); does not return.
+    """Waits for the program, runs the tests against it, reports a verdict and a reason, and ends the process.
 
-    Verdicts: "passed", "failed", "timeout", and "not started" where the fault is not the program's.
+    The verdicts are "passed", "failed", "timeout", and "not started" for a fault that is not the program's.
     """
     _unlimited_digits()
 
@@ -333,28 +318,25 @@ def check(connection, tests: str, timeout: float, report):
         report(verdict, " ".join(reason.split())[:REASON_CHARACTERS])
         os._exit(0)
 
-    def out_of_time(*_):
-        end("timeout", f"not finished after {timeout:g} s")
-
     try:
         if receive(connection) != "started":
             end("not started", "the sandbox did not start")
     except ProgramEnded:
         end("not started", "the sandbox ended before the program started")
-    signal.signal(signal.SIGALRM, out_of_time)
+    signal.signal(signal.SIGALRM, lambda *_: end("timeout", f"not finished after {timeout:g} s"))
     signal.setitimer(signal.ITIMER_REAL, timeout)
     checker = Checker(connection)
     try:
         checker.answer()
         code = compile(tests, "<tests>", "exec")
         mentioned = {node.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)}
-        # A program that defines `abs` or `all` must not choose what the tests' own `abs` means.
+        # Builtins stay those of the tests: a program that defines `abs` must not change them.
         namespace = checker.names(sorted(name for name in mentioned if not hasattr(builtins, name)))
         exec(code, namespace | {"__name__": "tests"})
     except ProgramEnded:
         end("failed", "the program's process ended before the tests did")
     except BaseException as error:
-        # Not str(error) of a failed assert, which is empty: the line says more.
+        # A failed assert has an empty message; its line says more.
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<tests>"]
         line = tests.splitlines()[frames[-1].lineno - 1] if frames else ""
         end("failed", f"{type(error).__name__}: {str(error) or line}")
@@ -362,5 +344,5 @@ def check(connection, tests: str, timeout: float, report):
 
 
 def _unlimited_digits():
-    with suppress(AttributeError):  # a limit of Python 3.11 and later on turning long integers into text
+    with suppress(AttributeError):  # Python 3.11 and later limit the digits of integers in text
         sys.set_int_max_str_digits(0)

@@ -5,26 +5,20 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from .identity import (
-    checkpoint_folder,
-    checkpoint_identity,
-    is_kimi_k3,
-    model_identity,
-    read_config,
-    tokenizer_identity,
-    tokenizer_source,
-)
+from ..messages import quiet_transformers
+from . import identity as hashes
 from .processes import Team
 from .progress import quiet_lm_eval
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a score depends on besides model and task; part of every fingerprint."""
+    """The settings that a score depends on besides model and task; part of every fingerprint."""
 
     dtype: str
     batch_size: int | str
@@ -41,84 +35,59 @@ class Settings:
 
 @dataclass
 class Subject:
-    """What is evaluated: known by its hashes from the start, loaded when a row needs it.
-
-    Attributes:
-        name: as the user gave it.
-        identity: hashes of weights, configuration and tokenizer.
-        load: gives lm-eval's LM; called at most once.
-    """
+    """A model that is known by its hashes, and loaded when a row needs it; loading it fills `facts`."""
 
     name: str
     identity: dict[str, str]
     load: Callable[[], object]
     facts: dict = field(default_factory=dict)
-    _lm: object = None
 
-    @property
+    @cached_property
     def lm(self):
-        if self._lm is None:
-            self._lm = self.load()
-        return self._lm
+        return self.load()
 
 
 @dataclass(frozen=True)
 class Origin:
-    """A model and its tokenizer, found but not loaded.
-
-    Attributes:
-        name: as the user gave it.
-        model: in memory, or the folder of its checkpoint.
-        tokenizer: in memory, ready.
-        tokenizer_folder: where it came from, None for one in memory.
-    """
+    """A model before it is loaded, with its tokenizer."""
 
     name: str
-    model: object
+    model: object  # in memory, or the folder of its checkpoint
     tokenizer: object
-    tokenizer_folder: Path | None
+    tokenizer_folder: Path | None  # None for a tokenizer in memory
 
     def load(self, settings: Settings, folder: Path | None, team: Team | None = None):
-        """The model for lm-eval.
-
-        Args:
-            folder: of a checkpoint to load instead, which computes the same.
-            team: if several processes share the work.
-        """
-        from .lm import context_length, load_model, wrap
+        """Returns the model for lm-eval, loaded from `folder` instead of its own checkpoint if one is given."""
+        from .lm import CausalLM, context_length, load_model
 
         network = self.model
         if isinstance(network, Path):
             network = load_model(
-                str(folder or network),
-                settings.dtype,
-                settings.device_map,
-                settings.trust_remote_code,
-                settings.device,
-                settings.load_in_4bit,
-            )
+                str(folder or network), settings.dtype, settings.device_map, settings.trust_remote_code,
+                settings.device, settings.load_in_4bit,
+            )  # fmt: skip
         length = context_length(network.config, self.tokenizer, settings.max_length, self.name)
         with quiet_lm_eval():
-            return wrap(network, self.tokenizer, length, settings.batch_size, team)
+            return CausalLM(network, self.tokenizer, length, settings.batch_size, team)
 
 
 def find(model, tokenizer, revision: str | None, settings: Settings) -> Origin:
-    """Where the model is; its tokenizer.
+    """Finds the model and loads its tokenizer.
 
     Raises:
-        ValueError: no such checkpoint, device or tokenizer.
+        ValueError: the checkpoint, the device or the tokenizer is missing, or the settings do not suit the model.
     """
     from .lm import check_device, load_tokenizer, with_padding
 
     if model is None:
-        raise ValueError("no model: name a folder or a hub id")
+        raise ValueError("no model is given; name a folder or a hub id")
     if isinstance(model, str | os.PathLike):
         if settings.device_map is None:
             check_device(settings.device)
-        folder = checkpoint_folder(str(model), revision)
+        folder = hashes.checkpoint_folder(str(model), revision)
         if settings.load_in_4bit:
-            check_quantizable(folder)
-        tokenizer_folder = folder if tokenizer is None else tokenizer_source(str(tokenizer))
+            _check_quantizable(folder)
+        tokenizer_folder = folder if tokenizer is None else hashes.tokenizer_source(str(tokenizer))
         tokenizer = load_tokenizer(str(tokenizer_folder), settings.trust_remote_code)
         origin = Origin(str(model), folder, tokenizer, tokenizer_folder)
     elif settings.load_in_4bit:
@@ -126,60 +95,46 @@ def find(model, tokenizer, revision: str | None, settings: Settings) -> Origin:
     elif revision is not None:
         raise ValueError(f"a model in memory has no revisions, got {revision!r}; leave it out")
     elif tokenizer is None:
-        raise ValueError("a model in memory needs its tokenizer")
+        raise ValueError("a model in memory needs its tokenizer; pass tokenizer=")
     else:
         origin = Origin(type(model).__name__, model, with_padding(tokenizer), None)
     if settings.chat_template and not getattr(origin.tokenizer, "chat_template", None):
-        raise ValueError(f"{origin.name}: its tokenizer has no chat template")
+        raise ValueError(f"{origin.name}: its tokenizer has no chat template; leave --apply-chat-template out")
     return origin
 
 
-def check_quantizable(folder: Path) -> None:
-    """Says before a model is hashed that it cannot be quantised.
-
-    Raises:
-        ValueError: so it is, and why.
-    """
+def _check_quantizable(folder: Path) -> None:
     if find_spec("bitsandbytes") is None:
         raise ValueError("--load-in-4bit needs bitsandbytes, which is not installed: pip install bitsandbytes")
-    if quantization := read_config(folder).get("quantization_config"):
+    if quantization := hashes.read_config(folder).get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ValueError(f"{folder}: is quantised already ({method}); leave --load-in-4bit out")
 
 
 def describe(
-    model,
-    tokenizer,
-    revision: str | None,
-    lm,
-    settings: Settings,
-    out: Path,
-    team: Team | None,
-    say: Callable[[str], None],
+    model, tokenizer, revision: str | None, lm, settings: Settings, out: Path, team: Team | None, say: Callable
 ) -> Subject:
-    """What is to be evaluated, hashed but not loaded.
-
-    Args:
-        out: folder of results, where a checkpoint is converted that cannot be loaded as it is.
+    """Hashes what is to be evaluated, without loading it; converts a checkpoint in Kimi K3's layout inside `out`.
 
     Raises:
-        ValueError: as in `find`, or a checkpoint that cannot be converted.
+        ValueError: as in `find`, or a checkpoint cannot be converted.
     """
     if lm is not None:
         if team is not None:
-            raise ValueError("lm= is measured by one process: start it without accelerate launch")
+            raise ValueError("lm= is measured by a single process; start it without accelerate launch")
         identity = getattr(lm, "identity", None) or {"weights": f"unknown-{uuid.uuid4().hex}"}
         return Subject(type(lm).__name__, identity, lambda: lm)
     origin = find(model, tokenizer, revision, settings)
     convert = False
     if origin.tokenizer_folder is None:
-        identity = model_identity(origin.model, origin.tokenizer)
+        identity = hashes.model_identity(origin.model, origin.tokenizer)
     else:
-        convert = is_kimi_k3(origin.model, settings.trust_remote_code)
+        convert = hashes.is_kimi_k3(origin.model, settings.trust_remote_code)
         if convert:
-            check_kimi_k3(origin.model)
+            _check_kimi_k3(origin.model)
         say(f"hashing the weights of {origin.name}")
-        identity = checkpoint_identity(origin.model) | {"tokenizer": tokenizer_identity(origin.tokenizer_folder)}
+        identity = hashes.checkpoint_identity(origin.model)
+        identity["tokenizer"] = hashes.tokenizer_identity(origin.tokenizer_folder)
 
     def load():
         with converted(origin.model, out, say) if convert else nullcontext() as folder:
@@ -206,18 +161,14 @@ def describe(
 
 
 def _quantization(config) -> str | None:
-    """The method, such as "bitsandbytes"; None where the weights are as `dtype` says."""
+    """Returns the name of the quantisation method, such as "bitsandbytes"; None if the weights are not quantised."""
     found = getattr(config, "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
     return None if method is None else str(getattr(method, "value", method))
 
 
-def check_kimi_k3(folder: Path) -> None:
-    """Says before hours of hashing that a checkpoint cannot be converted.
-
-    Raises:
-        ValueError: so it is, and why.
-    """
+def _check_kimi_k3(folder: Path) -> None:
+    """Checks, before hours of hashing, that a checkpoint can be converted."""
     from ..conversion import read_checkpoint
     from ..conversion.layouts import KIMI_K3, understand
 
@@ -226,7 +177,7 @@ def check_kimi_k3(folder: Path) -> None:
 
 @contextmanager
 def converted(folder: Path, out: Path, say: Callable[[str], None]) -> Iterator[Path]:
-    """An AttnRes checkpoint of a Kimi K3-style one, for as long as the block lasts."""
+    """Converts a checkpoint in Kimi K3's layout to an AttnRes checkpoint that exists inside the block."""
     from ..conversion import convert
 
     say(f"converting {folder} from Kimi K3's layout for this run; `attnres convert {folder} DST` makes it permanent")
@@ -241,16 +192,11 @@ def converted(folder: Path, out: Path, say: Callable[[str], None]) -> Iterator[P
 
 
 def follow(model, tokenizer, revision: str | None, settings: Settings, team: Team) -> dict:
-    """What all processes but the first do: load when told, answer their share; the outcome that the first had."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from .lm import answer
-
-    disable_progress_bar()  # the first shows one
+    """Runs every rank but 0: loads the model and answers its share until rank 0 ends; returns rank 0's outcome."""
     loaded = []
 
     def load(folder: Path | None):
-        loaded[:] = [find(model, tokenizer, revision, settings).load(settings, folder, team)]
+        loaded[:] = [find(model, tokenizer, revision, settings).load(settings, folder)]
 
-    with quiet_lm_eval():
-        return team.follow({"load": load, "answer": lambda work: answer(loaded[0], work)})
+    with quiet_lm_eval(), quiet_transformers():  # rank 0 shows the progress bar
+        return team.follow({"load": load, "answer": lambda share: loaded[0].answer(share)})

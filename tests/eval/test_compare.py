@@ -143,14 +143,14 @@ def damage(folder, name, change):
         ("samples.jsonl", lambda text: text[text.index("\n") + 1 :], r"not the same items.* 1 only in .*a \(t #0\)"),
         ("samples.jsonl", lambda text: text.replace('"p1"', '"px"'), r"the same questions, but their text, prompt"),
         ("samples.jsonl", lambda text: text.replace('"t1', '"tx'), r"1 only in .*a \(t #1\); 1 only in .*b"),
-        ("samples.jsonl", lambda text: text[:-40], r"samples.jsonl: line 10 is no sample"),
+        ("samples.jsonl", lambda text: text[:-40], r"samples.jsonl: line 10 is not a sample"),
         ("samples.jsonl", lambda text: text + text.splitlines()[0], "line 11 repeats an item"),
-        ("samples.jsonl", lambda text: text.replace('"doc_hash"', '"hash"'), "line 1 is no sample: it lacks doc_hash"),
+        ("samples.jsonl", lambda text: text.replace('"doc_hash"', '"hash"'), "not a sample: it lacks doc_hash"),
         ("samples.jsonl", lambda text: text.replace('"doc_id": 0', '"doc_id": []'), r"doc_id must be int, got \[\]"),
         ("samples.jsonl", lambda text: text.replace('"seed": null', '"seed": {}'), "seed must be int or null, got {}"),
         ("samples.jsonl", lambda text: text.replace('"doc_id": 0', '"doc_id": true'), "doc_id must be int, got True"),
-        ("samples.jsonl", lambda text: "5\n" + text, "line 1 is no sample, but int"),
-        ("samples.jsonl", lambda text: "[" * 100_000 + text, "line 1 is no sample .*recursion"),
+        ("samples.jsonl", lambda text: "5\n" + text, "line 1 is not a sample: must be a JSON object, got int"),
+        ("samples.jsonl", lambda text: "[" * 100_000 + text, "line 1 is not a sample .*recursion"),
         ("samples.jsonl", lambda text: text.replace('"acc": 1.0', '"acc": NaN'), "line 1: acc must be .* 1, got nan"),
         ("samples.jsonl", lambda text: text.replace('"acc": 1.0', '"acc": "1"'), "number from 0 to 1, got '1'"),
         ("samples.jsonl", lambda text: text.replace('"acc": 1.0', '"acc": 1e308'), r"number from 0 to 1, got 1e\+308"),
@@ -162,7 +162,7 @@ def damage(folder, name, change):
         ("result.json", lambda text: text.replace('"settings": {', '"settings": 5, "x": {'), "settings must be dict"),
         ("result.json", lambda text: text.replace('"wall_seconds": 1.5', '"wall_seconds": NaN'), "float, got nan"),
         ("result.json", lambda text: text.replace('"protocol": []', '"protocol": [1]'), "protocol must hold choice"),
-        ("result.json", lambda text: text.replace('"row": "mmlu"', '"row": "bbh"'), "row must be 'mmlu' as the folder"),
+        ("result.json", lambda text: text.replace('"row": "mmlu"', '"row": "bbh"'), "row must be 'mmlu', the name"),
         ("result.json", lambda text: text.replace('"batch_size": 8', '"batch_size": 4'), r"batch_size \(8 and 4\)"),
         ("result.json", lambda text: text.replace('"limit": null', '"limit": 5'), r"limit \(None and 5\)"),
     ],
@@ -214,7 +214,7 @@ def test_samples_in_another_encoding_are_named(folders, text):
     for folder in folders:
         write_row(folder, "mmlu", [("t", None, 1.0)])
     (folders[1] / "mmlu" / "samples.jsonl").write_bytes(b'{"task": "' + text + b'"}\n')
-    with pytest.raises(ValueError, match=r"b/mmlu/samples.jsonl: line 1 is no sample .*codec can't decode"):
+    with pytest.raises(ValueError, match=r"b/mmlu/samples.jsonl: line 1 is not a sample .*codec can't decode"):
         compare(*folders)
 
 
@@ -227,12 +227,12 @@ def test_a_folder_is_not_compared_with_itself(folders):
 @pytest.mark.parametrize(
     ("changes", "mark"),
     [
-        ({"versions": {"torch": "2.12.0"}}, "OTHER PACKAGES, which move scores: torch 2.13.0 and 2.12.0"),
+        ({"versions": {"torch": "2.12.0"}}, "OTHER PACKAGES, which change scores: torch 2.13.0 and 2.12.0"),
         ({"model": {"weights": "a"}}, "THE SAME WEIGHTS on both sides"),
-        ({"settings": SETTINGS | {"device": "cuda:1"}}, "OTHER DEVICES, which move scores: cpu and cuda"),
-        ({"settings": SETTINGS | {"device_map": "auto"}}, "OTHER DEVICE MAPS, which move scores: None and auto"),
+        ({"settings": SETTINGS | {"device": "cuda:1"}}, "OTHER DEVICES, which change scores: cpu and cuda"),
+        ({"settings": SETTINGS | {"device_map": "auto"}}, "OTHER DEVICE MAPS, which change scores: None and auto"),
         ({"model": {"weights": "a", "quantization": "bitsandbytes"}}, "OTHER QUANTISATION: none and bitsandbytes"),
-        ({"batch_sizes_found": [64, 8]}, "OTHER BATCH SIZES FOUND, which move scores: mmlu none and 64, 8"),
+        ({"batch_sizes_found": [64, 8]}, "OTHER BATCH SIZES FOUND, which change scores, in mmlu: none and 64, 8"),
     ],
     ids=("packages", "weights", "device", "map", "4-bit", "batch-sizes"),
 )
@@ -264,7 +264,7 @@ def test_an_unwritable_folder_is_named(folders, tmp_path, capsys):
         write_row(folder, "mmlu", [("t", None, 1.0)])
     (tmp_path / "file").touch()
     assert main(["compare", *map(str, folders), "--out", str(tmp_path / "file")]) == 2
-    assert f"{tmp_path / 'file'}: cannot write the comparison there, " in capsys.readouterr().err
+    assert f"{tmp_path / 'file'}: cannot be written, because " in capsys.readouterr().err
 
 
 def test_two_checkpoints_that_the_driver_measured_are_compared(mirror_root, tmp_path, capsys):

@@ -46,18 +46,7 @@ def test_result_and_samples_of_a_row_are_on_disk(run, tmp_path):
     assert {"versions", "seeds", "wall_seconds", "tokens_per_second", "model", "protocol"} <= set(result)
     samples = [json.loads(line) for line in (tmp_path / "out" / "gsm8k" / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 10  # five items, two filters
-    keys = {
-        "task",
-        "subtask",
-        "seed",
-        "doc_id",
-        "doc_hash",
-        "prompt_hash",
-        "target_hash",
-        "filter",
-        "metrics",
-        "target",
-    }
+    keys = {"task", "subtask", "seed", "doc_id", "doc_hash", "prompt_hash", "target_hash", "filter", "target"}
     assert keys <= set(samples[0]) and samples[0]["metrics"] == {"exact_match": 1.0}
 
 
@@ -143,7 +132,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_any_model_is_loaded(run,
     (tmp_path / taken).parent.mkdir(exist_ok=True)
     (tmp_path / taken).write_text("a file")
     monkeypatch.setattr(driver, "load_tasks", None)
-    with pytest.raises(OSError, match=f"{taken}: cannot write results there, Not a directory"):
+    with pytest.raises(OSError, match=f"{taken}: cannot be written, because .* is a file"):
         run(lm=Scripted(), suite="gsm8k")
 
 
@@ -182,21 +171,10 @@ def test_full_disk_is_one_line_and_keeps_what_was_finished(run, tmp_path, monkey
         return write(path, objects)
 
     monkeypatch.setattr(records, "write_lines", full)
-    with pytest.raises(OSError, match="cannot write, the disk is full. Finished rows are kept"):
+    with pytest.raises(OSError, match=r"cannot be written \(No space left on device\); finished rows are kept"):
         run(lm=Scripted(identity="a"))
     monkeypatch.undo()
     assert run(lm=Scripted(identity="a"))["reused"] == ["arc_challenge"]
-
-
-def test_a_broken_write_leaves_the_old_file(tmp_path):
-    def pieces():
-        yield "new"
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    records.write_text(tmp_path / "x", ["old"])
-    with pytest.raises(OSError):
-        records.write_text(tmp_path / "x", pieces())
-    assert [path.name for path in tmp_path.iterdir()] == ["x"] and (tmp_path / "x").read_text() == "old"
 
 
 def test_missing_data_stops_before_a_model_is_loaded(run, checkpoint, monkeypatch):
@@ -299,11 +277,9 @@ def test_the_version_of_a_package_that_is_not_installed_is_recorded(monkeypatch)
 
 def test_context_length_is_never_guessed():
     config = tiny_llama().config
-    assert context_length(config, byte_tokenizer(), None, "m") == 3000
-    assert context_length(config, byte_tokenizer(), 77, "m") == 77
-    config = PreTrainedConfig()  # as of a recurrent model
+    assert [context_length(config, byte_tokenizer(), given, "m") for given in (None, 77)] == [3000, 77]
     with pytest.raises(ValueError, match="--max-length"):
-        context_length(config, byte_tokenizer(), None, "m")
+        context_length(PreTrainedConfig(), byte_tokenizer(), None, "m")  # as of a recurrent model
 
 
 def test_chat_template_that_is_not_there_is_refused(run, checkpoint):
@@ -354,11 +330,7 @@ def test_4_bit_is_asked_of_transformers_with_nf4_on_the_device(checkpoint, monke
     ("installed", "config", "message"),
     [
         (False, {}, "pip install bitsandbytes"),
-        (
-            True,
-            {"quantization_config": {"quant_method": "fp8"}},
-            "is quantised already (fp8); leave --load-in-4bit out",
-        ),
+        (True, {"quantization_config": {"quant_method": "fp8"}}, "is quantised already (fp8); leave --load-in-4bit"),
     ],
 )
 def test_what_cannot_be_quantised_is_one_line_before_anything_is_loaded(
@@ -423,8 +395,8 @@ def rewritten(name, text):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (without_head, "lack 1 tensors of a LlamaForCausalLM, as lm_head.weight"),
-        (of_another_architecture, "tensors of a GPTNeoXForCausalLM, as "),
+        (without_head, "lack 1 tensors of a LlamaForCausalLM, such as lm_head.weight"),
+        (of_another_architecture, "tensors of a GPTNeoXForCausalLM, such as "),
         (cut("model.safetensors", 2000), "transformers cannot load it as a causal language model"),
         (cut("model.safetensors", 3), "transformers cannot load it as a causal language model"),
         (rewritten("config.json", '{"model_type": "llama", "num_attention_heads": "x"}'), "num_attention_heads"),
@@ -450,7 +422,7 @@ def test_a_damaged_checkpoint_is_one_line_and_never_scored(damage, message, chec
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99", "privateuseone"])
 def test_a_device_that_is_not_there_is_said_before_hashing(device, checkpoint, mirror_root, monkeypatch, capsys):
-    monkeypatch.setattr(subject, "checkpoint_identity", None)
+    monkeypatch.setattr(identity, "checkpoint_identity", None)
     error = error_of(capsys, checkpoint, "--suite", "gsm8k", "--data-dir", mirror_root, "--device", device)
     assert f"--device {device}: torch cannot use it" in error
 
@@ -462,7 +434,7 @@ def test_a_device_that_is_not_there_is_said_before_hashing(device, checkpoint, m
         (["x", "--suite", "gsm9k"], "Did you mean 'gsm8k'"),
         (["x", "--data-dir", "no-such-mirror"], "no-such-mirror: no such folder"),
         (["x", "--suite", "sample", "--data-dir", "."], "brings its own items"),
-        (["x", "--max-length", "1"], "--max-length 1: no room for a prompt and an answer; at least 2 tokens"),
+        (["x", "--max-length", "1"], "--max-length 1: must be at least 2"),
         ([], "name a MODEL"),
         (["--fetch-only"], "needs --data-dir"),
     ],

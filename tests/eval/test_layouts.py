@@ -89,7 +89,7 @@ def changed(folder, target, **options):
 
 def test_what_cannot_be_converted_is_one_line_before_hashing(folders, mirror_root, tmp_path, monkeypatch, capsys):
     predicting = changed(folders[1], tmp_path / "k3", num_nextn_predict_layers=1)
-    monkeypatch.setattr(subject, "checkpoint_identity", None)
+    monkeypatch.setattr(identity, "checkpoint_identity", None)
     assert cli.main(["eval", *map(str, [predicting, "--suite", "gsm8k", "--data-dir", mirror_root])]) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("attnres: error: ")]
     assert "multi-token prediction (num_nextn_predict_layers=1)" in error

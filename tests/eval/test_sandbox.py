@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from attnres.eval import sandbox
+from attnres.eval import driver, sandbox
 from attnres.eval.sandbox import SandboxedCodeEval, run_program
 
 TESTS = "assert add(2, 3) == 5\nassert add(-1, 1) == 0\n"
@@ -202,9 +202,8 @@ def test_the_working_directory_is_empty_and_its_own():
     assert [run_program(program, TESTS).reason for _ in range(2)] == ["ValueError: ['x']"] * 2
 
 
-def test_there_is_no_network(needs, fences):
+def test_there_is_no_network(needs):
     needs("network")
-    assert fences.network_isolated
     server = socket.create_server(("127.0.0.1", 0))
     call = f"socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)"
     outcome = run_program(secret_reader(call), TESTS)
@@ -236,7 +235,7 @@ def test_everything_ends_when_the_evaluation_is_killed(needs):
     def running():
         return [n for n in os.listdir("/proc") if n.isdigit() and command(n).endswith("60.0\0")]
 
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120  # a busy machine takes long to import torch
     while len(running()) < 4 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert running()
@@ -247,7 +246,7 @@ def test_everything_ends_when_the_evaluation_is_killed(needs):
     assert not running()
 
 
-def test_a_kernel_without_namespaces_is_said_once_and_programs_still_run(monkeypatch, tmp_path, caplog):
+def test_a_kernel_without_namespaces_is_reported_and_programs_still_run(monkeypatch, tmp_path):
     """The launcher is replaced by one whose unshare is refused, as inside most containers."""
     folder = Path(sandbox.LAUNCHER).parent
     for name in ("sandbox_process.py", "sandbox_protocol.py"):
@@ -255,11 +254,10 @@ def test_a_kernel_without_namespaces_is_said_once_and_programs_still_run(monkeyp
         refused = 'def call(name: str, *arguments):\n    if name == "unshare":\n        raise OSError("refused")\n'
         (tmp_path / name).write_text(text.replace("def call(name: str, *arguments):\n", refused))
     monkeypatch.setattr(sandbox, "LAUNCHER", tmp_path / "sandbox_process.py")
-    monkeypatch.setattr(sandbox, "_warned", set())
-    outcomes = [run_program(RIGHT, TESTS) for _ in range(2)]
-    assert all(outcome.passed and not outcome.network_isolated for outcome in outcomes)
-    assert set(outcomes[0].missing) == {"network", "processes", "files", "ipc"}
-    assert len(caplog.records) == 1 and "no network" in caplog.text
+    assert run_program(RIGHT, TESTS).passed
+    lines = []
+    assert set(driver._missing_fences(lines.append)) == {"network", "processes", "files", "ipc"}
+    assert len(lines) == 1 and "no network" in lines[0]
     for name in ("hard exit before the tests", "equal to everything"):
         assert not run_program(CHEATS[name], "assert add(1, 1) == 2").passed
     assert "secret" not in run_program(HOSTILE["endless loop"], TESTS, timeout=1).reason

@@ -12,7 +12,7 @@
 | 8 code_eval needs the hub | mirror: serving_metrics; sandbox | test_08 | test_mirror: code_eval; test_sandbox |
 | 9 one cache for two models | driver: fingerprints, no other cache | test_09 | test_driver: two_models, weights_tell |
 | 10 functions in results | driver: _items; loading: _describe | test_10 | test_driver: result_and_samples |
-| 11 scores move with the batch | driver: settings; compare: _agree | test_11 | test_compare: cannot_be_paired |
+| 11 scores move with the batch | driver: settings; compare: conditions | test_11 | test_compare: cannot_be_paired |
 | 12 sampling passes by caches | rows are greedy (lm: plain_greedy), reused whole | test_12 | test_driver: interrupted |
 """
 
@@ -33,7 +33,7 @@ from lm_eval.tasks import _yaml_loader
 from tiny_eval import Scripted, arc_item, byte_tokenizer, tiny_llama, write_data_set
 from transformers import BloomConfig, BloomForCausalLM
 
-from attnres.eval import driver, evaluate, lm, loading, mirror, records, sample
+from attnres.eval import evaluate, lm, loading, mirror, records, sample
 from attnres.eval.compare import compare
 from attnres.eval.fetch import SCRIPT_REVISION, fetch
 from attnres.eval.sandbox import SandboxedCodeEval
@@ -55,7 +55,7 @@ def offline():
             patch.setattr(function, place, unreachable)
         for row in ("humaneval", "mbpp"):
             patch.delitem(sys.modules, f"lm_eval.tasks.{row}.utils", raising=False)
-        with mirror.serving_metrics(True, driver._code_metric):
+        with mirror.serving_metrics(True, SandboxedCodeEval):
             yield mirror.Mirror(sample.root())
 
 
