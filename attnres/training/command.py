@@ -130,14 +130,11 @@ def _depth_options(order: Run) -> dict:
 
 
 def _configuration(order: Run) -> AttnResConfig:
-    path = Path(order.model)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"{path}: has no config.json, so it is not a checkpoint")
     try:
         return AttnResConfig.from_pretrained(order.model, **_depth_options(order))
     except OSError as error:
         raise ValueError(
-            f"{path}: is no checkpoint folder, hub id or config.json that can be read ({one_line(error)})"
+            f"{order.model}: is no checkpoint folder, hub id or config.json that can be read ({one_line(error)})"
         ) from error
 
 
