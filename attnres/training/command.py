@@ -36,24 +36,24 @@ def run(command_line: Sequence[str]):
         OSError: a file or folder cannot be read or written.
         Stopped: the run ended before its last step.
     """
-    order = parse(command_line)
-    arguments, training = order.arguments, order.training
+    parsed = parse(command_line)
+    arguments, training = parsed.arguments, parsed.training
     if os.environ.get("RANK", "0") != "0":
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         datasets.disable_progress_bars()
     out = Path(arguments.out)
     run_folder.check_place(out, arguments.resume)
-    _configuration(order)  # report a missing model before anything else is loaded
-    tokenizer = _tokenizer(order)
+    _configuration(parsed)  # report a missing model before anything else is loaded
+    tokenizer = _tokenizer(parsed)
     set_seed(training.seed)
-    model = load_model(order)
+    model = load_model(parsed)
     _check_vocabulary(model, tokenizer)
     length = _sequence_length(model, arguments)
     sources = _sources(arguments)
     with training.main_process_first(desc="data"):
         train_data, eval_data = _data(sources, arguments, tokenizer, length)
-    record = _record(order, model, tokenizer, sources)
+    record = _record(parsed, model, tokenizer, sources)
     checkpoint = None
     if arguments.resume:
         run_folder.check_same_run(out, record)
@@ -76,22 +76,22 @@ def run(command_line: Sequence[str]):
             processing_class=tokenizer,
             callbacks=[DepthDynamicsCallback(arguments.depth_dynamics_steps)] if arguments.depth_dynamics else [],
             muon=arguments.optimizer == "muon",
-            depth_learning_rate=_depth_learning_rate(order, model),
+            depth_learning_rate=_depth_learning_rate(parsed, model),
             begin=begin,
         )
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    _save(trainer, order)
+    _save(trainer, parsed)
     if trainer.is_world_process_zero():
         _report(trainer, out)
 
 
-def _depth_learning_rate(order: Run, model: AttnResForCausalLM) -> float | None:
+def _depth_learning_rate(parsed: Run, model: AttnResForCausalLM) -> float | None:
     """Returns the learning rate of the depth mixer, or None for that of the other parameters."""
-    given = order.arguments.depth_learning_rate
-    is_converted = model.config.scale_norm_eps and model.config.residual_mode != "standard" and not order.from_scratch
-    if given is not None or order.arguments.train == "depth" or not is_converted:
+    given = parsed.arguments.depth_learning_rate
+    is_converted = model.config.scale_norm_eps and model.config.residual_mode != "standard" and not parsed.from_scratch
+    if given is not None or parsed.arguments.train == "depth" or not is_converted:
         return given
-    return min(order.training.learning_rate, CONVERTED_DEPTH_RATE)
+    return min(parsed.training.learning_rate, CONVERTED_DEPTH_RATE)
 
 
 @contextmanager
@@ -107,42 +107,42 @@ def _no_empty_folder(out: Path):
         raise
 
 
-def load_model(order: Run) -> AttnResForCausalLM:
+def load_model(parsed: Run) -> AttnResForCausalLM:
     """Returns the model before training: loaded, converted, or initialised from a configuration.
 
     Raises:
         ValueError: the weights cannot be read.
     """
-    dtype = order.arguments.dtype if order.arguments.dtype == "auto" else getattr(torch, order.arguments.dtype)
-    if order.from_scratch:
-        return AutoModelForCausalLM.from_config(_configuration(order), dtype=None if dtype == "auto" else dtype)
+    dtype = parsed.arguments.dtype if parsed.arguments.dtype == "auto" else getattr(torch, parsed.arguments.dtype)
+    if parsed.from_scratch:
+        return AutoModelForCausalLM.from_config(_configuration(parsed), dtype=None if dtype == "auto" else dtype)
     try:
-        return AttnResForCausalLM.from_pretrained(order.model, dtype=dtype, **_depth_options(order))
+        return AttnResForCausalLM.from_pretrained(parsed.model, dtype=dtype, **_depth_options(parsed))
     except OSError as error:
         raise ValueError(
-            f"{order.model}: its weights cannot be read ({one_line(error)}); for random weights name its config.json"
+            f"{parsed.model}: its weights cannot be read ({one_line(error)}); for random weights name its config.json"
         ) from error
 
 
-def _depth_options(order: Run) -> dict:
+def _depth_options(parsed: Run) -> dict:
     names = ("residual_mode", "num_blocks", "layers_per_block")
-    return {name: value for name in names if (value := getattr(order.arguments, name)) is not None}
+    return {name: value for name in names if (value := getattr(parsed.arguments, name)) is not None}
 
 
-def _configuration(order: Run) -> AttnResConfig:
+def _configuration(parsed: Run) -> AttnResConfig:
     try:
-        return AttnResConfig.from_pretrained(order.model, **_depth_options(order))
+        return AttnResConfig.from_pretrained(parsed.model, **_depth_options(parsed))
     except OSError as error:
         raise ValueError(
-            f"{order.model}: is no checkpoint folder, hub id or config.json that can be read ({one_line(error)})"
+            f"{parsed.model}: is no checkpoint folder, hub id or config.json that can be read ({one_line(error)})"
         ) from error
 
 
-def _tokenizer(order: Run) -> PreTrainedTokenizerBase:
-    path = Path(order.model)
-    name = order.arguments.tokenizer or str(path.parent if path.is_file() else order.model)
+def _tokenizer(parsed: Run) -> PreTrainedTokenizerBase:
+    path = Path(parsed.model)
+    name = parsed.arguments.tokenizer or str(path.parent if path.is_file() else parsed.model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=order.arguments.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=parsed.arguments.trust_remote_code)
         # Without their files, some tokenizers load with an empty vocabulary.
         if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
             raise ValueError("it has only special tokens")
@@ -201,17 +201,17 @@ def _data(sources: Sources, arguments: RunArguments, tokenizer: PreTrainedTokeni
     return train.select(range(count)), train.select(range(count, len(train)))
 
 
-def _record(order: Run, model: AttnResForCausalLM, tokenizer: PreTrainedTokenizerBase, sources: Sources) -> dict:
+def _record(parsed: Run, model: AttnResForCausalLM, tokenizer: PreTrainedTokenizerBase, sources: Sources) -> dict:
     """Returns everything that the weights depend on, the same in all processes."""
-    training = order.training
+    training = parsed.training
     digests = [None, None]
     if training.process_index == 0:
         digests = [source and digest(source) for source in sources]
     if training.world_size > 1:
         broadcast_object_list(digests)
-    own = {"model": order.model, "processes": training.world_size}
+    own = {"model": parsed.model, "processes": training.world_size}
     return {
-        "arguments": {**own, **asdict(order.arguments), **training.to_dict()},
+        "arguments": {**own, **asdict(parsed.arguments), **training.to_dict()},
         "content": {
             "training data": digests[0],
             "held-out data": digests[1],
@@ -232,17 +232,17 @@ def _trained_part(model: AttnResForCausalLM, arguments: RunArguments) -> nn.Modu
     return model.freeze_backbone() if arguments.train == "depth" else with_adapters(model, arguments)
 
 
-def _save(trainer: RunTrainer, order: Run):
+def _save(trainer: RunTrainer, parsed: Run):
     """Saves the model in the folder of the run; adapters are merged and also saved in a subfolder."""
-    out = Path(order.arguments.out)
+    out = Path(parsed.arguments.out)
     folder = out / run_folder.UNFINISHED / "model"
     trainer.check_weights()
     trainer.save_whole_model(folder)
     if trainer.is_world_process_zero():
-        if order.arguments.train == "lora":
-            model_type = PreTrainedConfig.get_config_dict(order.model)[0].get("model_type")
-            is_stored = model_type == AttnResConfig.model_type and not order.from_scratch
-            save_with_adapter(folder, load_model(order), trainer.processing_class, None if is_stored else out / BASE)
+        if parsed.arguments.train == "lora":
+            model_type = PreTrainedConfig.get_config_dict(parsed.model)[0].get("model_type")
+            is_stored = model_type == AttnResConfig.model_type and not parsed.from_scratch
+            save_with_adapter(folder, load_model(parsed), trainer.processing_class, None if is_stored else out / BASE)
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
         run_folder.put_in_place(out, "model")
     trainer.accelerator.wait_for_everyone()

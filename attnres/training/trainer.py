@@ -48,22 +48,20 @@ class RunTrainer(Trainer):
         self.depth_learning_rate = depth_learning_rate
         self._saving = False
         self._not_finite: torch.Tensor | None = None
-        for callback in (PrinterCallback, ProgressCallback):
-            self.remove_callback(callback)
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
         self.add_callback(_Log() if self.args.disable_tqdm else _LogAndBar())
         self.add_callback(_RunCallback(begin))
 
     def train(self, *args, **kwargs):
         try:
-            found = super().train(*args, **kwargs)
+            super().train(*args, **kwargs)
         except _Finished:
-            found = None
             if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
                 self._load_best_model()
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         if self.state.global_step < self.state.max_steps:
             raise Stopped(f"step {self.state.global_step} of {self.state.max_steps} was the last; {self._last_good()}")
-        return found
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is not None:

@@ -23,8 +23,8 @@ def test_names_are_taken_with_either_dash(name, joined):
 
 
 def test_trainers_name_of_the_folder_is_taken():
-    order = of("--output-dir", "runs/a")
-    assert order.arguments.out == order.training.output_dir == "runs/a"
+    parsed = of("--output-dir", "runs/a")
+    assert parsed.arguments.out == parsed.training.output_dir == "runs/a"
 
 
 def test_yaml_has_the_same_names_and_flags_win(tmp_path):

@@ -129,18 +129,23 @@ def test_the_depth_mixer_alone_is_trained(plain, converted, documents, tmp_path)
     assert moved(out, converted) and all("_res_" in name for name in moved(out, converted))
 
 
-@pytest.mark.parametrize("options", [{}, {"optimizer": "muon"}, {"train": "lora"}, {"train": "depth"}], ids=str)
-def test_the_depth_mixer_has_the_learning_rate_that_is_given_for_it(plain, documents, tmp_path, monkeypatch, options):
+@pytest.fixture
+def created(monkeypatch):
+    """The models and optimizers of all runs of a test."""
     seen, create = [], RunTrainer.create_optimizer
 
     def note(self, model=None):
-        optimizer = create(self, model)
-        seen.append((self.model, optimizer))
-        return optimizer
+        seen.append((self.model, create(self, model)))
+        return seen[-1][1]
 
     monkeypatch.setattr(RunTrainer, "create_optimizer", note)
+    return seen
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "muon"}, {"train": "lora"}, {"train": "depth"}], ids=str)
+def test_the_depth_mixer_has_the_learning_rate_that_is_given_for_it(plain, documents, tmp_path, created, options):
     train(plain, documents, tmp_path / "run", num_blocks=2, max_steps=2, depth_learning_rate=2e-4, **options)
-    model, optimizer = seen[0]
+    model, optimizer = created[0]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     initial = {names[id(each)]: group["initial_lr"] for group in optimizer.param_groups for each in group["params"]}
     assert initial.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -160,19 +165,10 @@ def test_the_depth_mixer_has_the_learning_rate_that_is_given_for_it(plain, docum
         ("new", {}, 3e-3),
     ],
 )
-def test_the_depth_mixer_of_a_converted_model_learns_slowly(
-    plain, documents, tmp_path, monkeypatch, model, options, rate
-):
-    seen, create = [], RunTrainer.create_optimizer
-
-    def note(self, model=None):
-        seen.append((self.model, create(self, model)))
-        return seen[-1][1]
-
-    monkeypatch.setattr(RunTrainer, "create_optimizer", note)
+def test_the_depth_mixer_of_a_converted_model_learns_slowly(plain, documents, tmp_path, created, model, options, rate):
     source = plain if model == "converted" else plain / "config.json"
     train(source, documents, tmp_path / "run", num_blocks=2, max_steps=2, **options)
-    trained, optimizer = seen[0]
+    trained, optimizer = created[0]
     depth = {id(parameter) for name, parameter in trained.named_parameters() if "depth_mixer" in name}
     rates = {group["initial_lr"] for group in optimizer.param_groups for each in group["params"] if id(each) in depth}
     assert rates == {rate}
