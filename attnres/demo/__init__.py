@@ -49,7 +49,6 @@ def run(
         results = demo.run_in(folder, demo.settings_for(quick, seed))
         results["seconds"] = round(time.perf_counter() - started, 1)
         write(results, demo.summary(results), folder)
-        _replace_path(folder, out)
     print(f"\n{demo.summary(results)}\n\n{results['seconds']:.0f} s in all. {demo.next_steps(out)}")
     return results
 
@@ -62,6 +61,7 @@ def demo_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         FileExistsError: `out` exists and was not made by a demo, or was and `overwrite` is false.
         OSError: `out` cannot be written.
     """
+    out = Path(os.path.abspath(out))
     _check_owner(out)
     with replaced_folder(out, overwrite) as folder:
         (folder / MARKER).write_text("made by attnres demo; --overwrite may replace this folder\n", encoding="utf-8")
@@ -72,12 +72,3 @@ def demo_folder(out: Path, overwrite: bool) -> Iterator[Path]:
 def _check_owner(out: Path):
     if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
         raise FileExistsError(f"{out}: is not empty and was not made by attnres demo; choose another folder with --out")
-
-
-def _replace_path(folder: Path, out: Path):
-    """Replaces the temporary path by the final one in the reports that name the evaluated checkpoint."""
-    for path in folder.rglob("*"):
-        if path.suffix in (".json", ".md", ".csv"):
-            content = path.read_text(encoding="utf-8")
-            if str(folder) in content:
-                path.write_text(content.replace(str(folder), str(out)), encoding="utf-8")
