@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -101,8 +101,10 @@ def run_in(folder: Path, settings: Settings) -> dict:
     """Runs the demo in `folder` and returns what `results.json` holds."""
     save_plain(fetch(weights_folder()), folder / "plain")
     report = convert(folder / "plain", folder / "converted", num_blocks=8, progress=True).report
+    names = ("seed", "sequence_length", "batch_size", "steps", "warmup_steps", "document_bytes", "held_out_bytes")
+    rates = {"learning_rate": LEARNING_RATE, "depth_learning_rate": DEPTH_LEARNING_RATE, "lora_rank": RANK}
     results = {
-        "settings": asdict(settings),
+        "settings": {name: getattr(settings, name) for name in names} | rates,
         "threads": torch.get_num_threads(),
         "conversion": {name: report[name] for name in ("relative_logit_error", "top1_agreement", "logit_std")},
         "answers": {name: answer(folder / name) for name in ("plain", "converted")},
