@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import logging
 
 from attnres.demo import FULL, build_plain, prepare_data
-from attnres.demo.training import train_arm
+from attnres.demo.training import train_model
 
 
 def main():
@@ -38,7 +38,7 @@ def main():
         for spread, learning_rate in product(options.initializer_ranges, options.learning_rates):
             settings = replace(base, learning_rate=learning_rate, initializer_range=spread)
             model = build_plain(settings, data["tokenizer"].eos_token_id)
-            history = train_arm(
+            history = train_model(
                 f"plain {spread:g} {learning_rate:g}",
                 model,
                 data["train"],

@@ -1,4 +1,4 @@
-"""The demo: its corpus, its fairness between arms, its result folder, and one quick run from end to end."""
+"""The demo: its corpus, the fairness of its comparison, its folder, and one quick run from end to end."""
 
 import json
 import os
@@ -15,17 +15,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attnres import AttnResForCausalLM
-from attnres.demo import QUICK, backbone_config, build_plain, build_scratch, corpus
+from attnres.demo import MARKER, QUICK, backbone_config, build_plain, build_scratch, corpus, demo_folder
 from attnres.demo.evaluation import (
     compare_logits,
     doublings,
     held_out_loss,
     interval_over_files,
     loss_by_position,
-    mean_depth_weights,
 )
-from attnres.demo.folder import MARKER, building
-from attnres.demo.training import HalfWay, learning_rate_factor, train_arm
+from attnres.demo.training import BatchTrainer, learning_rate_factor, train_model
 
 TINY = replace(
     QUICK,
@@ -125,7 +123,7 @@ def test_tokenizer_and_packing_lose_nothing(tmp_path):
     assert packed.shape == (2, 20)
     text = tokenizer.decode(packed.flatten())
     assert ("".join(corpus.END_OF_TEXT + document.text for document in documents)).startswith(text)
-    with pytest.raises(OSError, match="tokens, 2000 are needed"):
+    with pytest.raises(OSError, match="tokens, but 2000 are needed"):
         corpus.pack(documents, tokenizer, num_sequences=100, length=20)
 
 
@@ -135,7 +133,7 @@ def test_documents_are_cut_to_the_budget_between_characters():
     assert chosen == [corpus.Document("a", "äää"), corpus.Document("b", "b" * 4)]
 
 
-def test_arms_start_from_the_same_backbone_weights():
+def test_models_start_from_the_same_backbone_weights():
     plain, scratch = build_plain(TINY, 0), build_scratch(TINY, 0)
     weights = scratch.state_dict()
     for name, weight in plain.state_dict().items():
@@ -148,25 +146,25 @@ def test_learning_rates_rise_to_the_peak_and_fall_to_the_final_ratio():
     assert factors[-1] == pytest.approx(QUICK.final_lr_ratio)
 
 
-def test_arms_see_the_same_batches_and_a_half_way_start_changes_nothing(tmp_path, sequences, held_out):
-    """A plain model taken up half-way, as the converted arm is, ends with the weights of the uninterrupted one."""
+def test_a_half_way_start_changes_nothing(tmp_path, sequences, held_out):
+    """A plain model that continues half-way, as the converted model does, ends with the weights of the uninterrupted
+    one."""
     states = []
 
     def keep(model, optimizer_state):
         model.save_pretrained(tmp_path / "half-way")
         states.append(optimizer_state)
 
+    data = (sequences, held_out, TINY, tmp_path / "trainer")
     plain = build_plain(TINY, 0)
-    history = train_arm("plain", plain, sequences, held_out, TINY, tmp_path / "t", at_half_way=keep)
-    start = HalfWay(TINY.half_way_step, states[0])
+    history = train_model("plain", plain, *data, at_half_way=keep)
     resumed = AutoModelForCausalLM.from_pretrained(tmp_path / "half-way")
-    resumed_history = train_arm("resumed", resumed, sequences, held_out, TINY, tmp_path / "t", start=start)
+    resumed_history = train_model("resumed", resumed, *data, start=states[0])
     converted = AttnResForCausalLM.from_backbone(tmp_path / "half-way", num_blocks=TINY.num_blocks)
-    converted_history = train_arm("converted", converted, sequences, held_out, TINY, tmp_path / "t", start=start)
+    converted_history = train_model("converted", converted, *data, start=states[0])
 
-    assert resumed_history.batch_digests == converted_history.batch_digests == history.batch_digests[3:]
-    assert len(set(history.batch_digests)) == TINY.steps
-    assert resumed_history.curves()["train_steps"] == [4, 5, 6]
+    assert resumed_history.train_steps == converted_history.train_steps == [4, 5, 6]
+    assert resumed_history.train_loss == pytest.approx(history.train_loss[3:], rel=1e-5)
     assert resumed_history.held_out_steps == [3, 4, 6] and history.held_out_steps == [0, 2, 4, 6]
     for name, weight in plain.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], weight, msg=name)
@@ -174,21 +172,18 @@ def test_arms_see_the_same_batches_and_a_half_way_start_changes_nothing(tmp_path
     assert not torch.equal(converted.depth_mixer.mlp_norm.query, torch.zeros_like(converted.depth_mixer.mlp_norm.query))
 
 
+def test_a_batch_out_of_order_stops_the_training(tmp_path, sequences):
+    trainer = BatchTrainer(build_plain(TINY, 0), sequences, TINY, tmp_path)
+    trainer.batches = trainer.batches[::-1]
+    with pytest.raises(RuntimeError, match="step 1: the batch is not the one that all models are trained on"):
+        trainer.train()
+
+
 def test_held_out_loss_is_the_mean_over_tokens_without_the_balancing_loss(held_out):
     model = build_plain(TINY, 0)
     logits = model(held_out).logits[:, :-1].log_softmax(-1)
     expected = -logits.gather(-1, held_out[:, 1:, None]).mean().item()
     assert held_out_loss(model, held_out, batch_size=3) == pytest.approx(expected, rel=1e-5)
-
-
-def test_depth_weights_are_means_over_tokens_in_the_order_of_depth(held_out):
-    model = build_scratch(TINY, 0)
-    for parameter in model.depth_parameters():
-        torch.nn.init.normal_(parameter)
-    rows = mean_depth_weights(model, held_out, batch_size=3)
-    assert [len(row) for row in rows] == [1, 2, 2, 2, 2, 3, 3]  # layers 0 and 1 form a block, layer 2 another
-    expected = model(held_out, output_depth_weights=True).depth_weights[-1].mean((0, 1)).tolist()
-    assert rows[-1] == pytest.approx(expected, rel=1e-5)
 
 
 def test_compare_logits_sees_a_difference(held_out):
@@ -204,7 +199,7 @@ def test_the_backbone_is_a_mixture_of_experts_deep_enough_for_blocks():
 
 def test_a_folder_appears_when_it_is_complete(tmp_path):
     out = tmp_path / "new" / "out"
-    with building(out, overwrite=False) as work:
+    with demo_folder(out, overwrite=False) as work:
         (work / "result").write_text("1")
         assert not out.exists() and work.parent == out.parent
     assert sorted(path.name for path in out.iterdir()) == [MARKER, "result"]
@@ -213,9 +208,9 @@ def test_a_folder_appears_when_it_is_complete(tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_failed_run_leaves_the_old_result_and_no_rest(tmp_path, error):
-    with building(tmp_path / "out", overwrite=False) as work:
+    with demo_folder(tmp_path / "out", overwrite=False) as work:
         (work / "result").write_text("old")
-    with pytest.raises(error), building(tmp_path / "out", overwrite=True) as work:
+    with pytest.raises(error), demo_folder(tmp_path / "out", overwrite=True) as work:
         (work / "result").write_text("new")
         raise error
     assert (tmp_path / "out" / "result").read_text() == "old"
@@ -224,11 +219,11 @@ def test_a_failed_run_leaves_the_old_result_and_no_rest(tmp_path, error):
 
 def test_an_old_result_is_replaced_only_on_request(tmp_path):
     out = tmp_path / "out"
-    with building(out, overwrite=False) as work:
+    with demo_folder(out, overwrite=False) as work:
         (work / "old").touch()
-    with pytest.raises(FileExistsError, match="--overwrite"), building(out, overwrite=False):
+    with pytest.raises(FileExistsError, match="--overwrite"), demo_folder(out, overwrite=False):
         pass
-    with building(out, overwrite=True) as work:
+    with demo_folder(out, overwrite=True) as work:
         (work / "new").touch()
     assert sorted(path.name for path in out.iterdir()) == [MARKER, "new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -238,7 +233,7 @@ def test_an_old_result_is_replaced_only_on_request(tmp_path):
 def test_folders_and_files_of_others_are_never_replaced(tmp_path, overwrite):
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path, tmp_path / "file"):
-        with pytest.raises(FileExistsError), building(out, overwrite):
+        with pytest.raises(FileExistsError), demo_folder(out, overwrite):
             pass
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -246,7 +241,7 @@ def test_folders_and_files_of_others_are_never_replaced(tmp_path, overwrite):
 def test_a_folder_filled_meanwhile_is_left_alone(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    with pytest.raises(FileExistsError), building(out, overwrite=True):
+    with pytest.raises(FileExistsError), demo_folder(out, overwrite=True):
         (out / "thesis.tex").touch()
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 
@@ -277,7 +272,7 @@ def test_quick_demo_writes_everything_and_leaves_nothing_else(quick):
     assert "model-index" not in card
     assert f"open {out / 'hub' / 'README.md'}" in process.stdout
     written = [path for path in out.rglob("*") if path.suffix in (".json", ".md", ".csv")]
-    assert not [path for path in written if ".unfinished" in path.read_text(encoding="utf-8")]
+    assert not [path for path in written if ".partial" in path.read_text(encoding="utf-8")]
     assert not list(home.rglob("*.arrow")) and not (home / ".cache" / "huggingface" / "datasets").exists()
     for figure in ("loss-curves.png", "depth-weights.png"):
         assert min(matplotlib.image.imread(out / figure).shape[:2]) > 400
@@ -290,9 +285,9 @@ def test_quick_demo_results_are_finite_and_the_same_in_every_place(quick):
         re.findall(r"^\| ([a-z-]+) \| (\d.*) \|$", (out / "results.md").read_text("utf-8").split("\n## ")[0], re.M)
     )
     assert list(rows) == list(results["arms"]) == ["half-way", "plain", "converted", "from-scratch"]
-    for arm, row in results["arms"].items():
-        assert f"| {arm} | {rows[arm]} |" in process.stdout
-        cells = rows[arm].split(" | ")
+    for name, row in results["arms"].items():
+        assert f"| {name} | {rows[name]} |" in process.stdout
+        cells = rows[name].split(" | ")
         assert len(cells) == 9
         assert [int(cells[0]), float(cells[2]), float(cells[3])] == [
             row["steps"],
@@ -303,8 +298,8 @@ def test_quick_demo_results_are_finite_and_the_same_in_every_place(quick):
         assert row["byte_perplexity"] == pytest.approx(2 ** row["bits_per_byte"], rel=1e-6)
     assert results["lossless_start"]["max_abs_logit_difference"] < 0.01 * results["lossless_start"]["logit_std"]
     assert results["arms"]["plain"]["bits_per_byte"] < results["arms"]["half-way"]["bits_per_byte"]
-    for arm in ("converted", "from-scratch"):
-        assert [sum(row) for row in results["depth_weights"][arm]] == pytest.approx([1.0] * 9, abs=1e-4)
+    for name in ("converted", "from-scratch"):
+        assert [sum(row) for row in results["depth_weights"][name]] == pytest.approx([1.0] * 9, abs=1e-4)
 
 
 def test_quick_demo_says_how_sure_bits_per_byte_are_and_what_context_gains(quick):
@@ -312,17 +307,17 @@ def test_quick_demo_says_how_sure_bits_per_byte_are_and_what_context_gains(quick
     results = json.loads((out / "results.json").read_text("utf-8"))
     documents = [json.loads(line) for line in (out / "held-out.jsonl").read_text("utf-8").splitlines()]
     total = sum(len(document["text"].encode()) for document in documents)
-    for arm, row in results["arms"].items():
+    for name, row in results["arms"].items():
         assert sum(row["file_bits"]) / total == pytest.approx(row["bits_per_byte"], rel=1e-9)
         assert len(row["file_bits"]) == len(documents)
         assert row["interval"][0] < row["bits_per_byte"] < row["interval"][1]
-        losses = results["loss_by_position"][arm]
+        losses = results["loss_by_position"][name]
         assert len(losses) == QUICK.sequence_length - 1
         assert sum(losses) / len(losses) == pytest.approx(row["held_out_loss"], rel=1e-5)
     assert results["arms"]["plain"]["minus_plain_interval"] == [0, 0]
     assert results["arms"]["half-way"]["minus_plain_interval"][0] > 0
     for text in (process.stdout, (out / "results.md").read_text("utf-8")):
-        assert "| tokens before | 1 | 2 to 3 | 4 to 7 | 8 to 15 | 16 to 31 | 32 to 63 |" in text
+        assert "| preceding tokens | 1 | 2 to 3 | 4 to 7 | 8 to 15 | 16 to 31 | 32 to 63 |" in text
 
 
 def test_loss_by_position_is_that_of_each_token(held_out):
@@ -342,22 +337,22 @@ def test_intervals_over_files_are_those_of_whole_files():
     generator = np.random.default_rng(0)
     sizes = generator.integers(100, 5000, 211)
     bits = sizes * generator.normal(2.5, 0.4, 211)
-    low, high = interval_over_files(bits, sizes, 4000, 0)
+    low, high = interval_over_files(bits, sizes, replace(TINY, resamples=4000))
     # The ratio's standard error by linearisation.
     ratio = bits.sum() / sizes.sum()
     error = np.sqrt(((bits - ratio * sizes) ** 2).sum()) / sizes.sum()
     assert (low, high) == pytest.approx((ratio - 1.96 * error, ratio + 1.96 * error), abs=0.15 * error)
 
 
-def test_quick_demo_arms_reload_and_predict_what_was_measured(quick):
+def test_quick_demo_models_reload_and_predict_what_was_measured(quick):
     _, out, _ = quick
     results = json.loads((out / "results.json").read_text("utf-8"))
     documents = [json.loads(line) for line in (out / "held-out.jsonl").read_text("utf-8").splitlines()]
     documents = [corpus.Document(document["name"], document["text"]) for document in documents]
-    for arm, row in results["arms"].items():
-        tokenizer = AutoTokenizer.from_pretrained(out / arm)
-        model = AutoModelForCausalLM.from_pretrained(out / arm)
-        assert isinstance(model, AttnResForCausalLM) == (arm in ("converted", "from-scratch"))
+    for name, row in results["arms"].items():
+        tokenizer = AutoTokenizer.from_pretrained(out / name)
+        model = AutoModelForCausalLM.from_pretrained(out / name)
+        assert isinstance(model, AttnResForCausalLM) == (name in ("converted", "from-scratch"))
         sequences = corpus.pack(documents, tokenizer, QUICK.held_out_sequences, QUICK.sequence_length)
         assert held_out_loss(model, sequences, QUICK.eval_batch_size) == pytest.approx(row["held_out_loss"], rel=1e-5)
 
@@ -365,6 +360,6 @@ def test_quick_demo_arms_reload_and_predict_what_was_measured(quick):
 def test_quick_demo_keeps_progress_and_results_apart(quick):
     process, out, _ = quick
     assert "train plain" in process.stderr and "lm-eval converted" in process.stderr
-    assert "step/s" not in process.stdout and "conversion: " in process.stdout and "from_backbone" in process.stdout
+    assert "step/s" not in process.stdout and "Conversion: " in process.stdout and "from_backbone" in process.stdout
     assert str(out) in process.stdout
     assert "Warning" not in process.stderr and "Traceback" not in process.stderr

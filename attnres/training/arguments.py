@@ -1,10 +1,10 @@
-"""Arguments of a run: flags and YAML keys of the same names, including every field of `TrainingArguments`."""
+"""Arguments of a training run, as flags and YAML keys of the same names, including all of `TrainingArguments`."""
 
 import argparse
 import difflib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -15,139 +15,119 @@ import yaml
 from accelerate import ParallelismConfig
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..messages import one_line
+
 DEFAULT_SEQUENCE_LENGTH = 1024
-
 SCHEDULES = {"cosine": "cosine_with_min_lr", "wsd": "warmup_stable_decay"}
+WARMUP = 0.05  # share of the steps
 
-WARMUP = 0.05  # of the steps
-
-# Where TrainingArguments has another default. A flag or a line of YAML goes before.
+# Defaults that differ from those of TrainingArguments.
 DEFAULTS = {
     "logging_steps": 10,
-    "logging_nan_inf_filter": False,  # it leaves out of a mean what the run has to stop for
+    "logging_nan_inf_filter": False,  # would hide a loss that is not finite
     "report_to": "none",
-    "ddp_find_unused_parameters": False,  # all have a part in every loss; DDP need not look for others in each step
-    "label_names": ["labels"],  # a model with adapters does not say
+    "ddp_find_unused_parameters": False,  # every parameter takes part in every loss
+    "label_names": ["labels"],  # Trainer cannot infer them from a PEFT model
 }
 
-# Fields of TrainingArguments that may be lists and that its parser reads as one word.
+# Fields of TrainingArguments that may be lists although HfArgumentParser reads them as one word.
 TAKE_LISTS = frozenset(["report_to", "optim_target_modules", "debug"])
-
-# transformers 5.23 renames them; the old names warn there.
-NEW_NAMES = {
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
-
-
-def _about(help: str, metavar: str | None = None) -> dict:
-    return {"help": help, **({} if metavar is None else {"metavar": metavar})}
 
 
 def _option(default, help: str, metavar: str | None = None):
-    return field(default=default, metadata=_about(help, metavar))
+    metadata = {"help": help} if metavar is None else {"help": help, "metavar": metavar}
+    return field(default=default, metadata=metadata)
 
 
-_SEVERAL = {"nargs": "+", "action": "extend"}
+_DATA = {"metavar": "DATA", "nargs": "+", "action": "extend"}
 
 
 @dataclass
 class RunArguments:
-    """What is trained, on what, and where the results go."""
+    """Arguments of a run that are not part of `TrainingArguments`."""
 
     _argument_group_name = "run"
 
-    out: str = _option("train-out", "folder of checkpoints, and in the end of the trained model", "DIR")
+    out: str = _option("train-out", "folder for checkpoints and, at the end, the trained model", "DIR")
     resume: bool = _option(False, "continue the run in DIR from its last complete checkpoint")
-    tokenizer: str | None = _option(None, "folder or hub id (default: the model's own)", "NAME")
+    tokenizer: str | None = _option(None, "folder or hub id of the tokenizer (default: the tokenizer of MODEL)", "NAME")
     trust_remote_code: bool = _option(False, "run code that comes with the tokenizer")
     dtype: Literal["float32", "bfloat16", "auto"] = _option(
-        "float32", "of the weights that are trained; auto: as in the checkpoint. --bf16 computes in bfloat16 with any"
+        "float32",
+        "data type of the trained weights (auto: that of the checkpoint); --bf16 computes in bfloat16 with any of them",
     )
 
     residual_mode: Literal["block", "full", "standard"] | None = _option(
-        None, "depth mixing (default: what MODEL says; block for a PreNorm one)"
+        None, "kind of depth mixing (default: that of MODEL, or block for a PreNorm MODEL)"
     )
     num_blocks: int | None = _option(
-        None, "blocks of a PreNorm MODEL, fewer where they do not divide its layers (default: 8)", "N"
+        None, "number of blocks for a PreNorm MODEL; fewer if N does not divide its layers (default: 8)", "N"
     )
     layers_per_block: int | None = _option(None, "decoder layers per block, instead of --num-blocks", "K")
 
     data: list[str] = field(
         default_factory=list,
-        metadata={**_about("files of text, .jsonl or .parquet, folders or hub ids of data sets", "DATA"), **_SEVERAL},
+        metadata=_DATA | {"help": "training data: text, .jsonl or .parquet files, folders, or hub ids of data sets"},
     )
-    data_config: str | None = _option(None, "configuration of the data set, such as wikitext-2-raw-v1", "NAME")
-    split: str = _option("train", "of a data set from a folder or the hub", "NAME")
-    text_field: str = _option("text", "column with the text", "NAME")
+    data_config: str | None = _option(None, "configuration of the data set, for example wikitext-2-raw-v1", "NAME")
+    split: str = _option("train", "split to train on, if DATA is a folder or a hub id", "NAME")
+    text_field: str = _option("text", "column that holds the text", "NAME")
     eval_data: list[str] = field(
-        default_factory=list, metadata={**_about("held-out data, as --data", "DATA"), **_SEVERAL}
+        default_factory=list, metadata=_DATA | {"help": "held-out data, in the same forms as --data"}
     )
-    eval_split: str | None = _option(None, "split of --eval-data, or of --data if there is none", "NAME")
-    eval_fraction: float | None = _option(None, "hold out this share of the sequences, the last ones", "SHARE")
-    streaming: bool = _option(False, "read the data while training, in their order; needs --max-steps")
+    eval_split: str | None = _option(None, "held-out split of --eval-data, or of --data without --eval-data", "NAME")
+    eval_fraction: float | None = _option(None, "share of the training sequences to hold out, from the end", "SHARE")
+    streaming: bool = _option(False, "read the data in order during training; needs --max-steps")
     sequence_length: int | None = _option(
-        None, f"tokens per sequence (default: {DEFAULT_SEQUENCE_LENGTH}, or what the model takes)", "TOKENS"
+        None, f"tokens per sequence (default: {DEFAULT_SEQUENCE_LENGTH}, or fewer if the model takes fewer)", "TOKENS"
     )
 
     train: Literal["all", "depth", "lora"] = _option(
-        "all", "all weights, the depth mixer only, or LoRA adapters with the whole depth mixer"
+        "all", "train all weights, only the depth mixer, or LoRA adapters and the depth mixer"
     )
-    lora_rank: int = _option(16, "of the adapters", "N")
-    lora_alpha: float | None = _option(None, "scale of the adapters, divided by the rank (default: 2 N)", "ALPHA")
-    lora_dropout: float = _option(0.0, "of the adapters' inputs", "P")
-    optimizer: Literal["adamw", "muon"] = _option("adamw", "muon: Muon for the backbone's matrices, AdamW for all else")
+    lora_rank: int = _option(16, "rank of the LoRA adapters", "N")
+    lora_alpha: float | None = _option(
+        None, "scale of the LoRA adapters, which is divided by their rank (default: twice the rank)", "ALPHA"
+    )
+    lora_dropout: float = _option(0.0, "dropout probability in the LoRA adapters", "P")
+    optimizer: Literal["adamw", "muon"] = _option(
+        "adamw", "AdamW for all weights, or Muon for the backbone's matrices and AdamW for the rest"
+    )
     depth_learning_rate: float | None = _option(
         None,
-        "of the depth mixer (default: --learning-rate; in a converted model at most 1e-4, unless only it is trained)",
+        "peak learning rate of the depth mixer (default: --learning-rate; at most 1e-4 for a converted model, unless "
+        "only the depth mixer is trained)",
         "LR",
     )
     schedule: Literal["cosine", "wsd"] | None = _option(
         None,
-        "cosine to a tenth, or warm-up, stable and linear decay over the last fifth (default: cosine, unless "
-        "--lr-scheduler-type says another)",
+        "learning rate after the warm-up: cosine decay to a tenth, or constant with a linear decay over the last fifth "
+        "of the steps (default: cosine, unless --lr-scheduler-type is given)",
     )
-    depth_dynamics: bool = _option(True, "log how the model trains over depth, for `attnres dynamics DIR`")
-    depth_dynamics_steps: int = _option(100, "steps from one measurement over depth to the next", "N")
+    depth_dynamics: bool = _option(True, "log training dynamics over depth, which `attnres dynamics DIR` shows")
+    depth_dynamics_steps: int = _option(100, "steps between two measurements of the dynamics over depth", "N")
+
+    @property
+    def evaluates(self) -> bool:
+        """Returns whether there are held-out data."""
+        return bool(self.eval_data or self.eval_split or self.eval_fraction)
 
 
-LORA = {each.name: each.default for each in fields(RunArguments) if each.name.startswith("lora_")}
+Rule = tuple[str, Callable[[float], bool]]
+_POSITIVE: Rule = ("above 0", lambda value: 0 < value < math.inf)
+_AT_LEAST_0: Rule = ("at least 0", lambda value: 0 <= value < math.inf)
+_AT_LEAST_1: Rule = ("at least 1", lambda value: value >= 1)
 
-
-@dataclass(frozen=True)
-class Rule:
-    """What a number has to be."""
-
-    text: str
-    holds: Callable[[float], bool]
-
-
-_POSITIVE = Rule("above 0", lambda value: 0 < value < math.inf)
-_AT_LEAST_0 = Rule("at least 0", lambda value: 0 <= value < math.inf)
-_AT_LEAST_1 = Rule("at least 1", lambda value: value >= 1)
-_SHARE = Rule("between 0 and 1", lambda value: 0 < value < 1)
-
-# transformers checks few of its own.
-RULES = {
-    "sequence_length": Rule("at least 2", lambda value: value >= 2),
-    "eval_fraction": _SHARE,
-    "lora_rank": _AT_LEAST_1,
-    "lora_alpha": _POSITIVE,
-    "lora_dropout": Rule("at least 0 and below 1", lambda value: 0 <= value < 1),
-    "depth_dynamics_steps": _AT_LEAST_1,
-    "learning_rate": _POSITIVE,
-    "depth_learning_rate": _POSITIVE,
-    "weight_decay": _AT_LEAST_0,
-    "max_grad_norm": _AT_LEAST_0,
-    "num_train_epochs": _POSITIVE,
-    "max_steps": _AT_LEAST_1,
-    "warmup_steps": _AT_LEAST_0,
-    "per_device_train_batch_size": _AT_LEAST_1,
-    "per_device_eval_batch_size": _AT_LEAST_1,
-    "gradient_accumulation_steps": _AT_LEAST_1,
-    "logging_steps": _POSITIVE,
-    "eval_steps": _POSITIVE,
-    "save_steps": _POSITIVE,
+# Ranges of numbers, most of which transformers does not check.
+RULES: dict[str, Rule] = {
+    "sequence_length": ("at least 2", lambda value: value >= 2),
+    "eval_fraction": ("between 0 and 1", lambda value: 0 < value < 1),
+    "lora_dropout": ("at least 0 and below 1", lambda value: 0 <= value < 1),
+    **dict.fromkeys(("lora_alpha", "learning_rate", "depth_learning_rate", "num_train_epochs"), _POSITIVE),
+    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), _POSITIVE),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "warmup_steps"), _AT_LEAST_0),
+    **dict.fromkeys(("lora_rank", "depth_dynamics_steps", "max_steps", "gradient_accumulation_steps"), _AT_LEAST_1),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _AT_LEAST_1),
 }
 
 
@@ -158,13 +138,7 @@ class _Parser(HfArgumentParser):
 
 @dataclass(frozen=True)
 class Run:
-    """A checked command line.
-
-    Attributes:
-        model: folder, hub id or config.json.
-        arguments: of the run.
-        training: of the Trainer.
-    """
+    """A checked command line: the model (a folder, hub id or config.json) and the arguments of the run and Trainer."""
 
     model: str
     arguments: RunArguments
@@ -172,38 +146,41 @@ class Run:
 
     @property
     def from_scratch(self) -> bool:
+        """Returns whether the model is a config.json, which means random weights."""
         return Path(self.model).is_file()
 
 
 def parse(command_line: Sequence[str]) -> Run:
-    """Reads flags and the YAML file that `--config` names; flags win.
+    """Reads flags and the YAML file that `--config` names; flags take precedence.
 
     Raises:
-        ValueError: an unknown name, a wrong type or values that contradict each other.
+        ValueError: a name is unknown, a value has the wrong type or range, or values contradict each other.
     """
     parser = _parser()
     given = _read(parser, command_line)
     if "config" in given:
         given = {**_from_yaml(Path(given.pop("config")), parser), **given}
-    given = _with_new_names(given)
-    if "output_dir" in given and "out" not in given:  # Trainer's name for it
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        new = old.replace("gradient", "activation")  # the name in transformers 5.23, which warns about the old one
+        if old in given and new in TrainingArguments.__dataclass_fields__:
+            given.setdefault(new, given.pop(old))
+    if "out" not in given and "output_dir" in given:
         given["out"] = given.pop("output_dir")
     model = given.pop("model", None)
     if model is None:
-        parser.error("name a MODEL, first of all: a folder, a hub id or a config.json")
-    for name, rule in RULES.items():
-        value = given.get(name)
-        if value is not None and not rule.holds(value):
-            raise ValueError(f"{flag(name)} must be {rule.text}, got {value}")
+        parser.error("the first argument must be a MODEL: a folder, a hub id or a config.json")
+    for name, (rule, holds) in RULES.items():
+        if given.get(name) is not None and not holds(given[name]):
+            raise ValueError(f"{flag(name)} must be {rule}, got {given[name]}")
     own = {each.name for each in fields(RunArguments)}
     arguments = RunArguments(**{name: value for name, value in given.items() if name in own})
+    _check_together(arguments, given)
     of_trainer = {name: value for name, value in given.items() if name not in own}
-    _check_together(arguments, of_trainer)
     return Run(model, arguments, _training_arguments(arguments, of_trainer))
 
 
 def flag(name: str) -> str:
-    """`learning_rate` as it is typed."""
+    """Returns the flag of an argument, such as `--learning-rate`."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -217,13 +194,13 @@ def _parser() -> _Parser:
         description=(
             "Trains a causal language model with transformers' Trainer: an AttnRes checkpoint, a PreNorm checkpoint "
             "(converted losslessly in memory), or a config.json with random weights. Documents are joined, with an "
-            "end-of-text token after each, and cut into sequences of equal length. After the options of the run come "
-            "all of TrainingArguments. Names may be written with _ or -, and in a YAML file without the dashes in "
-            "front."
+            "end-of-text token after each, and cut into sequences of equal length. The options of the run are listed "
+            "first, then all of TrainingArguments. Option names may be written with _ or -, and without the leading "
+            "dashes in a YAML file."
         ),
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help="folder or hub id of a checkpoint, or a config.json")
-    parser.add_argument("--config", metavar="FILE", help="YAML with the names of these options; flags win")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with values for these options; flags win")
     for action in parser._actions:
         _complete(action)
     run = next(group for group in parser._action_groups if group.title == RunArguments._argument_group_name)
@@ -232,78 +209,66 @@ def _parser() -> _Parser:
     return parser
 
 
-_SHOWN_DEFAULTS = {**DEFAULTS, "lr_scheduler_type": "as --schedule says", "warmup_steps": WARMUP, "out": "train-out"}
-_METAVARS = {int: "N", float: "X"}
+_SHOWN_DEFAULTS = {
+    **DEFAULTS,
+    "lr_scheduler_type": "the scheduler of --schedule",
+    "warmup_steps": WARMUP,
+    "output_dir": "the folder of --out",
+}
 
 
 def _complete(action: argparse.Action):
-    """Says the default in the help and takes it away, so that what is there was given; reads mappings as JSON."""
+    """Moves the default of an option into its help, so that only given values are returned; reads mappings as JSON."""
     default = _SHOWN_DEFAULTS.get(action.dest, getattr(action.default, "value", action.default))
-    if default not in (None, argparse.SUPPRESS, [], "", False) and "default" not in action.help and action.nargs != 0:
+    if action.nargs == 0 and action.dest != "help":
+        action.help = f"same as {flag(action.dest)} false"
+    elif default not in (None, argparse.SUPPRESS, [], "", False) and "default" not in action.help:
         action.help += f" (default: {default})"
     action.default = argparse.SUPPRESS
-    if action.option_strings:
-        action.option_strings = [name for name in action.option_strings if "_" not in name]  # shown; both are taken
+    action.option_strings = [name for name in action.option_strings if "_" not in name]  # in the help; both are parsed
     if action.metavar is None and action.choices is None:
-        action.metavar = _METAVARS.get(action.type, "VALUE")
+        action.metavar = "true|false" if action.nargs == "?" else {int: "N", float: "X"}.get(action.type, "VALUE")
     kind = get_origin(action.type) or action.type
-    if kind in (dict, ParallelismConfig):
-        action.type = partial(_mapping, kind)
+    if kind in (dict, str, ParallelismConfig):
+        action.type = partial(_json, kind)
 
 
-def _mapping(kind: type, text: str):
+def _json(kind: type, text: str):
+    """Reads a mapping; fields that take text as well, such as a path, take a mapping as text."""
+    if kind is str and not text.startswith("{"):
+        return text
     try:
-        return kind(**json.loads(text))
+        values = json.loads(text)
+        return text if kind is str else kind(**values)
     except (ValueError, TypeError) as error:
-        raise argparse.ArgumentTypeError(f"must be names and values as JSON, got {text} ({error})") from None
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text} ({error})") from None
 
 
 def _read(parser: _Parser, words: Sequence[str]) -> dict:
     given, unknown = parser.parse_known_args(words)
     if unknown:
         name = unknown[0].partition("=")[0]
-        close = difflib.get_close_matches(name.replace("_", "-"), parser._option_string_actions, 1)
-        parser.error(f"unknown argument {name}" + (f"; is {close[0]} meant?" if close else ""))
-    for name, value in vars(given).items():
-        if isinstance(value, str) and value.startswith("{"):
-            try:
-                json.loads(value)
-            except ValueError as error:
-                parser.error(f"{flag(name)} must be names and values as JSON, got {value} ({error})")
+        parser.error(f"unknown argument {name}{_suggestion(name.replace('_', '-'), parser._option_string_actions)}")
     return vars(given)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML whose mappings say everything once."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            name = str(self.construct_object(key)).replace("-", "_")
-            if name in seen:
-                raise ValueError(f"line {key.start_mark.line + 1}: {name} is there twice")
-            seen.add(name)
-        return super().construct_mapping(node, deep)
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _from_yaml(path: Path, parser: _Parser) -> dict:
-    """Through the same parser as flags, so that both have the same names, types and mistakes."""
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"--config {path}: must be names and values, such as learning_rate: 3e-4")
+    """Reads a YAML file through the parser of the flags, so that names, types and error messages are the same."""
     known = {option.lstrip("-").replace("-", "_"): action for option, action in parser._option_string_actions.items()}
-    for name in ("config", "help", "h"):
-        known.pop(name)
     words, direct = [], {}
     try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("must have lines of names and values, such as learning_rate: 3e-4")
         for key, value in content.items():
             name = str(key).replace("-", "_")
-            if name != "model" and name not in known:
-                close = difflib.get_close_matches(name, known, 1)
-                raise ValueError(f"unknown name {key}" + (f"; is {close[0]} meant?" if close else ""))
+            if name != "model" and (name not in known or name in ("config", "help", "h")):
+                raise ValueError(f"unknown name {key}{_suggestion(name, known)}")
             if name == "model" or (isinstance(value, list) and name in TAKE_LISTS):
                 direct[name] = value
             elif value is not None:
@@ -311,8 +276,8 @@ def _from_yaml(path: Path, parser: _Parser) -> dict:
         if not isinstance(direct.get("model", ""), str):
             raise ValueError(f"model must be a folder, a hub id or a config.json, got {direct['model']!r}")
         return {**_read(parser, words), **direct}
-    except ValueError as error:
-        raise ValueError(f"--config {path}: {error}") from None
+    except (OSError, yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _as_words(name: str, value, action: argparse.Action) -> list[str]:
@@ -324,87 +289,70 @@ def _as_words(name: str, value, action: argparse.Action) -> list[str]:
         if action.nargs != "+":
             raise ValueError(f"{name} takes one value, got {value}")
         return [flag(name), *map(str, value)]
-    if value is False and "no" in (action.choices or ()):  # what YAML makes of `no`
+    if value is False and "no" in (action.choices or ()):  # YAML reads `no` as false
         value = "no"
-    word = json.dumps(value) if isinstance(value, dict) else str(value)
-    return [f"{flag(name)}={word}"]
+    return [f"{flag(name)}={json.dumps(value) if isinstance(value, dict) else value}"]
 
 
-def _with_new_names(given: dict) -> dict:
-    known = {each.name for each in fields(TrainingArguments)}
-    for old, new in NEW_NAMES.items():
-        if new in known and old in given:
-            given.setdefault(new, given.pop(old))
-    return given
-
-
-def _check_together(arguments: RunArguments, of_trainer: dict):
-    """What contradicts itself, each with what to do."""
-    output_dir = of_trainer.pop("output_dir", arguments.out)
-    muon = arguments.optimizer == "muon"
-    evaluates = bool(arguments.eval_data or arguments.eval_split or arguments.eval_fraction)
-    strategy = of_trainer.get("eval_strategy", "no")
+def _check_together(arguments: RunArguments, given: dict):
+    """Refuses arguments that contradict each other."""
+    muon, train, fraction = arguments.optimizer == "muon", arguments.train, arguments.eval_fraction
+    output_dir, strategy = given.get("output_dir", arguments.out), given.get("eval_strategy", "no")
     mistakes = {
-        "--data is missing: name files, a folder or a hub id to train on": not arguments.data,
-        "--out and --output-dir name two folders: leave out --output-dir": Path(output_dir) != Path(arguments.out),
-        "--resume-from-checkpoint: use --resume, which takes the last complete checkpoint of --out": (
-            "resume_from_checkpoint" in of_trainer
+        "--data is missing; name files, a folder or a hub id to train on": not arguments.data,
+        "--out and --output-dir name two folders; leave out --output-dir": Path(output_dir) != Path(arguments.out),
+        "--resume-from-checkpoint is not supported; use --resume, which takes the last complete checkpoint of --out": (
+            "resume_from_checkpoint" in given
         ),
-        f"--lora-rank, --lora-alpha and --lora-dropout need --train lora, got --train {arguments.train}": (
-            arguments.train != "lora" and any(getattr(arguments, name) != default for name, default in LORA.items())
+        f"--lora-rank, --lora-alpha and --lora-dropout need --train lora, got --train {train}": (
+            train != "lora" and any(name.startswith("lora_") for name in given)
         ),
-        "--resume needs what --save-only-model leaves out of the checkpoints": (
-            arguments.resume and bool(of_trainer.get("save_only_model"))
+        "--resume needs the optimizer states that --save-only-model leaves out of the checkpoints": (
+            arguments.resume and given.get("save_only_model")
         ),
-        "--push-to-hub would push the adapter over the merged model: push that with `attnres card --push`": (
-            arguments.train == "lora" and bool(of_trainer.get("push_to_hub"))
+        "--push-to-hub would replace the merged model by the adapter; push the model with `attnres card --push`": (
+            train == "lora" and given.get("push_to_hub")
         ),
-        "--schedule and --lr-scheduler-type both say what the schedule is: leave one out": (
-            arguments.schedule is not None and "lr_scheduler_type" in of_trainer
+        "--schedule and --lr-scheduler-type both set the schedule; leave one out": (
+            arguments.schedule is not None and "lr_scheduler_type" in given
         ),
-        "--optimizer muon and --optim, --optim-args: leave one of them out": (
-            muon and ("optim" in of_trainer or "optim_args" in of_trainer)
+        "--optimizer muon and --optim or --optim-args both set the optimizer; leave one out": (
+            muon and ("optim" in given or "optim_args" in given)
         ),
-        f"--optimizer muon is for the backbone's matrices, which --train {arguments.train} leaves as they are: "
-        "use --optimizer adamw": muon and arguments.train != "all",
-        "--streaming needs --max-steps: nobody knows how long a stream is": (
-            arguments.streaming and "max_steps" not in of_trainer
+        f"--optimizer muon trains the backbone's matrices, which --train {train} freezes; use --optimizer adamw": (
+            muon and train != "all"
         ),
-        "--streaming has no end to hold out --eval-fraction from: use --eval-data or --eval-split": (
-            arguments.streaming and arguments.eval_fraction is not None
+        "--streaming needs --max-steps, because the length of a stream is unknown": (
+            arguments.streaming and "max_steps" not in given
         ),
-        "--eval-fraction and --eval-data, --eval-split: leave one of them out": (
-            arguments.eval_fraction is not None and bool(arguments.eval_data or arguments.eval_split)
+        "--eval-fraction does not work with --streaming, which has no end; use --eval-data or --eval-split": (
+            arguments.streaming and fraction is not None
+        ),
+        "--eval-fraction and --eval-data or --eval-split both set the held-out data; leave one out": (
+            fraction is not None and (arguments.eval_data or arguments.eval_split)
         ),
         f"--eval-strategy {strategy} needs --eval-data, --eval-split or --eval-fraction": (
-            strategy != "no" and not evaluates
-        ),
-        "--residual-mode standard has no depth mixer to train: use --train all": (
-            arguments.residual_mode == "standard" and arguments.train == "depth"
-        ),
-        "--residual-mode standard has no depth mixer: leave out --depth-learning-rate": (
-            arguments.residual_mode == "standard" and arguments.depth_learning_rate is not None
+            strategy != "no" and not arguments.evaluates
         ),
     }
-    for line, applies in mistakes.items():
+    for message, applies in mistakes.items():
         if applies:
-            raise ValueError(line)
+            raise ValueError(message)
 
 
 def _training_arguments(arguments: RunArguments, of_trainer: dict) -> TrainingArguments:
-    evaluates = bool(arguments.eval_data or arguments.eval_split or arguments.eval_fraction)
     values = {**DEFAULTS, **of_trainer, "output_dir": arguments.out, "remove_unused_columns": False}
     if "lr_scheduler_type" not in of_trainer:
         values["lr_scheduler_type"] = SCHEDULES[arguments.schedule or "cosine"]
         values.setdefault("warmup_steps", WARMUP)
     if not torch.accelerator.is_available():
-        values.setdefault("use_cpu", True)  # several processes on a CPU are told apart by it
+        values.setdefault("use_cpu", True)  # needed to launch several processes on a CPU
     if values.get("use_cpu"):
         values.setdefault("dataloader_pin_memory", False)
-    if evaluates and "eval_strategy" not in of_trainer:
+    if arguments.evaluates and "eval_strategy" not in of_trainer:
         values["eval_strategy"] = "steps"
         values.setdefault("eval_steps", values.get("save_steps", 500))
     try:
         return TrainingArguments(**values)
     except (TypeError, KeyError, AttributeError, ImportError, NotImplementedError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(one_line(error)) from error

@@ -1,13 +1,13 @@
-"""`attnres train`, step by step: everything is read and checked before anything is written."""
+"""`attnres train`: reads and checks everything, then trains and saves the model."""
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
+import datasets
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
@@ -15,51 +15,58 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 from transformers.utils import logging
 
 from .. import AttnResConfig, AttnResForCausalLM, DepthDynamicsCallback
+from ..messages import one_line, say
 from . import run_folder
 from .arguments import DEFAULT_SEQUENCE_LENGTH, Run, RunArguments, parse
 from .data import Source, Stream, collate, digest, sequences, tokenizer_digest
 from .lora import BASE, save_with_adapter, with_adapters
 from .trainer import RunTrainer
 
-# What gained most where SmolLM2-135M was retrofitted (docs/study.md); ten times as much lost.
+# The best of the rates tried when SmolLM2-135M was retrofitted (docs/study.md); a tenfold rate lost.
 CONVERTED_DEPTH_RATE = 1e-4
+
+Sources = tuple[Source, Source | None]  # of the training data and the held-out data
 
 
 def run(command_line: Sequence[str]):
-    """Trains a model as a command line says.
+    """Trains a model according to a command line.
 
     Raises:
-        ValueError, OSError: a mistake in the command line, the model or the data; nothing has been written.
-        Stopped: the run has ended before its last step.
+        ValueError: the command line, the model or the data cannot be used; nothing has been written.
+        OSError: a file or folder cannot be read or written.
+        Stopped: the run ended before its last step.
     """
-    order = parse(command_line)
-    arguments, training = order.arguments, order.training
-    _quiet_unless_first()
+    parsed = parse(command_line)
+    arguments, training = parsed.arguments, parsed.training
+    if os.environ.get("RANK", "0") != "0":
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        datasets.disable_progress_bars()
     out = Path(arguments.out)
     run_folder.check_place(out, arguments.resume)
-    _configuration(order)  # a model that is not there is the first thing to say
-    tokenizer = _tokenizer(order)
+    _configuration(parsed)  # report a missing model before anything else is loaded
+    tokenizer = _tokenizer(parsed)
     set_seed(training.seed)
-    model = load_model(order)
+    model = load_model(parsed)
     _check_vocabulary(model, tokenizer)
     length = _sequence_length(model, arguments)
-    train_source, eval_source = _sources(arguments)
+    sources = _sources(arguments)
     with training.main_process_first(desc="data"):
-        train_data, eval_data = _data(train_source, eval_source, arguments, tokenizer, length)
-    record = _record(order, model, tokenizer, train_source, eval_source)
+        train_data, eval_data = _data(sources, arguments, tokenizer, length)
+    record = _record(parsed, model, tokenizer, sources)
+    checkpoint = None
     if arguments.resume:
         run_folder.check_same_run(out, record)
-    checkpoint = run_folder.last_checkpoint(out) if arguments.resume else None
+        checkpoint = run_folder.last_checkpoint(out)
     if checkpoint is not None:
         run_folder.check_undamaged(checkpoint)
 
     def begin():
         run_folder.begin(out, record)
         if arguments.resume:
-            where = "the beginning: there is no complete checkpoint yet" if checkpoint is None else checkpoint
-            print(f"attnres: resuming from {where}", file=sys.stderr)
+            say(f"resuming from {checkpoint or 'the beginning, because there is no complete checkpoint yet'}")
 
-    with _no_folder_without_run(out):
+    with _no_empty_folder(out):
         trainer = RunTrainer(
             model=_trained_part(model, arguments),
             args=training,
@@ -69,89 +76,80 @@ def run(command_line: Sequence[str]):
             processing_class=tokenizer,
             callbacks=[DepthDynamicsCallback(arguments.depth_dynamics_steps)] if arguments.depth_dynamics else [],
             muon=arguments.optimizer == "muon",
-            depth_learning_rate=_depth_learning_rate(order, model),
+            depth_learning_rate=_depth_learning_rate(parsed, model),
             begin=begin,
         )
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    _save(trainer, order)
+    _save(trainer, parsed)
     if trainer.is_world_process_zero():
         _report(trainer, out)
 
 
-def _depth_learning_rate(order: Run, model: AttnResForCausalLM) -> float | None:
-    """Of the depth mixer: as given; in a converted model, whose mixtures are those of a trained one, small."""
-    given = order.arguments.depth_learning_rate
-    is_converted = model.config.scale_norm_eps and model.config.residual_mode != "standard" and not order.from_scratch
-    if given is not None or order.arguments.train == "depth" or not is_converted:
+def _depth_learning_rate(parsed: Run, model: AttnResForCausalLM) -> float | None:
+    """Returns the learning rate of the depth mixer, or None for that of the other parameters."""
+    given = parsed.arguments.depth_learning_rate
+    is_converted = model.config.scale_norm_eps and model.config.residual_mode != "standard" and not parsed.from_scratch
+    if given is not None or parsed.arguments.train == "depth" or not is_converted:
         return given
-    return min(order.training.learning_rate, CONVERTED_DEPTH_RATE)
+    return min(parsed.training.learning_rate, CONVERTED_DEPTH_RATE)
 
 
 @contextmanager
-def _no_folder_without_run(out: Path):
-    """Trainer makes the folder before all has been checked."""
-    there = out.exists()
+def _no_empty_folder(out: Path):
+    """Removes the folder that Trainer creates if a later check fails and nothing has been written."""
+    existed = out.exists()
     try:
         yield
     except BaseException:
-        if not there:
+        if not existed:
             with suppress(OSError):
-                out.rmdir()  # only if it is empty
+                out.rmdir()
         raise
 
 
-def load_model(order: Run) -> AttnResForCausalLM:
-    """The model before training: loaded, converted, or new from a configuration."""
-    dtype = order.arguments.dtype if order.arguments.dtype == "auto" else getattr(torch, order.arguments.dtype)
-    if order.from_scratch:
-        return AutoModelForCausalLM.from_config(_configuration(order), dtype=None if dtype == "auto" else dtype)
+def load_model(parsed: Run) -> AttnResForCausalLM:
+    """Returns the model before training: loaded, converted, or initialised from a configuration.
+
+    Raises:
+        ValueError: the weights cannot be read.
+    """
+    dtype = parsed.arguments.dtype if parsed.arguments.dtype == "auto" else getattr(torch, parsed.arguments.dtype)
+    if parsed.from_scratch:
+        return AutoModelForCausalLM.from_config(_configuration(parsed), dtype=None if dtype == "auto" else dtype)
     try:
-        return AttnResForCausalLM.from_pretrained(order.model, dtype=dtype, **_depth_options(order))
+        return AttnResForCausalLM.from_pretrained(parsed.model, dtype=dtype, **_depth_options(parsed))
     except OSError as error:
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{order.model}: its weights cannot be read ({reason}); for random ones name its config.json"
+            f"{parsed.model}: its weights cannot be read ({one_line(error)}); for random weights name its config.json"
         ) from error
 
 
-def _depth_options(order: Run) -> dict:
+def _depth_options(parsed: Run) -> dict:
     names = ("residual_mode", "num_blocks", "layers_per_block")
-    return {name: value for name in names if (value := getattr(order.arguments, name)) is not None}
+    return {name: value for name in names if (value := getattr(parsed.arguments, name)) is not None}
 
 
-def _configuration(order: Run) -> AttnResConfig:
-    path = Path(order.model)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"{path}: has no config.json, so it is not a checkpoint to train")
+def _configuration(parsed: Run) -> AttnResConfig:
     try:
-        return AttnResConfig.from_pretrained(order.model, **_depth_options(order))
+        return AttnResConfig.from_pretrained(parsed.model, **_depth_options(parsed))
     except OSError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: no folder of a checkpoint, hub id or config.json to be read ({reason})") from error
+        raise ValueError(
+            f"{parsed.model}: is no checkpoint folder, hub id or config.json that can be read ({one_line(error)})"
+        ) from error
 
 
-def _quiet_unless_first():
-    """Of several processes one shows what it does."""
-    if os.environ.get("RANK", "0") != "0":
-        import datasets
-
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-        datasets.disable_progress_bars()
-
-
-def _tokenizer(order: Run) -> PreTrainedTokenizerBase:
-    path = Path(order.model)
-    name = order.arguments.tokenizer or str(path.parent if path.is_file() else order.model)
+def _tokenizer(parsed: Run) -> PreTrainedTokenizerBase:
+    path = Path(parsed.model)
+    name = parsed.arguments.tokenizer or str(path.parent if path.is_file() else parsed.model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=order.arguments.trust_remote_code)
-        if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # what some are without their files
-            raise ValueError("it has special tokens only")
-    except Exception as error:  # of many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{name}: has no tokenizer to be loaded ({reason}); name one by --tokenizer") from error
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=parsed.arguments.trust_remote_code)
+        # Without their files, some tokenizers load with an empty vocabulary.
+        if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+            raise ValueError("it has only special tokens")
+    except Exception as error:  # transformers raises many types
+        raise ValueError(f"{name}: has no tokenizer that can be loaded ({one_line(error)}); use --tokenizer") from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{name}: its tokenizer has no end-of-text token (eos_token) to put between documents")
+        raise ValueError(f"{name}: the tokenizer has no end-of-text token (eos_token) to put between documents")
     return tokenizer
 
 
@@ -159,7 +157,7 @@ def _check_vocabulary(model: AttnResForCausalLM, tokenizer: PreTrainedTokenizerB
     tokens, rows = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings
     if tokens > rows:
         raise ValueError(
-            f"the tokenizer has {tokens} tokens and the model embeds {rows}: --tokenizer must name the model's own"
+            f"the tokenizer has {tokens} tokens, but the model has {rows} embeddings; use --tokenizer to name its own"
         )
 
 
@@ -169,13 +167,11 @@ def _sequence_length(model: AttnResForCausalLM, arguments: RunArguments) -> int:
     if length is None:
         return min(DEFAULT_SEQUENCE_LENGTH, longest or DEFAULT_SEQUENCE_LENGTH)
     if longest is not None and length > longest:
-        raise ValueError(
-            f"--sequence-length {length}: the model takes {longest} tokens (max_position_embeddings in its config.json)"
-        )
+        raise ValueError(f"--sequence-length {length}: the model takes at most {longest} tokens")
     return length
 
 
-def _sources(arguments: RunArguments) -> tuple[Source, Source | None]:
+def _sources(arguments: RunArguments) -> Sources:
     config, split, field = arguments.data_config, arguments.split, arguments.text_field
     train = Source(tuple(arguments.data), config, split, field)
     if not (arguments.eval_data or arguments.eval_split):
@@ -183,19 +179,15 @@ def _sources(arguments: RunArguments) -> tuple[Source, Source | None]:
     return train, Source(tuple(arguments.eval_data or arguments.data), config, arguments.eval_split or split, field)
 
 
-def _data(
-    train_source: Source,
-    eval_source: Source | None,
-    arguments: RunArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    length: int,
-):
+def _data(sources: Sources, arguments: RunArguments, tokenizer: PreTrainedTokenizerBase, length: int):
+    """Returns the training and the held-out sequences."""
+    train_source, eval_source = sources
     if arguments.streaming:
         held_out = None if eval_source is None else Stream(eval_source, tokenizer, length, endless=False)
-        if held_out is not None and next(iter(held_out), None) is None:  # now, not when the first evaluation fails
+        if held_out is not None and next(iter(held_out), None) is None:
             raise ValueError(
-                f"{', '.join(eval_source.names)}: holds too little text for one sequence of {length} tokens to "
-                "evaluate on; give more or lower --sequence-length"
+                f"{', '.join(eval_source.names)}: has too little text for one held-out sequence of {length} tokens; "
+                "give more or lower --sequence-length"
             )
         return Stream(train_source, tokenizer, length, endless=True), held_out
     train = sequences(train_source, tokenizer, length)
@@ -203,65 +195,54 @@ def _data(
         return train, sequences(eval_source, tokenizer, length)
     if arguments.eval_fraction is None:
         return train, None
-    count = max(1, round(arguments.eval_fraction * len(train)))
-    if count >= len(train):
+    count = len(train) - max(1, round(arguments.eval_fraction * len(train)))
+    if count <= 0:
         raise ValueError(f"--eval-fraction {arguments.eval_fraction} of {len(train)} sequences leaves none to train on")
-    return train.select(range(len(train) - count)), train.select(range(len(train) - count, len(train)))
+    return train.select(range(count)), train.select(range(count, len(train)))
 
 
-def _record(
-    order: Run,
-    model: AttnResForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    train_source: Source,
-    eval_source: Source | None,
-) -> dict:
-    """What makes a run the one that it is; the same in all processes."""
-    training = order.training
-    found = [None]
+def _record(parsed: Run, model: AttnResForCausalLM, tokenizer: PreTrainedTokenizerBase, sources: Sources) -> dict:
+    """Returns everything that the weights depend on, the same in all processes."""
+    training = parsed.training
+    digests = [None, None]
     if training.process_index == 0:
-        found = [
-            {
-                "training data": digest(train_source),
-                "held-out data": None if eval_source is None else digest(eval_source),
-                "tokenizer": tokenizer_digest(tokenizer),
-            }
-        ]
+        digests = [source and digest(source) for source in sources]
     if training.world_size > 1:
-        broadcast_object_list(found)
+        broadcast_object_list(digests)
+    own = {"model": parsed.model, "processes": training.world_size}
     return {
-        "arguments": {
-            "model": order.model,
-            "processes": training.world_size,
-            **asdict(order.arguments),
-            **training.to_dict(),
+        "arguments": {**own, **asdict(parsed.arguments), **training.to_dict()},
+        "content": {
+            "training data": digests[0],
+            "held-out data": digests[1],
+            "tokenizer": tokenizer_digest(tokenizer),
+            "configuration": json.loads(model.config.to_json_string(use_diff=False)),
         },
-        "content": {**found[0], "configuration": json.loads(model.config.to_json_string(use_diff=False))},
     }
 
 
 def _trained_part(model: AttnResForCausalLM, arguments: RunArguments) -> nn.Module:
+    if model.depth_mixer is None and (arguments.train != "all" or arguments.depth_learning_rate is not None):
+        raise ValueError(
+            "a model with residual_mode standard has no depth mixer; use --train all and leave out "
+            "--depth-learning-rate"
+        )
     if arguments.train == "all":
         return model
-    if model.depth_mixer is None:
-        raise ValueError(
-            f"--train {arguments.train} trains the depth mixer, which residual_mode standard does not have: use "
-            "--train all"
-        )
     return model.freeze_backbone() if arguments.train == "depth" else with_adapters(model, arguments)
 
 
-def _save(trainer: RunTrainer, order: Run):
-    """The model in the folder of the run, as `from_pretrained` takes it; with LoRA merged, the adapter beside it."""
-    out = Path(order.arguments.out)
+def _save(trainer: RunTrainer, parsed: Run):
+    """Saves the model in the folder of the run; adapters are merged and also saved in a subfolder."""
+    out = Path(parsed.arguments.out)
     folder = out / run_folder.UNFINISHED / "model"
     trainer.check_weights()
     trainer.save_whole_model(folder)
     if trainer.is_world_process_zero():
-        if order.arguments.train == "lora":
-            stored = PreTrainedConfig.get_config_dict(order.model)[0].get("model_type") == AttnResConfig.model_type
-            base = None if stored and not order.from_scratch else out / BASE
-            save_with_adapter(folder, load_model(order), trainer.processing_class, base)
+        if parsed.arguments.train == "lora":
+            model_type = PreTrainedConfig.get_config_dict(parsed.model)[0].get("model_type")
+            is_stored = model_type == AttnResConfig.model_type and not parsed.from_scratch
+            save_with_adapter(folder, load_model(parsed), trainer.processing_class, None if is_stored else out / BASE)
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
         run_folder.put_in_place(out, "model")
     trainer.accelerator.wait_for_everyone()
@@ -270,12 +251,11 @@ def _save(trainer: RunTrainer, order: Run):
 
 
 def _report(trainer: RunTrainer, out: Path):
-    losses: dict[str, float] = {}
-    for entry in trainer.state.log_history:
-        losses.update({name: entry[name] for name in ("loss", "eval_loss") if name in entry})
-    shown = [f"training loss {losses['loss']:.4f}"] if "loss" in losses else []
-    shown += [f"held-out loss {losses['eval_loss']:.4f}"] if "eval_loss" in losses else []
-    print(f"{out}: {', '.join([f'{trainer.state.global_step} steps', *shown])}")
-    print(f"next: attnres eval {out}")
-    if any(name.startswith("depth/") for entry in trainer.state.log_history for name in entry):
+    last = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
+    shown = [f"{trainer.state.global_step} steps"]
+    for name, description in (("loss", "training loss"), ("eval_loss", "held-out loss")):
+        if name in last:
+            shown.append(f"{description} {last[name]:.4f}")
+    print(f"{out}: {', '.join(shown)}\nnext: attnres eval {out}")
+    if any(name.startswith("depth/") for name in last):
         print(f"      attnres dynamics {out}")

@@ -1,7 +1,7 @@
 """Packs documents into sequences of equal length.
 
-Documents are joined with an end-of-text token after each and cut every T tokens, wherever that falls: the plain
-concatenation of transformers' own run_clm. Positions do not start over, and attention reaches across documents.
+Documents are joined, with an end-of-text token after each, and cut every T tokens, as transformers' run_clm does.
+Positions do not start over at a document, and attention reaches across documents.
 """
 
 import hashlib
@@ -14,25 +14,19 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..messages import one_line
+
 if TYPE_CHECKING:
     import datasets
 
-# How files are read, by what their names end in; others are text.
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # by file name; other files are text
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
-
-PIECE = 1_000_000  # characters that a tokenizer is given at once: what it needs is many times that
+PIECE = 1_000_000  # characters per call of a tokenizer, which needs many times as much memory
 
 
 @dataclass(frozen=True)
 class Source:
-    """Documents.
-
-    Attributes:
-        names: files, folders, hub ids.
-        config, split: of folders and hub ids.
-        text_field: column with the text.
-    """
+    """Documents in files, folders or data sets on the hub; configuration and split do not apply to files."""
 
     names: tuple[str, ...]
     config: str | None
@@ -41,10 +35,10 @@ class Source:
 
 
 def sequences(source: Source, tokenizer: PreTrainedTokenizerBase, length: int) -> "datasets.Dataset":
-    """All sequences of a source, on disk in the cache of `datasets`: rows of `length` `input_ids`.
+    """Returns all sequences of a source as rows of `length` `input_ids`, stored in the cache of `datasets`.
 
     Raises:
-        ValueError: data are missing, have another form, or make no sequence.
+        ValueError: the data are missing, cannot be read, or have too few tokens for a sequence.
     """
     import datasets
 
@@ -63,18 +57,14 @@ def sequences(source: Source, tokenizer: PreTrainedTokenizerBase, length: int) -
     if len(packed) == 0:
         count = sum(len(row) for row in tokens["input_ids"])
         raise ValueError(
-            f"{', '.join(source.names)}: {count} tokens are too few for one sequence of {length}; give more "
-            "text or lower --sequence-length"
+            f"{', '.join(source.names)}: {count} tokens are too few for one sequence of {length}; give more text or "
+            "lower --sequence-length"
         )
     return packed
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """Sequences of a source, read while training.
-
-    Args:
-        endless: begin again where the data end.
-    """
+    """Sequences of a source, read while training; an endless stream starts over at the end of the data."""
 
     def __init__(self, source: Source, tokenizer: PreTrainedTokenizerBase, length: int, endless: bool):
         self.source, self.length, self.endless = source, length, endless
@@ -83,26 +73,26 @@ class Stream(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
         packer = _Packer(self.length)
         while True:
-            found = 0
+            is_empty = True
             for part in self.parts:
                 for row in part:
-                    found += len(row["input_ids"])
+                    is_empty = False
                     for sequence in packer({"input_ids": [row["input_ids"]]})["input_ids"]:
                         yield {"input_ids": sequence}
-            if found == 0 and self.endless and torch.utils.data.get_worker_info() is None:
-                raise ValueError(f"{', '.join(self.source.names)}: no text")
-            if found == 0 or not self.endless:  # of several workers of a data loader one may have no file to read
+            if is_empty and self.endless and torch.utils.data.get_worker_info() is None:
+                raise ValueError(f"{', '.join(self.source.names)}: there is no text")
+            if is_empty or not self.endless:  # a data loader may have more workers than there are files
                 return
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Rows to a batch `[B, T]`; every token is a label."""
+    """Returns a batch of `input_ids` and equal `labels`, both int64 `[B, T]`."""
     ids = torch.tensor([row["input_ids"] for row in rows], dtype=torch.long)
     return {"input_ids": ids, "labels": ids.clone()}
 
 
 def digest(source: Source) -> str:
-    """What tells these documents from others: files by content, hub data by revision."""
+    """Returns a digest that identifies documents: files by their content, data on the hub by their revision."""
     from datasets import load_dataset_builder
 
     parts = []
@@ -118,48 +108,46 @@ def digest(source: Source) -> str:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What tells a tokenizer from others."""
+    """Returns a digest that identifies a tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = str(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
     return _digest(content, str(tokenizer.eos_token_id), str(tokenizer.bos_token_id))
 
 
 def _load(name: str, source: Source, streaming: bool):
-    """One data set, with one column `text`. A text file is one document."""
+    """Returns a data set with the single column `text`; a text file is one document."""
     import datasets
     from datasets.packaged_modules.text.text import Text
 
     path = Path(name)
-    if not path.exists() and _names_a_file(name):
+    suffix = _suffix(name)
+    # Asking the hub for a file that does not exist would take minutes without a network.
+    names_a_file = name.startswith((".", "/", "~")) or name.count("/") > 1 or suffix in (".txt", ".md", *FORMATS)
+    if not path.exists() and names_a_file:
         raise ValueError(f"{name}: no such file or folder")
     if path.is_file() and (source.config is not None or source.split != "train"):
-        raise ValueError(f"{name} is a file, without configurations and splits: leave out --data-config and splits")
+        raise ValueError(f"{name}: a file has no configurations and splits; leave out --data-config and splits")
     try:
         if path.is_file():
-            kind = FORMATS.get(_suffix(name), "text")
+            kind = FORMATS.get(suffix, "text")
             options = {"sample_by": "document"} if kind == "text" else {}
             found = datasets.load_dataset(kind, data_files=[name], split="train", streaming=streaming, **options)
         else:
-            builder = datasets.load_dataset_builder(name, source.config)
-            options = {"sample_by": "document"} if isinstance(builder, Text) else {}
+            is_text = isinstance(datasets.load_dataset_builder(name, source.config), Text)
+            options = {"sample_by": "document"} if is_text else {}
             found = datasets.load_dataset(name, source.config, split=source.split, streaming=streaming, **options)
         columns = found.column_names or list(next(iter(found), {}))
     except Exception as error:
-        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
-        reason = " ".join(str(cause or error).split())[:200] or "it is empty"
+        cause = (isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__) or error
+        reason = one_line(cause) if str(cause) else "it is empty"
         raise ValueError(f"{name}: cannot be read ({reason})") from error
     if source.text_field not in columns:
         raise ValueError(
-            f"{name}: has no column {source.text_field!r} but {', '.join(columns)}; name the one with the text by "
-            "--text-field"
+            f"{name}: has no column {source.text_field!r}, only {', '.join(columns)}; name the column with the text "
+            "with --text-field"
         )
     found = found.select_columns([source.text_field])
     return found if source.text_field == "text" else found.rename_column(source.text_field, "text")
-
-
-def _names_a_file(name: str) -> bool:
-    """Rather than a data set on the hub, which would be asked for over the network, for minutes where there is none."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or _suffix(name) in (".txt", ".md", *FORMATS)
 
 
 def _suffix(name: str) -> str:
@@ -180,28 +168,25 @@ def _tokens(documents, name: str, tokenizer: PreTrainedTokenizerBase):
 
 
 def _tokenize(batch: dict[str, list[str]], name: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
-    """Each document with the tokens that its tokenizer puts around, and an end-of-text token if that puts none."""
+    """Tokenizes documents with the special tokens of the tokenizer, and an end-of-text token if they have none."""
     for text in batch["text"]:
         if not isinstance(text, str):
             raise ValueError(f"{name}: a text is {text!r}; --text-field must name a column of strings, without gaps")
     pieces = [list(_pieces(text)) for text in batch["text"] if text]
-    rows = _ids(tokenizer, [first for first, *_ in pieces], add_special_tokens=True)
-    others = iter(_ids(tokenizer, [piece for _, *rest in pieces for piece in rest], add_special_tokens=False))
+    options = {"return_attention_mask": False, "verbose": False}
+    # A fast tokenizer distributes the texts of a call over the cores.
+    rows = tokenizer([first for first, *_ in pieces], **options)["input_ids"] if pieces else []
     for row, (_, *rest) in zip(rows, pieces, strict=True):
-        for _ in rest:
-            row += next(others)
+        if rest:
+            for ids in tokenizer(rest, add_special_tokens=False, **options)["input_ids"]:
+                row += ids
         if not row or row[-1] != tokenizer.eos_token_id:
             row.append(tokenizer.eos_token_id)
     return {"input_ids": rows}
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options) -> list[list[int]]:
-    """All at once, which fast tokenizers share out to the processor's cores."""
-    return tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"] if texts else []
-
-
 def _pieces(text: str) -> Iterator[str]:
-    """A text cut after line breaks, into pieces that a tokenizer can hold."""
+    """Cuts a text into pieces for the tokenizer, after line breaks where possible."""
     begin = 0
     while len(text) - begin > PIECE:
         end = text.rfind("\n", begin, begin + PIECE) + 1
@@ -212,7 +197,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 class _Packer:
-    """Joins rows of tokens and cuts them every `length`; what is left over waits for the next rows."""
+    """Joins rows of tokens and cuts them every `length` tokens; the remainder is kept for the next rows."""
 
     def __init__(self, length: int):
         self.length = length

@@ -1,4 +1,4 @@
-"""A run's folder: its settings, its complete checkpoints, and atomic writes."""
+"""The folder of a run: its record, its complete checkpoints, and atomic writes."""
 
 import json
 import os
@@ -8,12 +8,14 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ..folders import check_writable
+from ..folders import check_writable, write_text
+from ..messages import one_line
+from .arguments import flag
 
 RECORD = "run.json"
-UNFINISHED = "unfinished"  # where things are written, to be renamed when they are complete
+UNFINISHED = "unfinished"  # subfolder whose contents are renamed when they are complete
 
-# What may be another when a run is resumed: it leaves the weights, and the losses of each step, as they are. Data and
+# Arguments that may change when a run is resumed, because the weights and losses do not depend on them. Data and
 # tokenizer are compared by content.
 _MAY_CHANGE = """
     resume out data eval_data tokenizer trust_remote_code depth_dynamics depth_dynamics_steps
@@ -32,18 +34,17 @@ MAY_CHANGE = frozenset(_MAY_CHANGE.split())
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint with the highest step. Their folders have their names when all is in them; a folder of
-    such a name that something else has made has no state of a Trainer."""
+    """Returns the complete checkpoint with the highest step, if there is one."""
     found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    numbered = {int(path.name.removeprefix("checkpoint-")): path for path in found if path.name[11:].isdecimal()}
+    numbered = {int(path.name[11:]): path for path in found if path.name[11:].isdecimal()}
     return numbered[max(numbered)] if numbered else None
 
 
 def check_undamaged(checkpoint: Path):
-    """Opens what a run is resumed from: what is cut short is named before anything is loaded.
+    """Opens the files of a checkpoint, so that a truncated file is reported before anything is loaded.
 
     Raises:
-        ValueError: the first damaged file, and what to do.
+        ValueError: a file is damaged.
     """
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         try:
@@ -56,50 +57,50 @@ def check_undamaged(checkpoint: Path):
                 raise ValueError("its end is missing")
         except (ValueError, OSError, SafetensorError) as error:
             raise ValueError(
-                f"{path}: is damaged ({' '.join(str(error).split())}); remove {checkpoint} to resume from the "
-                "checkpoint before it"
+                f"{path}: is damaged ({one_line(error)}); remove {checkpoint} to resume from the checkpoint before it"
             ) from None
 
 
 def check_place(folder: Path, resume: bool):
-    """Whether a run may begin, or go on, in a folder.
+    """Checks that a run may start in a folder or be resumed there.
 
     Raises:
-        ValueError: there is something in the way, or nothing to go on with.
-        OSError: it cannot be written.
+        ValueError: the folder is not empty, or holds no run to resume.
+        OSError: the folder cannot be written.
     """
     if resume:
         if not (folder / RECORD).is_file():
-            raise ValueError(f"{folder} holds no run to resume (no {RECORD}): leave out --resume to start one")
-    elif folder.exists() and (not folder.is_dir() or any(path.name != UNFINISHED for path in folder.iterdir())):
-        raise ValueError(f"{folder} is not empty: --resume continues the run in it; to start one, give another --out")
+            raise ValueError(f"{folder}: holds no run to resume (no {RECORD}); leave out --resume to start one")
+    elif folder.exists() and not (folder.is_dir() and all(_is_leftover(path) for path in folder.iterdir())):
+        raise ValueError(f"{folder}: is not empty; use --resume to continue the run in it, or start in another --out")
     check_writable(folder)
 
 
+def _is_leftover(path: Path) -> bool:
+    return path.name == UNFINISHED or path.name.startswith(f".{RECORD}.")
+
+
 def begin(folder: Path, record: dict):
-    """Writes down what the run is; clears away what an interrupted one was about to write."""
+    """Writes the record of a run and removes what an interrupted run had not finished."""
     remove_unfinished(folder)
-    unfinished = folder / UNFINISHED
-    unfinished.mkdir(parents=True)
-    (unfinished / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
-    os.replace(unfinished / RECORD, folder / RECORD)
-    unfinished.rmdir()
+    write_text(folder / RECORD, json.dumps(record, indent=2, sort_keys=True, default=str) + "\n")
 
 
 def remove_unfinished(folder: Path):
+    """Removes the subfolder of unfinished files."""
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
 
 
 def name_checkpoint(written: Path, folder: Path):
-    """A checkpoint is complete."""
+    """Gives a complete checkpoint its final name."""
     final = folder / written.name
-    shutil.rmtree(final, ignore_errors=True)  # --enable-jit-checkpoint makes the folder before
+    shutil.rmtree(final, ignore_errors=True)  # --enable-jit-checkpoint creates this folder early
     os.rename(written, final)
     written.parent.rmdir()
 
 
 def put_in_place(folder: Path, name: str):
-    """Moves what is in a subfolder of the unfinished into the folder, over what was there."""
+    """Moves the contents of the unfinished subfolder `name` into the folder; existing files are replaced."""
     for path in sorted((folder / UNFINISHED / name).iterdir()):
         target = folder / path.name
         if target.is_dir():
@@ -109,34 +110,29 @@ def put_in_place(folder: Path, name: str):
 
 
 def check_same_run(folder: Path, record: dict):
-    """Refuses to continue a run as another one.
+    """Checks that a run is resumed with the arguments, data, tokenizer and model that it began with.
 
     Raises:
-        ValueError: the first thing that is another, what it was and what to do.
+        ValueError: something that affects the weights has changed, or the record in the folder is damaged.
     """
     try:
         began = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         parts = {part: began[part] for part in record}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder / RECORD} is not what `attnres train` writes ({error!r}): give another --out"
-        ) from None
+        raise ValueError(f"{folder / RECORD}: is no record of a run ({error!r}); use another --out") from None
     now = json.loads(json.dumps(record, default=str))
     for part, then in parts.items():
         may_change = MAY_CHANGE if part == "arguments" else set()
-        for name in sorted((then.keys() & now[part].keys()) - may_change):  # another transformers has other fields
-            old, new = then[name], now[part][name]
-            if old != new:
-                _refuse(folder, part, name, old, new)
+        for name in sorted((then.keys() & now[part].keys()) - may_change):  # fields differ by transformers version
+            if then[name] != now[part][name]:
+                what = flag(name) if part == "arguments" else name
+                last = next((path for path in (last_checkpoint(folder), folder) if path and _has_model(path)), None)
+                start = "" if last is None else f", or train {last} as a new run with another --out"
+                raise ValueError(
+                    f"{folder}: {what} was {then[name]} when the run began and is {now[part][name]} now; resume with "
+                    f"the old value{start}"
+                )
 
 
-def _refuse(folder: Path, part: str, name: str, old, new):
-    what = f"--{name.replace('_', '-')} was {old}" if part == "arguments" else f"{part}: {name} was {old}"
-    last = last_checkpoint(folder)
-    if last is not None and not (last / "config.json").is_file():  # with adapters alone
-        last = folder if (folder / "config.json").is_file() else None
-    other = "" if last is None else f", or train {last} as a new run with another --out"
-    raise ValueError(
-        f"{folder}: {what} when the run began and is {new} now, which would make it another run: resume with what it "
-        f"was{other}"
-    )
+def _has_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file()  # checkpoints of --train lora have adapters only

@@ -1,5 +1,7 @@
-"""Checkpoints and text that no test changes, and a cache of data sets that goes away. The checkpoints have dropout, so
-that random numbers matter."""
+"""Shared checkpoints and text, and a temporary cache of data sets.
+
+The checkpoints have dropout, so that a change of the random numbers shows.
+"""
 
 import datasets
 import pytest
@@ -8,7 +10,7 @@ from tiny_train import words, write_lines, write_plain
 
 @pytest.fixture(scope="session", autouse=True)
 def data_cache(tmp_path_factory):
-    """Where `datasets` keeps what it has read."""
+    """Moves the cache of `datasets` to a temporary folder."""
     folder = tmp_path_factory.mktemp("cache")
     before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder
     datasets.disable_progress_bars()
@@ -24,12 +26,12 @@ def plain(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def mixture(tmp_path_factory):
-    """A mixture of experts."""
+    """A checkpoint of a mixture of experts."""
     return write_plain(tmp_path_factory.mktemp("mixture"), "qwen3_moe", attention_dropout=0.2)
 
 
 @pytest.fixture(scope="session")
 def documents(tmp_path_factory):
-    """Documents of several lengths."""
+    """A file with documents of several lengths."""
     texts = [words(3 + 7 * (number % 5), number) for number in range(24)]
     return write_lines(tmp_path_factory.mktemp("data") / "documents.jsonl", texts)

@@ -1,8 +1,8 @@
-"""Starts runs of `attnres train`, each in a process of its own, and kills them on the way.
+"""Starts runs of `attnres train`, each in its own process, and kills them at a given point.
 
     python killed_runs.py '[{"arguments": ["MODEL", "--data", ...], "at": "step", "number": 3}]'
 
-Forked before torch computes anything: importing it again for each would take most of the time.
+Runs are forked before torch computes anything, because importing it for each run would take most of the time.
 """
 
 import json
@@ -18,7 +18,7 @@ def die(*args, **kwargs):
 
 
 def at_step(number: int):
-    """In the middle of a step, before its gradients are used."""
+    """Kills a run in the middle of a step, before its gradients are used."""
     usual = trainer.RunTrainer.training_step
 
     def step(self, *args, **kwargs):
@@ -42,17 +42,17 @@ def _in_saving(method: str, number: int):
 
 
 def before_optimizer(number: int):
-    """The weights of the checkpoint are there, the optimizer is not."""
+    """Kills a run when the weights of a checkpoint are saved but not the optimizer."""
     _in_saving("_save_optimizer_and_scheduler", number)
 
 
 def before_generators(number: int):
-    """All but the random number generators and the state is there."""
+    """Kills a run when everything but the random number generators and the state is saved."""
     _in_saving("_save_rng_state", number)
 
 
 def before_rename(number: int):
-    """All is there, under its unfinished name."""
+    """Kills a run when a checkpoint is complete but not yet renamed."""
     usual = os.rename
 
     def rename(source, target):
@@ -64,7 +64,7 @@ def before_rename(number: int):
 
 
 def at_the_end(number: int):
-    """The trained model is written and not in its place."""
+    """Kills a run when the trained model is written but not yet in its place."""
     run_folder.put_in_place = die
 
 

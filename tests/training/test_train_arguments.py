@@ -1,4 +1,4 @@
-"""What a command line and a YAML file say, and what is said about their mistakes."""
+"""Tests the parsing of command lines and YAML files, and the messages for mistakes in them."""
 
 import pytest
 from transformers import TrainingArguments
@@ -23,8 +23,8 @@ def test_names_are_taken_with_either_dash(name, joined):
 
 
 def test_trainers_name_of_the_folder_is_taken():
-    order = of("--output-dir", "runs/a")
-    assert order.arguments.out == order.training.output_dir == "runs/a"
+    parsed = of("--output-dir", "runs/a")
+    assert parsed.arguments.out == parsed.training.output_dir == "runs/a"
 
 
 def test_yaml_has_the_same_names_and_flags_win(tmp_path):
@@ -101,27 +101,26 @@ def test_the_old_name_of_checkpointing_is_taken_without_a_warning():
 
 
 MISTAKES = {
-    "--lerning-rate 1": "unknown argument --lerning-rate; is --learning-rate meant?",
+    "--lerning-rate 1": "unknown argument --lerning-rate; did you mean --learning-rate?",
     "--learning-rate fast": "argument --learning-rate: invalid float value: 'fast'",
     "--learning-rate nan": "--learning-rate must be above 0, got nan",
     "--max-steps 0": "--max-steps must be at least 1, got 0",
     "--train some": "argument --train: invalid choice: 'some'",
     "--bf16 --fp16": "At most one of fp16 and bf16",
-    "--lr-scheduler-kwargs {a": "--lr-scheduler-kwargs must be names and values as JSON, got {a",
-    "--liger-kernel-config [1]": "must be names and values as JSON, got [1]",
+    "--lr-scheduler-kwargs {a": "--lr-scheduler-kwargs: must be a JSON object, got {a",
+    "--liger-kernel-config [1]": "must be a JSON object, got [1]",
     "--streaming": "--streaming needs --max-steps",
-    "--streaming --max-steps 9 --eval-fraction 0.1": "--streaming has no end to hold out --eval-fraction from",
-    "--eval-fraction 0.1 --eval-data x": "--eval-fraction and --eval-data, --eval-split: leave one of them out",
+    "--streaming --max-steps 9 --eval-fraction 0.1": "--eval-fraction does not work with --streaming",
+    "--eval-fraction 0.1 --eval-data x": "--eval-fraction and --eval-data or --eval-split both set the held-out data",
     "--eval-strategy steps": "--eval-strategy steps needs --eval-data",
     "--schedule wsd --lr-scheduler-type linear": "leave one out",
-    "--optimizer muon --optim sgd": "--optimizer muon and --optim, --optim-args: leave one of them out",
-    "--optimizer muon --train lora": "which --train lora leaves as they are: use --optimizer adamw",
-    "--residual-mode standard --train depth": "--residual-mode standard has no depth mixer to train",
+    "--optimizer muon --optim sgd": "--optimizer muon and --optim or --optim-args both set the optimizer",
+    "--optimizer muon --train lora": "which --train lora freezes; use --optimizer adamw",
     "--out a --output-dir b": "--out and --output-dir name two folders",
     "--lora-rank 4": "--lora-rank, --lora-alpha and --lora-dropout need --train lora, got --train all",
     "--resume-from-checkpoint a": "use --resume",
-    "--resume --save-only-model": "--resume needs what --save-only-model leaves out of the checkpoints",
-    "--train lora --push-to-hub": "push that with `attnres card --push`",
+    "--resume --save-only-model": "--resume needs the optimizer states that --save-only-model leaves out",
+    "--train lora --push-to-hub": "push the model with `attnres card --push`",
     "extra": "unknown argument extra",
 }
 
@@ -136,16 +135,15 @@ def test_a_mistake_is_one_line_that_names_it(words, capsys):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("lerning_rate: 1", "unknown name lerning_rate; is learning_rate meant?"),
+        ("lerning_rate: 1", "unknown name lerning_rate; did you mean learning_rate?"),
         ("learning_rate: fast", "argument --learning-rate: invalid float value: 'fast'"),
         ("learning_rate: [1, 2]", "learning_rate takes one value, got [1, 2]"),
-        ("learning_rate: 1\nlearning-rate: 2", "line 2: learning_rate is there twice"),
         ("bf16: perhaps", "Truthy value expected: got perhaps"),
         ("no_depth_dynamics: 3", "no_depth_dynamics must be true or false, got 3"),
         ("model: [a]", "model must be a folder, a hub id or a config.json, got ['a']"),
         ("config: other.yaml", "unknown name config"),
-        ("- a", "must be names and values, such as learning_rate: 3e-4"),
-        ("", "must be names and values"),
+        ("- a", "must have lines of names and values, such as learning_rate: 3e-4"),
+        ("", "must have lines of names and values"),
         ("a: [", "while parsing a flow node"),
         (None, "No such file or directory"),
     ],
@@ -162,7 +160,7 @@ def test_a_mistake_in_yaml_is_one_line_that_names_the_file(tmp_path, capsys, con
 @pytest.mark.parametrize("words", [[], ["model"]])
 def test_what_is_missing_is_asked_for(words, capsys):
     assert main(["train", *words]) == 2
-    assert ("name a MODEL, first of all" if not words else "--data is missing") in capsys.readouterr().err
+    assert ("the first argument must be a MODEL" if not words else "--data is missing") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", RULES)

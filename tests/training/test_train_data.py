@@ -1,4 +1,4 @@
-"""From documents to sequences: every token once, in order, an end of text after each document."""
+"""Tests that sequences hold every token of the documents once, in order, with an end of text after each document."""
 
 import gzip
 import json
@@ -20,7 +20,7 @@ def source(*paths, config=None, split="train", text_field="text"):
 
 
 def joined(texts, tokenizer):
-    """All tokens, by hand."""
+    """Returns the tokens of all texts, with an end-of-text token after each."""
     return [token for text in texts if text for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
 
 
@@ -118,7 +118,7 @@ def test_a_stream_gives_the_same_sequences_and_begins_again_where_the_data_end(t
     path = write_lines(tmp_path / "documents.jsonl", TEXTS)
     expected = joined(TEXTS, tokenizer)
     once = Stream(source(path), tokenizer, 16, endless=False)
-    for _ in range(2):  # every evaluation sees the same
+    for _ in range(2):  # every evaluation sees the same data
         assert flat(once) == flat(sequences(source(path), tokenizer, 16))
     endless = iter(Stream(source(path), tokenizer, 16, endless=True))
     several = flat(next(endless) for _ in range(3 * len(expected) // 16))
@@ -172,7 +172,11 @@ def test_a_digest_of_a_data_set_is_that_of_its_split(repository, split):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.jsonl", '{"body": "x"}\n', "has no column 'text' but body; name the one with the text by --text-field"),
+        (
+            "a.jsonl",
+            '{"body": "x"}\n',
+            "has no column 'text', only body; name the column with the text",
+        ),
         ("a.jsonl", '{"text": 3}\n', "a text is 3; --text-field must name a column of strings"),
         ("a.jsonl", '{"text": "x"}\n{"text": null}\n', "a text is None"),
         ("a.jsonl", '{"text": \n', "cannot be read"),
@@ -199,5 +203,5 @@ def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(name, tokenizer, 
 
 def test_an_endless_stream_without_text_ends(tmp_path, tokenizer):
     path = write_lines(tmp_path / "a.jsonl", ["", ""])
-    with pytest.raises(ValueError, match="no text"):
+    with pytest.raises(ValueError, match="there is no text"):
         next(iter(Stream(source(path), tokenizer, 16, endless=True)))

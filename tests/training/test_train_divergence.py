@@ -1,4 +1,4 @@
-"""A run whose numbers leave the finite ends at once, keeps what was good and says where it is."""
+"""Tests that a run with NaN or infinite numbers stops at once and names its last good checkpoint."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def checkpoints(out):
 
 
 def spoil_loss(monkeypatch, call, spoil, training=True):
-    """Has one call of the loss, counted from 1, give something else."""
+    """Replaces the result of one call of the loss, counted from 1."""
     usual, calls = Trainer.compute_loss, []
 
     def compute_loss(self, model, inputs, *args, **kwargs):
@@ -37,7 +37,7 @@ def plus_infinity(loss, model):
 
 
 def with_nan_gradient(loss, model):
-    """The slope of a root at zero is infinite, and the product with zero is not a number."""
+    """Adds a root at zero, whose slope is infinite, so that the product with zero is NaN."""
     return loss + (next(model.parameters()) * 0).abs().sum().sqrt()
 
 

@@ -1,4 +1,4 @@
-"""Every command of docs/training.md runs, shortened, in a folder that has what it names."""
+"""Runs the commands of docs/training.md, shortened, in a folder with the files that they name."""
 
 import re
 import shlex
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 
 @pytest.fixture
 def folder_of_a_reader(tmp_path, monkeypatch):
-    """Local folders under the hub ids that the commands name, and their files."""
+    """A folder with the files of the commands, and local folders instead of the hub ids."""
     monkeypatch.chdir(tmp_path)
     write_plain(tmp_path / "Qwen" / "Qwen3-0.6B", num_hidden_layers=8)
     (tmp_path / "book.txt").write_text(words(400))

@@ -1,4 +1,4 @@
-"""Muon with AdamW: who gets which, and the same steps as torch's own optimizers."""
+"""Tests which parameters Muon and AdamW get, and that they step like torch's own optimizers."""
 
 from copy import deepcopy
 
@@ -55,7 +55,7 @@ def test_muon_has_the_matrices_of_the_backbone_and_nothing_else(family):
     assert stacks <= names
     assert bool(stacks) == any("expert" in name for name, _ in model.named_parameters())
     for name in names - linear - stacks:
-        assert name.endswith(("mlp.gate.weight", "router.weight")), name  # routers that are no nn.Linear
+        assert name.endswith(("mlp.gate.weight", "router.weight")), name  # routers that are not nn.Linear
 
 
 def test_kernels_of_convolutions_are_no_matrices():
@@ -65,7 +65,7 @@ def test_kernels_of_convolutions_are_no_matrices():
 
 
 def tiny(family="qwen3_next"):
-    """A model with experts, convolutions, gates that are a single row, and an optimizer for it."""
+    """Returns a model with experts, convolutions and single-row gates, and its optimizer."""
     model = random_attnres(family, layers=4).train()
     arguments = TrainingArguments(learning_rate=3e-3, weight_decay=0.1, use_cpu=True, report_to="none")
     decayed = set(Trainer.get_decay_parameter_names(None, model))
@@ -121,7 +121,7 @@ def test_a_loaded_state_goes_on_to_the_bit():
     optimizer.step()
     model.zero_grad()
     other.load_state_dict(model.state_dict())
-    again.load_state_dict(deepcopy(optimizer.state_dict()))  # torch takes over the tensors themselves
+    again.load_state_dict(deepcopy(optimizer.state_dict()))  # load_state_dict does not copy the tensors
     for each, stepping in ((model, optimizer), (other, again)):
         backward(each, 1)
         stepping.step()
@@ -142,7 +142,7 @@ def test_a_schedule_moves_the_rate_of_all_groups():
 
 
 def test_weight_decay_leaves_the_depth_mixer_norms_and_biases_where_they_are():
-    """Without gradients only decay moves weights."""
+    """With zero gradients, only weight decay changes the weights."""
     model, optimizer = tiny("gpt_oss")
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Two processes: one run, said once, that stops everywhere or goes on everywhere."""
+"""Tests runs of two processes, which print everything once and stop or continue together."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def launch(*arguments, data_cache):
 
 @pytest.fixture(scope="module")
 def ranks(mixture, documents, data_cache, tmp_path_factory):
-    """What two processes found, their folder, and what they said on stderr."""
+    """Results of both processes, their folder, and their stderr."""
     top = tmp_path_factory.mktemp("ranks")
     status, _, err = launch(*TORCHRUN, RANKS, mixture, documents, top, data_cache=data_cache)
     assert status == 0, err[-3000:]
@@ -64,7 +64,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both_and_is_said_once(ra
 
 
 def test_muon_steps_divided_parameters_as_it_steps_whole_ones(ranks):
-    """Newton-Schulz rounds to bfloat16; a matrix that is divided is summed up in another order."""
+    """Newton-Schulz rounds to bfloat16, and a sharded matrix is summed in another order."""
     for outcome in ranks[0]:
         assert outcome["muon"]["stack"] == 0.0  # each process has whole matrices
         assert outcome["muon"]["matrix"] < 1e-3
@@ -81,4 +81,4 @@ def test_accelerate_launch_trains_and_says_everything_once(plain, documents, dat
 
     status, _, err = launch(*ACCELERATE, "-m", "attnres", "train", *line, data_cache=data_cache)
     assert status != 0
-    assert err.count(f"attnres: error: {out} is not empty") == 1
+    assert err.count(f"attnres: error: {out}: is not empty") == 1

@@ -1,4 +1,4 @@
-"""A killed run that is resumed: the same losses and weights as one that nobody interrupted."""
+"""Tests that a killed and resumed run has the same losses and weights as an uninterrupted one."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from attnres.training.command import run
 KILLED_RUNS = Path(__file__).with_name("killed_runs.py")
 ROOT = Path(__file__).parents[2]
 
-# What a run may be, and where it is killed. By default checkpoints are after steps 2, 4 and 6.
+# Options of each run and where it is killed. By default, checkpoints are written after steps 2, 4 and 6.
 RUNS = {
     "a plain run": ({}, "step", 4),
     "several epochs": ({"max_steps": None, "num_train_epochs": 3, "per_device_train_batch_size": 16}, "step", 7),
@@ -46,7 +46,7 @@ def model_of(plain, mixture):
 
 @pytest.fixture(scope="module")
 def killed(model_of, documents, data_cache, tmp_path_factory):
-    """Folders that killed runs have left behind, by name."""
+    """Folders of the killed runs, by name."""
     top = tmp_path_factory.mktemp("killed")
     folders = {name: top / str(number) for number, name in enumerate(RUNS)}
     orders = [
@@ -67,7 +67,7 @@ def killed(model_of, documents, data_cache, tmp_path_factory):
 # PEFT reads the old name.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_a_killed_run_is_resumed_to_the_bit(killed, model_of, documents, tmp_path, subtests):
-    runs = {}  # that nobody interrupted: those that were killed in different places are one run otherwise
+    runs = {}  # uninterrupted runs by their options, as several runs differ only in where they were killed
     for number, name in enumerate(RUNS):
         with subtests.test(name):
             resumed = killed[name]

@@ -1,4 +1,4 @@
-"""Whole runs of `attnres train`: what is trained, what is written, what is said, and what is refused."""
+"""Tests whole runs of `attnres train`: what they train, write and print, and what they refuse."""
 
 import json
 import math
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 
 
 def moved(out, start):
-    """Names of the tensors on disk that training has changed."""
+    """Returns the names of the saved tensors that training has changed."""
     before, after = weights(start), weights(out)
     return {name for name, tensor in after.items() if name not in before or not torch.equal(tensor, before[name])}
 
@@ -48,7 +48,7 @@ def converted(plain, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def learnt(plain, tmp_path_factory):
-    """A run that is long enough to learn something, with all that it says."""
+    """The folder of a run that is long enough to learn something."""
     top = tmp_path_factory.mktemp("learnt")
     data = write_lines(top / "data.jsonl", [words(60, number) for number in range(30)])
     options = {"max_steps": 40, "save_steps": 20, "eval_fraction": 0.1, "per_device_train_batch_size": 8}
@@ -118,7 +118,7 @@ def test_a_configuration_starts_from_random_weights_of_its_seed(plain, documents
 
 def test_a_configuration_takes_the_tokenizer_that_is_named(plain, documents, tmp_path):
     (tmp_path / "config.json").write_text((plain / "config.json").read_text())
-    with pytest.raises(ValueError, match="has no tokenizer to be loaded .*; name one by --tokenizer"):
+    with pytest.raises(ValueError, match="has no tokenizer that can be loaded .*; use --tokenizer"):
         train(tmp_path / "config.json", documents, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     train(tmp_path / "config.json", documents, tmp_path / "run", tokenizer=plain)
@@ -129,18 +129,23 @@ def test_the_depth_mixer_alone_is_trained(plain, converted, documents, tmp_path)
     assert moved(out, converted) and all("_res_" in name for name in moved(out, converted))
 
 
-@pytest.mark.parametrize("options", [{}, {"optimizer": "muon"}, {"train": "lora"}, {"train": "depth"}], ids=str)
-def test_the_depth_mixer_has_the_learning_rate_that_is_given_for_it(plain, documents, tmp_path, monkeypatch, options):
+@pytest.fixture
+def created(monkeypatch):
+    """The models and optimizers of all runs of a test."""
     seen, create = [], RunTrainer.create_optimizer
 
     def note(self, model=None):
-        optimizer = create(self, model)
-        seen.append((self.model, optimizer))
-        return optimizer
+        seen.append((self.model, create(self, model)))
+        return seen[-1][1]
 
     monkeypatch.setattr(RunTrainer, "create_optimizer", note)
+    return seen
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "muon"}, {"train": "lora"}, {"train": "depth"}], ids=str)
+def test_the_depth_mixer_has_the_learning_rate_that_is_given_for_it(plain, documents, tmp_path, created, options):
     train(plain, documents, tmp_path / "run", num_blocks=2, max_steps=2, depth_learning_rate=2e-4, **options)
-    model, optimizer = seen[0]
+    model, optimizer = created[0]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     initial = {names[id(each)]: group["initial_lr"] for group in optimizer.param_groups for each in group["params"]}
     assert initial.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -160,19 +165,10 @@ def test_the_depth_mixer_has_the_learning_rate_that_is_given_for_it(plain, docum
         ("new", {}, 3e-3),
     ],
 )
-def test_the_depth_mixer_of_a_converted_model_learns_slowly(
-    plain, documents, tmp_path, monkeypatch, model, options, rate
-):
-    seen, create = [], RunTrainer.create_optimizer
-
-    def note(self, model=None):
-        seen.append((self.model, create(self, model)))
-        return seen[-1][1]
-
-    monkeypatch.setattr(RunTrainer, "create_optimizer", note)
+def test_the_depth_mixer_of_a_converted_model_learns_slowly(plain, documents, tmp_path, created, model, options, rate):
     source = plain if model == "converted" else plain / "config.json"
     train(source, documents, tmp_path / "run", num_blocks=2, max_steps=2, **options)
-    trained, optimizer = seen[0]
+    trained, optimizer = created[0]
     depth = {id(parameter) for name, parameter in trained.named_parameters() if "depth_mixer" in name}
     rates = {group["initial_lr"] for group in optimizer.param_groups for each in group["params"] if id(each) in depth}
     assert rates == {rate}
@@ -197,7 +193,7 @@ def test_lora_trains_adapters_with_the_depth_mixer_and_leaves_a_merged_model(pla
 
 @pytest.mark.parametrize("model", ["plain", "converted"])
 def test_an_adapter_names_the_model_that_it_belongs_to(model, request, documents, tmp_path):
-    """Of a converted model that is not the plain one, on which PEFT would put it without its depth mixer."""
+    """PEFT would load the adapter of a converted model onto the plain model, without the depth mixer."""
     from peft import AutoPeftModelForCausalLM
 
     options = {"num_blocks": 2} if model == "plain" else {}
@@ -226,7 +222,7 @@ def test_a_damaged_checkpoint_is_named_before_a_run_is_resumed(plain, documents,
 
 def test_a_stream_without_text_to_evaluate_on_is_refused_before_training(plain, documents, tmp_path):
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(ValueError, match=r"empty\.txt: holds too little text for one sequence"):
+    with pytest.raises(ValueError, match=r"empty\.txt: has too little text for one held-out sequence"):
         train(plain, documents, tmp_path / "run", eval_data=tmp_path / "empty.txt", streaming=True)
     assert not (tmp_path / "run").exists()
 
@@ -249,7 +245,7 @@ def test_a_run_in_less_memory_learns_nearly_the_same(plain, documents, tmp_path,
 
 
 def test_evaluation_changes_nothing_in_training(plain, documents, tmp_path):
-    """The model has dropout: a draw of the evaluation's would be seen."""
+    """The model has dropout, so that a random number drawn by the evaluation would show."""
     held_out = write_lines(tmp_path / "held_out.jsonl", [words(40, 99)])
     alone = train(plain, documents, tmp_path / "alone")
     evaluated = train(plain, documents, tmp_path / "evaluated", eval_data=held_out, eval_steps=1, eval_on_start=True)
@@ -287,7 +283,7 @@ def test_a_schedule_has_its_shape(plain, documents, tmp_path, schedule, rates):
 
 
 def test_the_best_checkpoint_becomes_the_model(plain, documents, tmp_path):
-    options = {"load_best_model_at_end": True, "save_total_limit": 1, "learning_rate": 0.3}  # gets worse
+    options = {"load_best_model_at_end": True, "save_total_limit": 1, "learning_rate": 0.3}  # the loss gets worse
     out = train(plain, documents, tmp_path / "run", eval_fraction=0.2, eval_steps=2, **options)
     losses = log(out, "eval_loss")
     best = out / f"checkpoint-{min(losses, key=losses.get)}"
@@ -337,13 +333,13 @@ def test_a_run_is_not_resumed_on_other_data_or_with_another_tokenizer(finished, 
     same, other = tmp_path / "same.jsonl", tmp_path / "other.jsonl"
     same.write_text(text)
     other.write_text(text.replace("tree", "wood"))
-    run([*command_line(plain, same, finished), "--resume"])  # the content counts, not the name
-    with pytest.raises(ValueError, match="content: training data was"):
+    run([*command_line(plain, same, finished), "--resume"])  # data are compared by content
+    with pytest.raises(ValueError, match=": training data was"):
         run([*command_line(plain, other, finished), "--resume"])
     tokenizer = byte_tokenizer()
     tokenizer.bos_token = "A"
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(ValueError, match="content: tokenizer was"):
+    with pytest.raises(ValueError, match=": tokenizer was"):
         run([*command_line(plain, documents, finished, tokenizer=tmp_path / "tokenizer"), "--resume"])
 
 
@@ -385,22 +381,22 @@ def test_a_folder_with_something_in_it_is_left_alone(plain, documents, tmp_path,
     (tmp_path / "mine.txt").write_text("mine")
     assert main(["train", *command_line(plain, documents, tmp_path)]) == 2
     said = capsys.readouterr().err
-    assert f"{tmp_path} is not empty: --resume continues the run in it; to start one, give another --out" in said
+    assert f"{tmp_path}: is not empty; use --resume to continue the run in it, or start in another --out" in said
     assert main(["train", *command_line(plain, documents, tmp_path), "--resume"]) == 2
     assert "holds no run to resume" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 MISTAKES = {
-    "model": ("nowhere", "nowhere: no folder of a checkpoint, hub id or config.json"),
+    "model": ("nowhere", "nowhere: is no checkpoint folder, hub id or config.json"),
     "data": ("/nowhere.txt", "/nowhere.txt: no such file or folder"),
-    "sequence_length": (300, "--sequence-length 300: the model takes 256 tokens"),
+    "sequence_length": (300, "--sequence-length 300: the model takes at most 256 tokens"),
     "num_blocks": (9, "num_blocks must be a whole number between 1 and num_hidden_layers=3, got 9"),
     "lr_scheduler_kwargs": ('{"foo": 1}', "--lr-scheduler-kwargs {'foo': 1}: "),
     "adam_beta1": (2, "Invalid beta parameter"),
     "eval_fraction": (0.999, "leaves none to train on"),
-    "data_config": ("x", "is a file, without configurations and splits"),
-    "eval_split": ("x", "is a file, without configurations and splits"),
+    "data_config": ("x", "a file has no configurations and splits"),
+    "eval_split": ("x", "a file has no configurations and splits"),
 }
 
 
@@ -419,7 +415,7 @@ def test_nothing_is_written_where_a_mistake_is_found(plain, documents, tmp_path,
 def test_a_model_without_depth_mixer_has_none_to_train(tmp_path, documents):
     random_attnres("qwen3", "standard", vocab_size=257, layers=2).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="residual_mode standard does not have: use --train all"):
+    with pytest.raises(ValueError, match="residual_mode standard has no depth mixer; use --train all"):
         train(tmp_path / "model", documents, tmp_path / "run", train="depth")
     train(tmp_path / "model", documents, tmp_path / "run", max_steps=2)
 
@@ -427,5 +423,5 @@ def test_a_model_without_depth_mixer_has_none_to_train(tmp_path, documents):
 def test_a_tokenizer_of_another_model_is_refused(tmp_path, documents):
     random_attnres("qwen3", layers=2).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="the tokenizer has 257 tokens and the model embeds 97"):
+    with pytest.raises(ValueError, match="the tokenizer has 257 tokens, but the model has 97 embeddings"):
         train(tmp_path / "model", documents, tmp_path / "run")

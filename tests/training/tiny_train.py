@@ -1,4 +1,4 @@
-"""What the tests of training share: tiny checkpoints, text, and what a run has left behind."""
+"""Helpers of the training tests: tiny checkpoints, text, and readers of a run's folder."""
 
 import json
 import random
@@ -14,12 +14,12 @@ from attnres import AttnResForCausalLM
 from attnres.backbones import causal_lm_class
 from attnres.training.command import run
 
-VOCABULARY = 257  # bytes and the end of a text
+VOCABULARY = 257  # the bytes and the end-of-text token
 LENGTH = 16
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte; 0 ends a text."""
+    """Returns a tokenizer with one token per byte and 0 as the end of text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(["<eos>", *alphabet])}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -28,7 +28,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_plain(folder: Path, family: str = "qwen3", **options):
-    """A PreNorm checkpoint with a tokenizer."""
+    """Writes a PreNorm checkpoint with a tokenizer."""
     torch.manual_seed(0)
     special = {"eos_token_id": 0, "pad_token_id": None, "bos_token_id": None}
     config = short_config(family, 3, vocab_size=VOCABULARY, **{**special, "initializer_range": 0.05, **options})
@@ -38,7 +38,7 @@ def write_plain(folder: Path, family: str = "qwen3", **options):
 
 
 def words(count: int, seed: int = 0) -> str:
-    """A text with something to learn."""
+    """Returns a text with something to learn."""
     choose = random.Random(seed).choice
     return " ".join(choose(["tree", "sea", "wind", "stone", "cloud"]) for _ in range(count)) + ".\n"
 
@@ -49,7 +49,7 @@ def write_lines(path: Path, texts: list[str], field: str = "text") -> Path:
 
 
 def command_line(model, data, out, **options) -> list[str]:
-    """Flags of a short run; an option that is None is left out, one that is True has no value."""
+    """Returns the flags of a short run; an option that is None is left out, and one that is True has no value."""
     options = {
         "sequence_length": LENGTH,
         "max_steps": 6,
@@ -75,7 +75,7 @@ def train(model, data, out: Path, **options) -> Path:
 
 
 def log(out: Path, key: str = "loss") -> dict[int, float]:
-    """What was logged, by step."""
+    """Returns logged values by step."""
     state = json.loads((out / "trainer_state.json").read_text())
     return {entry["step"]: entry[key] for entry in state["log_history"] if key in entry}
 

@@ -1,4 +1,4 @@
-"""What test_train_processes.py has started in each of two processes; notes what each found.
+"""Runs in each of the two processes that test_train_processes.py starts, and writes the results of the process.
 
 torchrun --standalone --nproc-per-node 2 training_ranks.py MODEL DATA FOLDER
 """
@@ -22,7 +22,7 @@ from attnres.training.trainer import RunTrainer
 model, data, top = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 
 
-# transformers 5.17 has the optimizer of several processes without a GPU loaded onto "cpu:0", which torch does not know.
+# Without a GPU, transformers 5.17 loads the optimizer of several processes onto "cpu:0", which torch does not know.
 torch.serialization.register_package(
     0, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
 )
@@ -33,7 +33,7 @@ class Interrupted(Exception):
 
 
 def interrupted_and_resumed():
-    """A run that every process leaves in its fourth step, and the same one resumed."""
+    """Trains a run that every process leaves in its fourth step, resumes it, and trains it without interruption."""
     line = command_line(model, data, top / "resumed", streaming=True, optimizer="muon", save_steps=2)
     usual = RunTrainer.training_step
 
@@ -52,7 +52,7 @@ def interrupted_and_resumed():
 
 
 def nan_in_the_second() -> int:
-    """Exit status of a run in which the loss of one process is not a number."""
+    """Returns the exit status of a run in which the loss of one process is NaN."""
     usual = Trainer.compute_loss
 
     def compute_loss(self, *args, **kwargs):
@@ -67,7 +67,7 @@ def nan_in_the_second() -> int:
 
 
 class Stacks(nn.Module):
-    """A matrix and an uneven stack of matrices."""
+    """A model with a matrix and an uneven stack of matrices."""
 
     def __init__(self):
         super().__init__()
@@ -80,7 +80,7 @@ class Stacks(nn.Module):
 
 
 def sharded_muon() -> dict[str, float]:
-    """Largest differences of parameters after three steps of Muon, divided between processes and whole."""
+    """Returns the largest differences between sharded and whole parameters after three steps of Muon."""
     whole, divided = Stacks(), Stacks()
     fully_shard(divided, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
     for each in (whole, divided):
