@@ -257,12 +257,25 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+class _Loader(yaml.SafeLoader):
+    """A YAML loader that refuses duplicate names, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            name = str(self.construct_object(key)).replace("-", "_")
+            if name in seen:
+                raise ValueError(f"line {key.start_mark.line + 1}: {name} is given twice; keep one of the two")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def _from_yaml(path: Path, parser: _Parser) -> dict:
     """Reads a YAML file through the parser of the flags, so that names, types and error messages are the same."""
     known = {option.lstrip("-").replace("-", "_"): action for option, action in parser._option_string_actions.items()}
     words, direct = [], {}
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         if not isinstance(content, dict):
             raise ValueError("must have lines of names and values, such as learning_rate: 3e-4")
         for key, value in content.items():

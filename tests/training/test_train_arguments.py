@@ -138,6 +138,7 @@ def test_a_mistake_is_one_line_that_names_it(words, capsys):
         ("lerning_rate: 1", "unknown name lerning_rate; did you mean learning_rate?"),
         ("learning_rate: fast", "argument --learning-rate: invalid float value: 'fast'"),
         ("learning_rate: [1, 2]", "learning_rate takes one value, got [1, 2]"),
+        ("learning_rate: 1\nlearning-rate: 2", "line 2: learning_rate is given twice; keep one of the two"),
         ("bf16: perhaps", "Truthy value expected: got perhaps"),
         ("no_depth_dynamics: 3", "no_depth_dynamics must be true or false, got 3"),
         ("model: [a]", "model must be a folder, a hub id or a config.json, got ['a']"),
