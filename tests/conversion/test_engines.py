@@ -129,7 +129,7 @@ def test_the_command_line_prints_what_serves_the_result(engine, tmp_path, capsys
     command = ["convert", str(tmp_path / "ours"), str(tmp_path / "k3"), "--to", "kimi-k3", "--for", engine]
     assert main([*command, "--verify", "none"]) == 0
     printed = capsys.readouterr().out
-    assert f"to serve it by {engine} ({ENGINES[engine].version}):" in printed
+    assert f"to serve it with {engine} ({ENGINES[engine].version}):" in printed
     assert all(line.format(folder=tmp_path / "k3") in printed for line in ENGINES[engine].commands)
 
 

@@ -178,11 +178,11 @@ def test_its_unit_of_blocks_is_converted(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "kda"}, "flash-linear-attention's 'kda' is none of the families"),
-        ({"model_type": "gated_deltanet"}, "'gated_deltanet' is none of the families"),
+        ({"model_type": "kda"}, "flash-linear-attention's 'kda' is not supported"),
+        ({"model_type": "gated_deltanet"}, "'gated_deltanet' is not supported"),
         ({"attnres_block_size": 3}, "attnres_block_size must be 1 or an even number of sublayers, got 3"),
-        ({"qk_norm": True, "norm_eps": 1e-6}, "norm_eps must be that too, got 1e-06"),
-        ({"qk_norm": True, "qkv_bias": True}, "no family has the attention of qkv_bias=True, qk_norm=True"),
+        ({"qk_norm": True, "norm_eps": 1e-6}, "norm_eps must be 1e-05 with qk_norm, got 1e-06"),
+        ({"qk_norm": True, "qkv_bias": True}, "no supported family has the attention of qkv_bias=True, qk_norm=True"),
         ({"rope_theta": None}, "rope_theta must be a number"),
     ],
     ids=lambda value: "",
