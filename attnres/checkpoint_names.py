@@ -36,7 +36,7 @@ class StackLayers(MergeModulelist):
 
 
 class UnstackLayers(SplitModulelist):
-    """Splits a stacked tensor into those of the layers without squeezing `[1, D]` to `[D]`, as transformers does."""
+    """Splits a stacked tensor into those of the layers, without squeezing `[1, D]` to `[D]` like transformers."""
 
     def convert(self, input_dict, *args, **kwargs):
         (stacked,) = (tensor[0] if isinstance(tensor, list) else tensor for tensor in input_dict.values())

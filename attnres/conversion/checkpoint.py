@@ -107,9 +107,8 @@ def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
     for shard in checkpoint.shards:
         for name, tensor in _read_header(folder, shard).items():
             if name in checkpoint.tensors:
-                raise CheckpointError(
-                    f"{folder}: tensor {name!r} is both in {checkpoint.tensors[name].shard} and in {shard}."
-                )
+                other = checkpoint.tensors[name].shard
+                raise CheckpointError(f"{folder}: tensor {name!r} is in {other} and in {shard}; fetch both again.")
             checkpoint.tensors[name] = tensor
     for name, shard in weight_map.items():
         if name not in checkpoint.tensors or checkpoint.tensors[name].shard != shard:
@@ -135,7 +134,7 @@ def inside(folder: Path, name: str) -> Path:
         target = path.resolve()
         blobs = folder.resolve().parent.parent / "blobs"
         if not target.is_relative_to(folder.resolve()) and not target.is_relative_to(blobs):
-            raise CheckpointError(f"{path}: is a link that leads out of the folder, to {target}; copy it.")
+            raise CheckpointError(f"{path}: is a link that leads out of the folder to {target}; copy the file instead.")
     return path
 
 

@@ -24,7 +24,7 @@ class Engine:
     Attributes:
         version: version of the code that this describes.
         architecture: class name in `config.json`; `MULTIMODAL` also has a `text_config` and a prefix of tensor names.
-        insists_on: forms that the engine loads only; a model without them is written as an equal function with them.
+        insists_on: features that every model needs here; one without them is written as an equal function with them.
         commands: shell commands that serve the result; `{folder}` stands for its folder.
         differs: descriptions of what it computes slightly differently.
     """

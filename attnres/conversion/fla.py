@@ -11,19 +11,15 @@ BLOCK_SIZE = "attnres_block_size"  # counts sublayers; 1 is full mode
 MODEL_TYPE = "transformer"  # the only one of its models whose decoder layers are those of a supported family
 QK_NORM_EPS = 1e-5  # independent of norm_eps
 
-# Its names of modules, and ours: inside a decoder layer, and elsewhere.
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "mlp_norm": "post_attention_layernorm",
-    "attn_res_proj": "self_attention_res_proj",
-    "attn_res_norm": "self_attention_res_norm",
-    "attn": "self_attn",
-}
-MODEL_NAMES = {
-    "model.embeddings.": "model.embed_tokens.",
-    "model.res_proj.": "model.output_attn_res_proj.",
-    "model.res_norm.": "model.output_attn_res_norm.",
-}
+# Patterns of its tensor names, and our names.
+RENAMINGS = (
+    (r"^model\.embeddings\.", "model.embed_tokens."),
+    (r"^model\.res_(proj|norm)\.", r"model.output_attn_res_\1."),
+    (r"^(model\.layers\.\d+)\.attn_norm\.", r"\1.input_layernorm."),
+    (r"^(model\.layers\.\d+)\.mlp_norm\.", r"\1.post_attention_layernorm."),
+    (r"^(model\.layers\.\d+)\.attn_res_(proj|norm)\.", r"\1.self_attention_res_\2."),
+    (r"^(model\.layers\.\d+)\.attn\.", r"\1.self_attn."),
+)
 
 
 def read_config(checkpoint: Checkpoint) -> AttnResConfig:
@@ -100,8 +96,6 @@ def _family(checkpoint: Checkpoint) -> dict:
 
 def own_name(name: str) -> str:
     """Returns our name of one of its tensors."""
-    for prefix, ours in MODEL_NAMES.items():
-        if name.startswith(prefix):
-            return ours + name.removeprefix(prefix)
-    layer = re.fullmatch(r"(model\.layers\.\d+)\.([a-z_]+)\.(.+)", name)
-    return f"{layer[1]}.{LAYER_NAMES.get(layer[2], layer[2])}.{layer[3]}" if layer else name
+    for pattern, ours in RENAMINGS:
+        name = re.sub(pattern, ours, name)
+    return name

@@ -62,7 +62,11 @@ def verify_conversion(origin: Source, result: Source, how: str, progress: bool, 
             raise CheckpointError(
                 f"verification could not run ({one_line(error, 300)}); --verify none converts without it."
             ) from error
-    kind = EXACT if _same_epsilon(origin, result) else EPSILON
+    sources = [_sources(each) for each in (origin, result)]
+    options = [(each.config.residual_mode, each.config.layers_per_block) for each in (origin, result)]
+    is_exact = sources == [1, 1] or (1 not in sources and options[0] == options[1])
+    kind = EXACT if is_exact else EPSILON
+    effective_epsilon = sources[1] ** 2 * result.config.rms_norm_eps
     report = {
         "source_layout": origin.layout,
         "result_layout": result.layout,
@@ -74,7 +78,7 @@ def verify_conversion(origin: Source, result: Source, how: str, progress: bool, 
         "stored_dtype": origin.checkpoint.float_dtype,
         "source_pseudo_queries": "set to zero" if depth_restarts and origin.layout != PRENORM else "as they are",
         **_differences(expected, logits, prompts),
-        "epsilon_effect": None if mean_square is None else _effective_epsilon(result) / mean_square,
+        "epsilon_effect": None if mean_square is None else effective_epsilon / mean_square,
         **({"source_rounded_to_stored_dtype": {key: rounding[key] for key in ROUNDING}} if rounding else {}),
         "kind": kind,
         "tolerance_p999_over_std": TOLERANCE[kind],
@@ -93,24 +97,12 @@ def verify_conversion(origin: Source, result: Source, how: str, progress: bool, 
     return report
 
 
-def _sums(source: Source) -> bool:
-    """Returns whether the norms' epsilon acts on the sum of the sources, as in a plain model."""
+def _sources(source: Source) -> int:
+    """Returns the n of the largest mean of n sources that a norm's epsilon acts on; 1 where it acts on sums only."""
     config = source.config
-    return source.layout == PRENORM or config.residual_mode == "standard" or config.scale_norm_eps
-
-
-def _same_epsilon(origin: Source, result: Source) -> bool:
-    options = [(each.config.residual_mode, each.config.layers_per_block) for each in (origin, result)]
-    return _sums(origin) == _sums(result) and (_sums(origin) or options[0] == options[1])
-
-
-def _effective_epsilon(result: Source) -> float:
-    """Returns the norms' epsilon as it acts on the sum of n sources: n^2 times it where it acts on their mean."""
-    config = result.config
-    if _sums(result):
-        return config.rms_norm_eps
-    sources = 1 + (config.num_sublayers if config.residual_mode == "full" else config.num_blocks)
-    return sources**2 * config.rms_norm_eps
+    if source.layout == PRENORM or config.residual_mode == "standard" or config.scale_norm_eps:
+        return 1
+    return 1 + (config.num_sublayers if config.residual_mode == "full" else config.num_blocks)
 
 
 def _differences(expected: list[torch.Tensor], logits: list[torch.Tensor], prompts: list[torch.Tensor]) -> dict:

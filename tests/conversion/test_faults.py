@@ -250,7 +250,7 @@ for line in sys.stdin:
 
 
 def test_a_killed_conversion_leaves_the_result_absent_or_complete(plain, tmp_path):
-    """Twenty times SIGKILL at random points, half of them over an old result."""
+    """Sends SIGKILL at twenty random points; half of the conversions replace an old result."""
     before = bytes_of(plain)
     started = time.monotonic()
     convert(plain, tmp_path / "reference", verify="none")

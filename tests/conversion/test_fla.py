@@ -1,4 +1,4 @@
-"""flash-linear-attention's checkpoints with Attention Residuals: what they compute, written down naively in float64."""
+"""Compares converted checkpoints of flash-linear-attention with a naive float64 implementation of what they compute."""
 
 import json
 
@@ -47,7 +47,7 @@ CASES = {
 
 
 def drawn(config, seed=0):
-    """Random tensors under its names."""
+    """Returns random tensors under the names of flash-linear-attention."""
     generator = torch.Generator().manual_seed(seed)
     size, width, rows = config["hidden_size"], 52, config["vocab_size"]
     head = size // config["num_heads"]
@@ -81,7 +81,7 @@ def norm(x, weight, eps):
 
 
 def rotate(x, base):
-    """`[T, D]`: the two halves are the two coordinates."""
+    """Rotates `[T, D]`, whose halves are the coordinates of the rotated pairs."""
     half = x.shape[-1] // 2
     angles = torch.arange(len(x), dtype=x.dtype)[:, None] * base ** (-torch.arange(half, dtype=x.dtype) / half)
     one, other = x[:, :half], x[:, half:]
@@ -89,7 +89,7 @@ def rotate(x, base):
 
 
 def reference(config, tensors, tokens):
-    """Logits `[T, V]` of one sequence, the blocks counted in sublayers as it does."""
+    """Returns the logits `[T, V]` of one sequence; block sizes are counted in sublayers."""
     eps, size, count = config["norm_eps"], config["attnres_block_size"], config["num_heads"]
     shared = count // (config["num_kv_heads"] or count)
 

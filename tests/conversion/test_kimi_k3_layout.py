@@ -30,7 +30,7 @@ def without_prefix(tensors):
 
 
 def as_released(model):
-    """Its tensors under the names, shapes and dtypes of a release, without prefix."""
+    """Returns a model's tensors under the names and in the shapes and dtypes of a release, without prefix."""
     tensors = revert_weight_conversion(model, dict(model.state_dict()))
     tensors = {
         name: tensor if name.endswith(FLOAT32) else tensor.to(torch.bfloat16) for name, tensor in tensors.items()
@@ -41,7 +41,7 @@ def as_released(model):
 
 
 def pack(tensors, seed=0):
-    """Random codes and scales in place of the routed experts, and what they stand for, worked out one by one."""
+    """Puts random codes and scales in place of the experts; also returns their values, computed one by one."""
     generator = torch.Generator().manual_seed(seed)
     packed, unpacked = {}, {}
     for name, tensor in tensors.items():
@@ -64,7 +64,7 @@ def pack(tensors, seed=0):
 
 
 def write_release(folder, tensors, text, shards=3, **root):
-    """A folder as released, in several files that cut through pairs and layers."""
+    """Writes a folder like a release, in several files that separate the tensors of pairs and layers."""
     folder.mkdir()
     unused = {"rope_theta": 10000.0, "rope_scaling": None, "head_dim": 74, "num_nextn_predict_layers": 0}
     text = {**unused, **text, "architectures": ["KimiLinearForCausalLM"], "model_type": "kimi_linear"}
@@ -86,7 +86,7 @@ def write_release(folder, tensors, text, shards=3, **root):
 
 @pytest.fixture
 def released(tmp_path):
-    """A tiny release with every feature and packed experts: folder, text configuration, tensors unpacked."""
+    """Writes a tiny release with every feature; returns folder, text configuration and unpacked tensors."""
     model = built(released_config(**ALL), 2)
     packed, unpacked = pack(as_released(model))
     text = {**released_config(**ALL), "attn_res_block_size": 2, "dtype": "bfloat16", "quantization_config": MXFP4}
@@ -172,7 +172,7 @@ def test_facts_of_a_packed_release_count_the_weights_that_it_stands_for(released
 
 
 def test_one_weight_at_a_time_is_dequantised(released, tmp_path, monkeypatch):
-    """Whatever the size of a release, memory holds one expert's matrix."""
+    """Memory holds one expert's matrix at a time."""
     alive = []
 
     def watched(packed, scale):
@@ -220,7 +220,6 @@ def test_every_feature_comes_back_from_the_released_layout(feature, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_nextn_predict_layers": 1}, "multi-token prediction .num_nextn_predict_layers=1"),
         ({"mla_use_nope": False}, "mla_use_nope must be true"),
         ({"topk_method": "greedy"}, "topk_method must be 'noaux_tc'"),
         ({"quantization_config": {"format": "nvfp4-pack-quantized"}}, "'nvfp4-pack-quantized' is not read"),

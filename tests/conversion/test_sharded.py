@@ -1,4 +1,4 @@
-"""Shards of a run joined to a from_pretrained folder; what is hostile or damaged in them is named, never run."""
+"""Joins the shards of a run; errors name what is hostile or damaged in them, and nothing of it is run."""
 
 import dataclasses
 import enum
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:Us
 
 
 def save_shards(model, run, wrap=True):
-    """A run's folder as a Trainer leaves it that saves in shards, with the configuration beside."""
+    """Writes the folder that a Trainer with sharded saves leaves, with the configuration beside the checkpoint."""
     shards = run / "checkpoint-3" / SHARDS_NAME
     state = {"model": model.state_dict()} if wrap else model.state_dict()
     dcp.save(state, storage_writer=dcp.FileSystemWriter(shards), no_dist=True)
@@ -194,5 +194,5 @@ def test_the_optimizers_shards_are_refused(checkpoint, tmp_path):
     folder = checkpoint / "optimizer_0"
     state = {"optimizer": {"step": 3, "exp_avg": torch.ones(2)}}
     dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
-    with pytest.raises(CheckpointError, match="optimizer.step is an object and no tensor"):
+    with pytest.raises(CheckpointError, match="optimizer.step is not a tensor but an object"):
         convert(folder, tmp_path / "whole")
