@@ -60,7 +60,8 @@ def read_config(checkpoint: Checkpoint) -> AttnResConfig:
     """Returns the AttnRes configuration of the text model.
 
     Raises:
-        CheckpointError: the checkpoint is a drafter, has no Kimi K3 text model, or is not quantised by MXFP4.
+        CheckpointError: the checkpoint is a drafter, has layers for multi-token prediction, has no Kimi K3 text model,
+            or is quantised other than by MXFP4.
     """
     folder, text = checkpoint.folder, text_config(checkpoint.config)
     kinds = [str(part.get(key)) for part in (checkpoint.config, text) for key in ("architectures", "model_type")]
@@ -70,6 +71,11 @@ def read_config(checkpoint: Checkpoint) -> AttnResConfig:
     if text.get("model_type") not in (TEXT_TYPE, ROOT_TYPE):
         raise CheckpointError(
             f"{folder}: its text model has model_type {text.get('model_type')!r}; only {TEXT_TYPE} is converted."
+        )
+    if text.get("num_nextn_predict_layers"):
+        raise CheckpointError(
+            f"{folder}: has layers for multi-token prediction (num_nextn_predict_layers="
+            f"{text['num_nextn_predict_layers']}), which are not converted; set it to 0 and remove their tensors."
         )
     found = quantisation(checkpoint.config)
     if found and not (isinstance(found, dict) and found.get("format") == FORMAT):

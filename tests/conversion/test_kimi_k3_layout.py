@@ -220,6 +220,7 @@ def test_every_feature_comes_back_from_the_released_layout(feature, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"num_nextn_predict_layers": 1}, "multi-token prediction .num_nextn_predict_layers=1"),
         ({"mla_use_nope": False}, "mla_use_nope must be true"),
         ({"topk_method": "greedy"}, "topk_method must be 'noaux_tc'"),
         ({"quantization_config": {"format": "nvfp4-pack-quantized"}}, "'nvfp4-pack-quantized' is not read"),
