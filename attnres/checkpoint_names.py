@@ -1,4 +1,4 @@
-"""Names of the depth tensors on disk, and transformers' converters between them and the stacked ones in memory."""
+"""Names of the depth tensors on disk, and transformers' converters to the stacked ones in memory and back."""
 
 from copy import deepcopy
 
@@ -17,7 +17,7 @@ from transformers.core_model_loading import (
 from .backbones import checkpoint_conversions
 from .configuration_attnres import AttnResConfig
 
-# Depth tensors on disk (the names of the public Kimi K3 checkpoint) and in memory.
+# Modules of the depth tensors on disk, named as in the public Kimi K3 checkpoint, and their parameters in memory.
 PER_LAYER_NAMES = {
     "self_attention_res_proj": "attention_norm.query",
     "self_attention_res_norm": "attention_norm.weight",
@@ -28,7 +28,7 @@ OUTPUT_NAMES = {"output_attn_res_proj": "output_norm.query", "output_attn_res_no
 
 
 class StackLayers(MergeModulelist):
-    """One tensor of the per-layer ones, in numeric order of the layers."""
+    """Stacks the tensors of the decoder layers in the numeric order of the layers."""
 
     @property
     def reverse_op(self):
@@ -36,7 +36,7 @@ class StackLayers(MergeModulelist):
 
 
 class UnstackLayers(SplitModulelist):
-    """The per-layer tensors again, each in its own shape: transformers 5.17 squeezes [1, D] to [D]."""
+    """Splits a stacked tensor into those of the layers, without squeezing `[1, D]` to `[D]` like transformers."""
 
     def convert(self, input_dict, *args, **kwargs):
         (stacked,) = (tensor[0] if isinstance(tensor, list) else tensor for tensor in input_dict.values())
@@ -49,7 +49,7 @@ class UnstackLayers(SplitModulelist):
 
 
 def depth_weight_conversions() -> list:
-    """transformers' converters between the depth tensors on disk and the stacked ones of the `depth_mixer`."""
+    """Returns the converters between the depth tensors on disk and the stacked ones of the `depth_mixer`."""
     per_layer = [
         WeightConverter(
             source_patterns=f"layers.*.{name}.weight",
@@ -66,17 +66,17 @@ def depth_weight_conversions() -> list:
 
 
 def weight_conversions(config: AttnResConfig) -> list:
-    """All converters of a checkpoint: the family's own, then those of the depth tensors."""
+    """Returns all converters of a checkpoint: those of the family, then those of the depth tensors."""
     return checkpoint_conversions(config.backbone_config) + depth_weight_conversions()
 
 
 def names_in_memory(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], partial: bool = False) -> dict:
-    """A state dict under the names of the model's parameters, from one under names on disk, in memory, or both.
+    """Returns a state dict under the names of the model's parameters, with the depth tensors of the layers stacked.
 
     Args:
-        model: whose names to use.
-        state_dict: tensors under either name.
-        partial: whether one part of a stacked tensor may be missing, as in one shard of several: it stays as it is.
+        model: model that is to load the tensors.
+        state_dict: tensors under their names on disk, in memory, or some under each.
+        partial: whether tensors of some layers may be missing, as in one file of several; those of the model are used.
     """
     own = model.state_dict()
     conversions = weight_conversions(model.config)
@@ -92,20 +92,16 @@ def names_in_memory(model: PreTrainedModel, state_dict: dict[str, torch.Tensor],
         else:
             groups.setdefault(target, {})[name] = pattern
 
-    def convert(target: str, patterns: dict[str, str], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        converter = deepcopy(converter_of[next(iter(patterns.values()))])
-        for name, pattern in patterns.items():
-            converter.add_tensor(target, name, pattern, tensors[name])
-        values = converter.convert(target, model=model, config=model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in values.items()}
-
     for target, patterns in groups.items():
+        tensors = state_dict
         if partial and target in own:
             whole = revert_weight_conversion(model, {target: own[target]})
             if whole.keys() > patterns.keys():
                 tensors = {**whole, **{name: state_dict[name] for name in patterns}}
                 patterns = {name: rename_source_key(name, renamings, converters)[1] for name in whole}
-                converted.update(convert(target, patterns, tensors))
-                continue
-        converted.update(convert(target, patterns, state_dict))
+        converter = deepcopy(converter_of[next(iter(patterns.values()))])
+        for name, pattern in patterns.items():
+            converter.add_tensor(target, name, pattern, tensors[name])
+        for name, value in converter.convert(target, model=model, config=model.config).items():
+            converted[name] = value[0] if isinstance(value, list) else value
     return converted

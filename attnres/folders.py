@@ -79,7 +79,7 @@ def _put_in_place(temporary: Path, folder: Path):
         folder.rename(old)
         temporary.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
-    _sync_directory(folder.parent)
+    _fsync(folder.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -100,17 +100,13 @@ def _remove_leftovers(folder: Path):
 
 
 def _sync(folder: Path):
-    for path in folder.iterdir():
-        if path.is_dir():
-            _sync(path)
-            continue
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    _sync_directory(folder)
+    """Waits until a folder with everything in it is on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        _fsync(path)
 
 
-def _sync_directory(folder: Path):
-    descriptor = os.open(folder, os.O_RDONLY)
+def _fsync(path: Path):
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

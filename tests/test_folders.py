@@ -1,4 +1,4 @@
-"""A place where results cannot be written is named in one line, before the work is done."""
+"""Errors name a folder that cannot be written in one line, before the work starts."""
 
 import os
 

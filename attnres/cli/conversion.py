@@ -1,4 +1,4 @@
-"""`attnres convert` and `attnres inspect-checkpoint`."""
+"""Defines `attnres convert` and `attnres inspect-checkpoint`."""
 
 import json
 
@@ -14,7 +14,7 @@ from .process import local_folder
 @click.option(
     "--residual-mode",
     type=click.Choice(["block", "full", "standard"]),
-    help="depth mixing of an AttnRes result (default: block)",
+    help="residual mode of an AttnRes result (default: block)",
 )
 @click.option(
     "--layers-per-block",
@@ -26,49 +26,53 @@ from .process import local_folder
     "--num-blocks",
     metavar="N",
     type=int,
-    help="blocks, instead of K; fewer where they do not divide the layers (default: 8)",
+    help="number of blocks, instead of K; there are fewer if N does not divide the layers (default: 8)",
 )
 @click.option(
     "--depth-variant",
     metavar="NAME",
-    help="what is mixed how, for experiments: see docs/variants.md (default: attnres, the paper's)",
+    help="variant of the depth mixing, for experiments: see docs/variants.md (default: attnres, as in the paper)",
 )
 @click.option("--to", type=click.Choice(["attnres", "prenorm", "kimi-k3"]), default="attnres", help="layout to write")
 @click.option(
     "--from",
     "from_layout",
     type=click.Choice(["attnres", "prenorm", "kimi-k3", "fla"]),
-    help="layout that SRC must have (default: what its config.json says)",
+    help="layout that SRC must have (default: the one that its config.json describes)",
 )
 @click.option(
     "--verify",
     type=click.Choice(["auto", "none", "full"]),
     default="auto",
-    help="run the same prompts through SRC and DST: auto, in memory if both fit in what is free, else a decoder layer "
-    "at a time from disk; full, always in memory",
+    help="run the same prompts through SRC and DST and compare the logits; auto: in memory if both models fit in what "
+    "is free, otherwise one decoder layer at a time from disk; full: always in memory",
 )
 @click.option(
-    "--link", is_flag=True, help="hard links instead of copies: takes seconds, but saving over DST later changes SRC"
+    "--link",
+    is_flag=True,
+    help="make hard links instead of copies, which takes seconds; saving over DST later then changes SRC",
 )
 @click.option("--overwrite", is_flag=True, help="replace DST once the new one is complete")
-@click.option("--reinit-depth", is_flag=True, help="start with zero pseudo-queries where trained ones do not fit")
+@click.option("--reinit-depth", is_flag=True, help="start with zero pseudo-queries where the trained ones do not fit")
 @click.option(
     "--for",
     "engine",
     type=click.Choice(["llama.cpp", "vllm", "sglang", "mlx"]),
-    help="with --to kimi-k3: write what this engine loads, equal functions where it insists on another form, and print "
-    "the command that serves it; vllm also for other backbones, which it runs by transformers' code",
+    help="with --to kimi-k3: write the form that this engine loads, which computes the same, and print the command "
+    "that serves it; vllm also takes other backbones, which it runs with the code of transformers",
 )
 @click.option(
     "--keep-packed",
     is_flag=True,
-    help="leave MXFP4 weights as they are instead of writing them in bfloat16; to be copied, not to be loaded",
+    help="keep MXFP4 weights packed instead of converting them to bfloat16; DST can then be copied but not loaded",
 )
 def convert(source, result, to, **options):
-    """Converts a checkpoint folder without loading the model: weight files are copied, one small file with the depth
-    tensors is added. DST appears when it is complete and verified, or not at all.
+    """Converts a checkpoint folder without loading the model.
 
-    SRC is a folder or hub id of a checkpoint in safetensors and never changed; DST is the folder to make.
+    Weight files are copied, and one small file with the depth tensors is added. DST appears only when it is complete
+    and verified.
+
+    SRC is a folder or a Hub id of a checkpoint in safetensors, and is never changed; DST is the folder to create.
     """
     from ..conversion import convert as convert_folder
     from ..conversion.engines import serving_text
@@ -78,13 +82,12 @@ def convert(source, result, to, **options):
     outcome = convert_folder(local_folder(source), result, to=to, progress=True, **options)
     print(
         f"{outcome.result}: {outcome.from_layout} -> {outcome.to_layout} ({outcome.depth}), "
-        f"{outcome.shards} weight files, "
-        f"{shown_size(outcome.bytes)}"
+        f"{outcome.shards} weight files, {shown_size(outcome.bytes)}"
     )
     if outcome.left_out:
-        print(f"left out: {len(outcome.left_out)} tensors of other parts, such as {outcome.left_out[0]}")
+        print(f"not converted: {len(outcome.left_out)} tensors of other parts, such as {outcome.left_out[0]}")
     if outcome.from_layout == "shards":
-        print("the tensors of the shards, joined")
+        print("joined the tensors of the shards")
     else:
         print("not verified" if outcome.report is None else report_table(outcome.report))
     if options["engine"] is not None:
@@ -93,11 +96,11 @@ def convert(source, result, to, **options):
 
 @click.command("inspect-checkpoint", cls=Command, short_help="contents of a checkpoint folder, from its headers alone")
 @click.argument("path", metavar="PATH")
-@click.option("--json", "as_json", is_flag=True, help="as JSON")
+@click.option("--json", "as_json", is_flag=True, help="print JSON")
 def inspect_checkpoint(path, as_json):
     """Prints family, layers, blocks, dtypes, parameters, files and depth tensors of a checkpoint folder.
 
-    PATH is a folder or hub id.
+    PATH is a folder or a Hub id.
     """
     from ..conversion.inspection import inspect_checkpoint as inspect_folder
     from ..conversion.inspection import inspection_table

@@ -1,4 +1,4 @@
-"""Conversion between plain PreNorm, AttnRes and Kimi K3 checkpoint folders without loading the model."""
+"""Converts checkpoint folders between plain PreNorm, AttnRes and other layouts without loading the model."""
 
 from .checkpoint import CheckpointError, read_checkpoint
 from .converter import Conversion, convert

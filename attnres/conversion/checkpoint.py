@@ -1,16 +1,22 @@
-"""Reading a checkpoint folder without its weights: configuration, index, safetensors headers.
+"""Reads a checkpoint folder without its weights: `config.json`, the index, and the headers of the safetensors files.
 
-Everything in a folder is untrusted: no name in an index may leave the folder, no pickle is opened, and a header is
-believed only after safetensors has checked it against its file.
+The folder is untrusted: a file name in it must not lead out of the folder, pickles are not opened, and safetensors
+checks every header against its file.
 """
 
 import json
 import os
+import re
+from collections import Counter
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
+
+from ..messages import one_line
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -18,54 +24,22 @@ SINGLE_NAME = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 MAX_JSON_BYTES = 256 * 2**20  # an index of a million tensors is far below this
 
-# Bits per element, by the names in safetensors headers.
-DTYPE_BITS = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
-    **dict.fromkeys(("F32", "I32", "U32"), 32),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 8),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    "F4": 4,
-}
-
 
 class CheckpointError(ValueError):
-    """A checkpoint folder that cannot be read; the message names the file, what is wrong with it, and the fix."""
+    """A checkpoint cannot be read or converted; the message names the file, what is wrong with it, and what to do."""
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a safetensors header says of one tensor.
-
-    Attributes:
-        shard: file name inside the folder.
-        dtype: as in the header ("BF16", "F32", ...).
-        shape: dimensions.
-    """
+class TensorInfo(NamedTuple):
+    """A tensor's file in the folder and, from the header, its dtype ("BF16", "F32", ...) and shape."""
 
     shard: str
     dtype: str
     shape: tuple[int, ...]
 
-    @property
-    def elements(self) -> int:
-        return prod(self.shape)
-
-    @property
-    def bytes(self) -> int:
-        return self.elements * DTYPE_BITS.get(self.dtype, 8) // 8
-
 
 @dataclass
 class Checkpoint:
-    """A checkpoint folder: what its configuration, index and headers say.
-
-    Attributes:
-        folder: where it is.
-        config: content of `config.json`.
-        tensors: by name, in no particular order.
-        shards: names of the weight files, sorted.
-    """
+    """The content of a checkpoint folder: its `config.json`, its tensors by name, and its weight files, sorted."""
 
     folder: Path
     config: dict
@@ -74,37 +48,52 @@ class Checkpoint:
 
     @property
     def bytes(self) -> int:
-        """Size of the weight files."""
+        """Returns the total size of the weight files."""
         return sum((self.folder / shard).stat().st_size for shard in self.shards)
 
     @property
     def float_dtype(self) -> str:
-        """The floating dtype that most elements have, as headers name it; that of new depth tensors."""
-        counts: dict[str, int] = {}
+        """Returns the floating-point dtype of most elements, which new depth tensors get; BF16 if there is none."""
+        counts: Counter[str] = Counter()
         for tensor in self.tensors.values():
             if tensor.dtype in ("BF16", "F16", "F32"):
-                counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.elements
+                counts[tensor.dtype] += prod(tensor.shape)
         return max(counts, key=counts.get) if counts else "BF16"
+
+    def read(self, name: str) -> torch.Tensor:
+        """Reads one tensor by its name on disk."""
+        with safe_open(inside(self.folder, self.tensors[name].shard), "pt") as file:
+            return file.get_tensor(name)
+
+
+def byte_size(dtype: str, shape: tuple[int, ...]) -> int:
+    """Returns the bytes of a tensor; the dtype is named as in safetensors headers, which hold the bits ("F8_E4M3")."""
+    bits = 8 if dtype == "BOOL" else int(re.search(r"\d+", dtype)[0])
+    return prod(shape) * bits // 8
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file of a checkpoint."""
+    """Reads the JSON object in a file of a checkpoint.
+
+    Raises:
+        CheckpointError: the file is too large, is not valid JSON, or holds something else than an object.
+    """
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: is larger than {MAX_JSON_BYTES} bytes, so it is no JSON file of a checkpoint.")
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes are too many for a JSON file of a checkpoint.")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({_line(error)}). Fetch the file again.") from None
+        raise CheckpointError(f"{path}: not valid JSON ({one_line(error)}); fetch the file again.") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: must be a JSON object, got {type(content).__name__}.")
     return content
 
 
 def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
-    """The checkpoint in a folder, every header checked, no weight read.
+    """Reads the configuration and all headers of a checkpoint folder, and checks them against each other.
 
     Raises:
-        CheckpointError: what is missing or wrong, in one line.
+        CheckpointError: a file is missing, damaged or not safe to read, or the index contradicts the headers.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -114,49 +103,29 @@ def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
         raise CheckpointError(f"{folder}: has no {CONFIG_NAME}, so it is not a transformers checkpoint.")
     checkpoint = Checkpoint(folder, read_json(config_path))
     weight_map = _weight_map(folder)
-    if weight_map is None:
-        checkpoint.shards = [SINGLE_NAME]
-    else:
-        checkpoint.shards = sorted(set(weight_map.values()))
+    checkpoint.shards = sorted(set(weight_map.values())) or [SINGLE_NAME]
     for shard in checkpoint.shards:
-        for name, tensor in read_header(folder, shard).items():
+        for name, tensor in _read_header(folder, shard).items():
             if name in checkpoint.tensors:
-                raise CheckpointError(f"{folder}: tensor {name} is in {checkpoint.tensors[name].shard} and in {shard}.")
+                other = checkpoint.tensors[name].shard
+                raise CheckpointError(f"{folder}: tensor {name!r} is in {other} and in {shard}; fetch both again.")
             checkpoint.tensors[name] = tensor
-    if weight_map is not None:
-        for name, shard in weight_map.items():
-            if name not in checkpoint.tensors:
-                raise CheckpointError(f"{folder / shard}: lacks tensor {name}, which {INDEX_NAME} says it has.")
-            if checkpoint.tensors[name].shard != shard:
-                raise CheckpointError(
-                    f"{folder / INDEX_NAME}: puts tensor {name} in {shard}, it is in {checkpoint.tensors[name].shard}."
-                )
+    for name, shard in weight_map.items():
+        if name not in checkpoint.tensors or checkpoint.tensors[name].shard != shard:
+            raise CheckpointError(
+                f"{folder / INDEX_NAME}: says that {shard} has tensor {name!r}, but it does not; fetch both again."
+            )
     return checkpoint
 
 
-def read_header(folder: Path, shard: str) -> dict[str, TensorInfo]:
-    """The tensors of one weight file, by name."""
-    path = inside(folder, shard)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing weight file; fetch it again.")
-    try:
-        with safe_open(path, "numpy") as file:
-            return {
-                name: TensorInfo(shard, str(piece.get_dtype()), tuple(piece.get_shape()))
-                for name, piece in ((name, file.get_slice(name)) for name in file.keys())  # noqa: SIM118
-            }
-    except (SafetensorError, OSError, ValueError, OverflowError) as error:
-        raise CheckpointError(
-            f"{path}: not a complete safetensors file ({_line(error)}). Fetch it again; a download may have broken off."
-        ) from None
-
-
 def inside(folder: Path, name: str) -> Path:
-    """The path of a file that a checkpoint names, which must be in the checkpoint's own folder.
+    """Returns the path of a file that a checkpoint names.
 
-    A symbolic link may lead to another place in the folder or into the blobs of its hub cache, nowhere else.
+    Raises:
+        CheckpointError: the name is not that of a file directly in the folder, or the file is a symbolic link to
+            something that is neither in the folder nor among the blobs of its Hub cache.
     """
-    if not isinstance(name, str) or not name or "\x00" in name or Path(name).name != name or name in (".", ".."):
+    if not isinstance(name, str) or not name or "\x00" in name or Path(name).name != name or name == "..":
         raise CheckpointError(
             f"{folder}: names the file {str(name)[:200]!r}, which is not a plain file name in the folder."
         )
@@ -165,37 +134,48 @@ def inside(folder: Path, name: str) -> Path:
         target = path.resolve()
         blobs = folder.resolve().parent.parent / "blobs"
         if not target.is_relative_to(folder.resolve()) and not target.is_relative_to(blobs):
-            raise CheckpointError(f"{path}: is a link that leads out of the folder, to {target}.")
+            raise CheckpointError(f"{path}: is a link that leads out of the folder to {target}; copy the file instead.")
     return path
 
 
-def _weight_map(folder: Path) -> dict[str, str] | None:
-    """Tensor name to file name by the index; None for a single file."""
-    index_path = inside(folder, INDEX_NAME)
-    if index_path.is_file() and inside(folder, SINGLE_NAME).is_file():
+def _read_header(folder: Path, shard: str) -> dict[str, TensorInfo]:
+    path = inside(folder, shard)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing weight file; fetch it again.")
+    try:
+        with safe_open(path, "numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: TensorInfo(shard, str(each.get_dtype()), tuple(each.get_shape())) for name, each in slices.items()
+            }
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{path}: not a complete safetensors file ({one_line(error)}); fetch it again.") from None
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Returns the file of every tensor according to the index; an empty dict for a single file, which has no index."""
+    path = inside(folder, INDEX_NAME)
+    has_index, has_single = path.is_file(), inside(folder, SINGLE_NAME).is_file()
+    if has_index and has_single:
         raise CheckpointError(
             f"{folder}: has both {SINGLE_NAME}, which transformers reads, and {INDEX_NAME}, which it then ignores; "
-            "one of the two is stale. Remove it."
+            "remove the one that is stale."
         )
-    if index_path.is_file():
-        weight_map = read_json(index_path).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index_path}: weight_map must be an object of tensor names and file names.")
-        for shard in {str(shard): shard for shard in weight_map.values()}.values():
-            inside(folder, shard)
-            if not shard.endswith(".safetensors"):
-                raise CheckpointError(f"{index_path}: names {shard[:200]!r}; only .safetensors files are read.")
-        return weight_map
-    if inside(folder, SINGLE_NAME).is_file():
-        return None
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
-    if pickles:
-        raise CheckpointError(
-            f"{folder / pickles[0]}: pickle checkpoints can run code and are not opened. Convert it to safetensors "
-            "where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)."
-        )
-    raise CheckpointError(f"{folder}: has neither {INDEX_NAME} nor {SINGLE_NAME}.")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    if has_single:
+        return {}
+    if not has_index:
+        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
+        if pickles:
+            raise CheckpointError(
+                f"{folder / pickles[0]}: pickle checkpoints can run code and are not opened; if you trust it, convert "
+                "it with AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)."
+            )
+        raise CheckpointError(f"{folder}: has neither {INDEX_NAME} nor {SINGLE_NAME}.")
+    weight_map = read_json(path).get("weight_map")
+    is_map = isinstance(weight_map, dict) and all(isinstance(shard, str) for shard in weight_map.values())
+    if not is_map or not weight_map:
+        raise CheckpointError(f"{path}: weight_map must be an object that maps tensor names to file names.")
+    for shard in sorted(set(weight_map.values())):
+        if not inside(folder, shard).name.endswith(".safetensors"):
+            raise CheckpointError(f"{path}: names {shard!r}; only .safetensors files are read.")
+    return weight_map

@@ -1,4 +1,4 @@
-"""The files copied along with a checkpoint's weights: tokenizer, generation settings, licence."""
+"""Copies the files beside a checkpoint's weights: tokenizer, generation configuration, licence, documentation."""
 
 import shutil
 from fnmatch import fnmatch
@@ -6,32 +6,17 @@ from pathlib import Path
 
 from .checkpoint import CONFIG_NAME, inside
 
-# Tokenizer, chat template, generation configuration, licence, documentation; never weights or code, but for a
-# tokenizer's own code, which runs only where somebody trusts it.
+# Never weights or model code. A tokenizer's own code runs only where the user passes trust_remote_code.
 COMPANIONS = (
-    "tokenizer*.json",
-    "*vocab*.json",
-    "*vocab*.txt",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "chat_template*",
-    "*.jinja",
-    "*.tiktoken",
-    "*.model",
-    "tokenization_*.py",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "README*",
-    "*.md",
+    *("tokenizer*.json", "*vocab*.json", "*vocab*.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("*.tiktoken", "*.model", "tokenization_*.py", "chat_template*", "*.jinja"),
+    *("generation_config.json", "preprocessor_config.json"),
+    *("LICENSE*", "LICENCE*", "NOTICE*", "README*", "*.md"),
 )
 
 
 def write_companions(source: Path, folder: Path):
-    """Copies them from one folder to another."""
+    """Copies the companion files of a checkpoint to another folder."""
     for path in sorted(source.iterdir()):
         is_companion = any(fnmatch(path.name, pattern) for pattern in COMPANIONS) and path.name != CONFIG_NAME
         if is_companion and inside(source, path.name).is_file():

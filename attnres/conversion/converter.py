@@ -1,60 +1,49 @@
-"""Converting a checkpoint folder without loading the model.
+"""Converts a checkpoint folder without loading the model.
 
-Weight shards are copied unchanged; what changes is the configuration, the index and one small shard with the
-depth tensors. Only where a name or a shape differs between layouts is a shard's header rewritten, never its data.
+Weight files are copied unchanged. What changes is the configuration, the index, and one small file with the depth
+tensors. The header of a weight file is rewritten, and its data copied tensor by tensor, only where a tensor has another
+name or shape in the layout of the result.
 """
 
 import json
 import os
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..configuration_attnres import DEPTH_OPTIONS, AttnResConfig
-from ..depth_variants import VARIANTS
 from ..folders import replaced_folder
 from ..modeling_attnres import AUTO_MAP, AttnResForCausalLM
 from . import kimi_k3
 from .checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, CheckpointError, inside, read_checkpoint
 from .companions import write_companions
 from .files import copy_file
-from .layouts import (
-    ATTNRES,
-    KIMI_K3,
-    PRENORM,
-    VARIANT_NAME,
-    Source,
-    depth_names,
-    stack_layers,
-    stacked_names,
-    to_prenorm,
-    understand,
-)
+from .layouts import ATTNRES, KIMI_K3, PRENORM, Source, new_depth_tensors, understand
 from .pieces import TORCH_DTYPES, Piece, write_pieces
 from .sharded import find_shards, join_shards
 from .structure import check_structure
 
 DEPTH_SHARD = "model-depth.safetensors"
-SHARDS = "shards"  # what a run that FSDP sharded has saved
+SHARDS = "shards"  # layout of what FSDP saves
 
 
 @dataclass
 class Conversion:
-    """What a conversion did.
+    """The outcome of a conversion.
 
     Attributes:
-        source, result: the folders.
-        from_layout, to_layout: `prenorm`, `attnres` or `kimi-k3`; from `shards` of a model of the same layout.
-        shards, bytes: weight files written and their size, depth shard included.
-        depth: what the result mixes over depth, in words.
-        left_out: tensors of other parts of a multimodal checkpoint, which did not come along.
-        report: content of `conversion_report.json`, None with `verify="none"`.
+        source, result: the two folders.
+        from_layout, to_layout: `prenorm`, `attnres`, `kimi-k3` or `fla`; `from_layout` may also be `shards`, for the
+            shards of an AttnRes model that FSDP saved.
+        shards, bytes: number and total size of the weight files, including the one with the depth tensors.
+        depth: description of the residual mode and the blocks of the result.
+        left_out: names of tensors of other parts of a multimodal checkpoint, which are not converted.
+        report: content of `conversion_report.json`; None without verification.
     """
 
     source: Path
@@ -72,7 +61,7 @@ def convert(
     source: str | os.PathLike,
     result: str | os.PathLike,
     *,
-    to: str | None = None,
+    to: str = ATTNRES,
     from_layout: str | None = None,
     verify: str = "auto",
     link: bool = False,
@@ -83,40 +72,50 @@ def convert(
     progress: bool = False,
     **depth_options,
 ) -> Conversion:
-    """Converts a checkpoint folder; `result` appears when everything is done and checked, or not at all.
+    """Converts a checkpoint folder; `result` appears only when it is complete and verified.
 
     Args:
         source: folder with safetensors weights, or with the shards that FSDP saved. It is not changed.
-        result: folder to make.
-        to: `"attnres"` (default), `"prenorm"` or `"kimi-k3"`.
-        from_layout: what `source` is taken for; by default its configuration says.
+        result: folder to create.
+        to: layout of the result, `"attnres"`, `"prenorm"` or `"kimi-k3"`.
+        from_layout: layout that `source` must have; by default the one that its configuration describes.
         verify: `"auto"`, `"full"` or `"none"`, see `verification.verify_conversion`.
-        link: hard links instead of copies of unchanged shards: fast, but saving over the result changes the source.
+        link: make hard links to unchanged weight files instead of copies: fast, but saving over the result changes the
+            source.
         overwrite: replace an existing `result` once the new one is complete.
         reinit_depth: start with new (zero) pseudo-queries where trained ones do not fit the new depth options.
-        keep_packed: leave MXFP4 weights as they are, instead of writing them in bfloat16. Such a folder holds a
-            checkpoint and is not loaded; nothing is verified, as nothing is computed anew.
-        engine: which engine is to load the result: with `to="kimi-k3"` `"llama.cpp"`, `"vllm"`, `"sglang"` or `"mlx"`,
-            otherwise `"vllm"`, by transformers' own code.
-        progress: show a bar on stderr.
-        depth_options: `residual_mode`, `layers_per_block`, `num_blocks`, `depth_variant`, `scale_norm_eps` of the
+        keep_packed: keep MXFP4 weights packed instead of converting them to bfloat16. The result can be copied and
+            converted again but not loaded, and it is not verified.
+        engine: engine that is to load the result: `"llama.cpp"`, `"vllm"`, `"sglang"` or `"mlx"` with `to="kimi-k3"`;
+            otherwise only `"vllm"`, which then runs the code of transformers.
+        progress: show progress bars on stderr.
+        depth_options: `residual_mode`, `layers_per_block`, `num_blocks`, `depth_variant` or `scale_norm_eps` of the
             result.
 
     Raises:
-        CheckpointError: the source cannot be read or not be converted, with the reason.
-        OSError: files cannot be written.
+        CheckpointError: the source cannot be read, the conversion is not possible, or the result does not compute what
+            the source computes.
+        OSError: the result cannot be written, or exists and `overwrite` is false.
     """
     source, result = Path(source), Path(result)
     _check_places(source, result)
     if find_shards(source):
-        others = {"to": to not in (None, ATTNRES), "from_layout": from_layout, "link": link}
-        others = {**others, "reinit_depth": reinit_depth, "for": engine, "keep_packed": keep_packed, **depth_options}
-        return _join(source, result, overwrite, progress, others)
+        others = {"to": to != ATTNRES, "from_layout": from_layout, "link": link, "reinit_depth": reinit_depth}
+        others |= {"keep_packed": keep_packed, "engine": engine, **depth_options}
+        given = [name for name, value in others.items() if value]
+        if given:
+            raise CheckpointError(
+                f"{source}: contains the shards of a run, and {given[0]} is for whole checkpoints. Join them first, "
+                "without options, then convert the result."
+            )
+        with replaced_folder(result, overwrite) as folder:
+            depth = _depth_text(join_shards(source, folder), ATTNRES)
+            written = read_checkpoint(folder)
+            return Conversion(source, result, SHARDS, ATTNRES, len(written.shards), written.bytes, depth, [])
     origin = understand(read_checkpoint(source), from_layout)
-    to = ATTNRES if to is None else to
     if engine is not None and to != KIMI_K3 and (to, engine) != (ATTNRES, "vllm"):
         raise CheckpointError(
-            f"--for {engine} needs --to kimi-k3, got {to}; only vllm runs other layouts, by transformers' own code."
+            f"--for {engine} needs --to kimi-k3, got {to}; only vllm runs other layouts, with the code of transformers."
         )
     keep_packed = keep_packed and bool(origin.packed)
     quantised = kimi_k3.quantisation(origin.checkpoint.config) if keep_packed else None
@@ -124,61 +123,46 @@ def convert(
     if quantised is not None:
         config.quantization_config = quantised
     check_structure(origin)
-    new_depth = _depth_change(origin, config, to, reinit_depth)
-    plan = _plan_shards(origin, to, new_depth is not None, keep_packed, engine)
-    depth_tensors = _depth_tensors(origin, config) if new_depth == "zero" else {}
-    if to == ATTNRES and engine is not None and depth_tensors:
-        stacked = stacked_names(config.num_hidden_layers)
-        depth_tensors = {
-            target: stack_layers(*(depth_tensors[name] for name in names)) for target, names in stacked.items()
-        }
+    change = _depth_change(origin, config, to, reinit_depth)
+    pieces = origin.pieces(to, keep_packed, engine, dropped=() if change is None else origin.depth_names)
+    depth_tensors = {}
+    if change == "zero":
+        dtype, stacked = TORCH_DTYPES[origin.checkpoint.float_dtype], to == ATTNRES and engine is not None
+        depth_tensors = new_depth_tensors(config, dtype, stacked)
     if to == KIMI_K3 and kimi_k3.is_multimodal(config.backbone_config, engine):
         depth_tensors = {kimi_k3.PREFIX + name: tensor for name, tensor in depth_tensors.items()}
-    _check_space(result, plan, link)
 
     with replaced_folder(result, overwrite) as folder:
-        weight_map = _write_shards(origin, plan, folder, link, progress)
+        weight_map = _write_shards(origin, pieces, to, folder, link, progress)
+        name = DEPTH_SHARD if len(set(weight_map.values())) > 1 else "model-00002-of-00002.safetensors"
         if depth_tensors:
-            name = DEPTH_SHARD if len(plan) > 1 else "model-00002-of-00002.safetensors"
             save_file(depth_tensors, folder / name, metadata={"format": "pt"})
             weight_map.update(dict.fromkeys(depth_tensors, name))
-        _write_index(folder, weight_map)
+        if set(weight_map.values()) != {SINGLE_NAME}:
+            size = sum((folder / shard).stat().st_size for shard in set(weight_map.values()))
+            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+            (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
         if depth_tensors:
-            shutil.copymode(folder / INDEX_NAME, folder / name)  # safetensors writes for the owner only
+            shutil.copymode(folder / INDEX_NAME, folder / name)  # safetensors makes it readable for the owner only
         write_companions(origin.checkpoint.folder, folder)
         _write_config(folder, config, to, engine, quantised)
         written = read_checkpoint(folder)
-        outcome = Conversion(
-            source,
-            result,
-            origin.layout,
-            to,
-            len(written.shards),
-            written.bytes,
-            _depth_text(config, to),
-            origin.left_out,
-        )
+        depth, size = _depth_text(config, to), written.bytes
+        outcome = Conversion(source, result, origin.layout, to, len(written.shards), size, depth, origin.left_out)
         if verify != "none" and not keep_packed:
-            from .verification import verify_conversion  # loads models: only who verifies pays for it
+            from .verification import verify_conversion
 
-            outcome.report = verify_conversion(origin, understand(written), verify, progress, new_depth == "zero")
+            outcome.report = verify_conversion(origin, understand(written), verify, progress, change == "zero")
             (folder / "conversion_report.json").write_text(json.dumps(outcome.report, indent=2) + "\n")
     return outcome
 
 
-def _join(source: Path, result: Path, overwrite: bool, progress: bool, others: dict) -> Conversion:
-    """Shards of a run as one checkpoint: the same model, so there is nothing to verify and nothing to choose."""
-    given = [name for name, value in others.items() if value]
-    if given:
-        raise CheckpointError(
-            f"{source}: holds the shards of a run, and {given[0]} is for whole checkpoints. Join them first, without "
-            "options, then convert the result."
-        )
-    with replaced_folder(result, overwrite) as folder:
-        config = join_shards(source, folder, progress)
-        written = read_checkpoint(folder)
-        depth = _depth_text(config, ATTNRES)
-        return Conversion(source, result, SHARDS, ATTNRES, len(written.shards), written.bytes, depth, [])
+def _check_places(source: Path, result: Path):
+    inner, outer = result.resolve(), source.resolve()
+    if inner.is_relative_to(outer):
+        raise CheckpointError(f"{result}: the result must not be the source or inside it; name another folder.")
+    if outer.is_relative_to(inner):
+        raise CheckpointError(f"{result}: the source {source} is inside the result, which would replace it.")
 
 
 def _depth_text(config: AttnResConfig, to: str) -> str:
@@ -189,21 +173,14 @@ def _depth_text(config: AttnResConfig, to: str) -> str:
     return f"{config.num_blocks} blocks of {config.layers_per_block} decoder layers"
 
 
-def _check_places(source: Path, result: Path):
-    inner, outer = result.resolve(), source.resolve()
-    if inner == outer or inner.is_relative_to(outer):
-        raise CheckpointError(f"{result}: the result must not be the source or inside it.")
-    if outer.is_relative_to(inner):
-        raise CheckpointError(f"{result}: the source {source} is inside the result; nothing of it must be replaced.")
-
-
 def _result_config(origin: Source, to: str, depth_options: dict, engine: str | None) -> AttnResConfig:
     options = {key: value for key, value in depth_options.items() if value is not None}
     unknown = set(options) - set(DEPTH_OPTIONS)
     if unknown:
         raise TypeError(f"convert got an unexpected option {sorted(unknown)[0]!r}")
-    if to != ATTNRES and (options.get("depth_variant") or origin.config.depth_variant) != "attnres":
-        raise CheckpointError(f"--to {to} has no depth_variant {origin.config.depth_variant!r}: only 'attnres'.")
+    variant = options.get("depth_variant") or origin.config.depth_variant
+    if to != ATTNRES and variant != "attnres":
+        raise CheckpointError(f"--to {to}: has no depth_variant {variant!r}, only 'attnres'.")
     if to == PRENORM and options:
         raise CheckpointError(f"{sorted(options)[0]} is an option of an AttnRes result; --to {to} takes none.")
     content = origin.config.to_dict()
@@ -211,26 +188,24 @@ def _result_config(origin: Source, to: str, depth_options: dict, engine: str | N
         content.pop("layers_per_block")
     config = AttnResConfig.from_dict({**content, **options})
     if to == KIMI_K3:
-        kimi_k3.write_config(config, engine)  # refuses what that layout cannot say before anything is written
+        kimi_k3.write_config(config, engine)  # raises before anything is written
     return config
 
 
 def _depth_change(origin: Source, config: AttnResConfig, to: str, reinit_depth: bool) -> str | None:
-    """`"zero"`: new depth tensors, `"drop"`: none, None: those of the source stay."""
-    present = origin.depth_names & set(origin.stored_names)
-    has_depth = origin.layout != PRENORM and origin.config.residual_mode != "standard"
-    wants_depth = to != PRENORM and config.residual_mode != "standard"
+    """Returns what happens to the depth tensors: `"zero"`, new ones; `"drop"`, none; None, those of the source stay."""
+    old, new, folder = origin.config, config, origin.checkpoint.folder
+    has_depth = origin.layout != PRENORM and old.residual_mode != "standard"
+    wants_depth = to != PRENORM and new.residual_mode != "standard"
     if not has_depth:
-        return "zero" if wants_depth else "drop" if present else None
-    zero = depth_is_zero(origin)
+        return "zero" if wants_depth else "drop" if origin.depth_names & set(origin.stored_names) else None
+    zero = origin.depth_is_zero()
     if not wants_depth:
         if not zero:
             raise CheckpointError(
-                f"{origin.checkpoint.folder}: has trained pseudo-queries, so no model with plain residuals computes "
-                "what it computes."
+                f"{folder}: has trained pseudo-queries, so no model with plain residuals computes the same."
             )
         return "drop"
-    old, new = origin.config, config
     same = (old.residual_mode, old.depth_variant) == (new.residual_mode, new.depth_variant) and (
         new.residual_mode == "full" or old.layers_per_block == new.layers_per_block
     )
@@ -238,135 +213,50 @@ def _depth_change(origin: Source, config: AttnResConfig, to: str, reinit_depth: 
         return None
     if not zero and not reinit_depth:
         raise CheckpointError(
-            f"{origin.checkpoint.folder}: its pseudo-queries are trained for residual_mode={old.residual_mode}, "
-            f"layers_per_block={old.layers_per_block}; other depth options need --reinit-depth, which starts them "
-            "at zero."
+            f"{folder}: its pseudo-queries are trained for residual_mode={old.residual_mode}, "
+            f"layers_per_block={old.layers_per_block}; other depth options need --reinit-depth, which resets them."
         )
     return "zero" if reinit_depth or old.depth_variant != new.depth_variant else None
 
 
-def depth_is_zero(origin: Source) -> bool:
-    """Whether all depth tensors are those of the start, pseudo-queries exactly zero; NaN or Inf in them is an error."""
-    zero = True
-    by_shard: dict[str, list[str]] = {}
-    for name in sorted(origin.depth_names):
-        if name not in origin.stored_names:
-            raise CheckpointError(f"{origin.checkpoint.folder}: lacks depth tensor {name}.")
-        by_shard.setdefault(origin.tensor(name).shard, []).append(name)
-    for shard, names in by_shard.items():
-        with safe_open(inside(origin.checkpoint.folder, shard), "pt") as file:
-            for name in names:
-                tensor = file.get_tensor(origin.stored_names[name])
-                if not torch.isfinite(tensor.float()).all():
-                    raise CheckpointError(f"{origin.checkpoint.folder}: depth tensor {name} has NaN or Inf.")
-                if name == VARIANT_NAME:
-                    zero = zero and torch.equal(tensor, _initial_extras(origin.config).to(tensor.dtype))
-                zero = zero and not (name.endswith("_res_proj.weight") and tensor.any())
-    return zero
-
-
-@dataclass(frozen=True)
-class PlannedShard:
-    """A weight file of the result: of which file of the source, and its tensors."""
-
-    source: str
-    target: str
-    pieces: list[Piece]
-    unchanged: bool
-
-    @property
-    def bytes(self) -> int:
-        return sum(piece.bytes for piece in self.pieces)
-
-
-def _plan_shards(
-    origin: Source, to: str, drop_depth: bool, keep_packed: bool, engine: str | None
-) -> list[PlannedShard]:
-    tensors = origin.checkpoint.tensors
-    dropped = origin.depth_names if drop_depth else set()
-    by_shard: dict[str, list[Piece]] = {shard: [] for shard in origin.checkpoint.shards}
-    for piece in origin.pieces(to, keep_packed, engine, dropped):
-        by_shard[tensors[piece.stored[0]].shard].append(piece)
-    kept = {shard: pieces for shard, pieces in by_shard.items() if pieces}
-    in_source = dict.fromkeys(origin.checkpoint.shards, 0)
-    for tensor in tensors.values():
-        in_source[tensor.shard] += 1
-    plan = []
-    for shard, pieces in kept.items():
-        unchanged = len(pieces) == in_source[shard] and all(
-            piece.make is None and piece.stored == (piece.name,) and tensors[piece.name].shape == piece.shape
-            for piece in pieces
-        )
-        # transformers reads model.safetensors before any index: beside a second shard it needs another name.
-        single = len(kept) == 1
-        alone = single and to == PRENORM
-        target = SINGLE_NAME if alone else "model-00001-of-00002.safetensors" if shard == SINGLE_NAME else shard
-        plan.append(PlannedShard(shard, target, pieces, unchanged))
-    return plan
-
-
-def _check_space(result: Path, plan: list[PlannedShard], link: bool):
-    needed = sum(shard.bytes for shard in plan if not (link and shard.unchanged))
-    parent = next(path for path in (result, *result.parents) if path.exists())
-    free = shutil.disk_usage(parent).free
-    # Where blocks are shared a copy needs no space, so this only refuses what cannot work without sharing either.
-    if needed > free and not link:
-        raise CheckpointError(
-            f"{parent}: no space left, {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB free. Free some, "
-            "or use --link."
-        )
-
-
-def _write_shards(origin: Source, plan: list[PlannedShard], folder: Path, link: bool, progress: bool) -> dict[str, str]:
-    weight_map = {}
-    with tqdm(
-        total=sum(shard.bytes for shard in plan), unit="B", unit_scale=True, desc="weights", disable=not progress
-    ) as bar:
-        for shard in plan:
-            if shard.unchanged:
-                copy_file(inside(origin.checkpoint.folder, shard.source), folder / shard.target, link, bar.update)
+def _write_shards(origin: Source, pieces: list[Piece], to: str, folder: Path, link: bool, progress: bool) -> dict:
+    """Writes the weight files of the result, one for each of the source, and returns the file of every tensor."""
+    tensors, source = origin.checkpoint.tensors, origin.checkpoint.folder
+    in_source = Counter(tensor.shard for tensor in tensors.values())
+    by_shard: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        by_shard.setdefault(tensors[piece.stored[0]].shard, []).append(piece)
+    weight_map, total = {}, sum(piece.bytes for piece in pieces)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=not progress) as bar:
+        for shard, pieces in sorted(by_shard.items()):
+            # transformers reads model.safetensors before any index: beside a second file it needs another name.
+            target = "model-00001-of-00002.safetensors" if shard == SINGLE_NAME else shard
+            if len(by_shard) == 1 and to == PRENORM:
+                target = SINGLE_NAME
+            unchanged = len(pieces) == in_source[shard] and all(
+                piece.make is None and piece.stored == (piece.name,) and tensors[piece.name].shape == piece.shape
+                for piece in pieces
+            )
+            if unchanged:
+                copy_file(inside(source, shard), folder / target, link, bar.update)
             else:
-                write_pieces(origin.checkpoint, shard.pieces, folder / shard.target, bar.update)
-            weight_map.update({piece.name: shard.target for piece in shard.pieces})
+                write_pieces(origin.checkpoint, pieces, folder / target, bar.update)
+            weight_map.update(dict.fromkeys((piece.name for piece in pieces), target))
     return weight_map
-
-
-def _depth_tensors(origin: Source, config: AttnResConfig) -> dict[str, torch.Tensor]:
-    """Depth tensors of a lossless start, in the dtype of the weights: zero pseudo-queries, unit gains."""
-    dtype = TORCH_DTYPES[origin.checkpoint.float_dtype]
-    tensors = {
-        name: torch.zeros(1, config.hidden_size, dtype=dtype)
-        if name.endswith("_res_proj.weight")
-        else torch.ones(config.hidden_size, dtype=dtype)
-        for name in sorted(depth_names(config.num_hidden_layers))
-    }
-    extras = _initial_extras(config)
-    return tensors if extras is None else {**tensors, VARIANT_NAME: extras.to(dtype)}
-
-
-def _initial_extras(config: AttnResConfig) -> torch.Tensor | None:
-    initial = VARIANTS[config.depth_variant].initial
-    return None if initial is None else initial(config.num_sublayers + 1, config.hidden_size)
-
-
-def _write_index(folder: Path, weight_map: dict[str, str]):
-    if set(weight_map.values()) == {SINGLE_NAME}:
-        return
-    size = sum((folder / shard).stat().st_size for shard in set(weight_map.values()))
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write_config(folder: Path, config: AttnResConfig, to: str, engine: str | None, quantised: dict | None):
     if to == ATTNRES:
         config.architectures = [AttnResForCausalLM.__name__]
-        # Saves the code that the folder needs as remote code; the configuration gets all classes.
         config.auto_map = dict(AUTO_MAP)
-        custom_object_save(AttnResForCausalLM, folder)
+        custom_object_save(AttnResForCausalLM, folder)  # the folder's remote code
         config.save_pretrained(folder)
         return
-    content = kimi_k3.write_config(config, engine, quantised) if to == KIMI_K3 else to_prenorm(config)
+    if to == KIMI_K3:
+        content = kimi_k3.write_config(config, engine, quantised)
+    else:
+        content = {**config.backbone_config.to_diff_dict(), "model_type": config.backbone_config.model_type}
+        content.pop("auto_map", None)  # code that is not copied
+        if config.dtype is not None:
+            content["dtype"] = str(config.dtype).removeprefix("torch.")
     (folder / CONFIG_NAME).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-__all__ = ["Conversion", "convert"]

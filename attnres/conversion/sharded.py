@@ -1,33 +1,33 @@
-"""Builds a from_pretrained folder from FSDP's sharded checkpoints (`torch.distributed.checkpoint`).
+"""Joins the shards that FSDP saved (`torch.distributed.checkpoint`) to a folder for `from_pretrained`.
 
-`accelerate merge-weights` writes the names that tensors have in memory, no configuration, and opens the metadata, a
-pickle, as it is. Here nothing but the classes that metadata of tensors consists of is unpickled, and the result is what
+`accelerate merge-weights` keeps the names that tensors have in memory, writes no configuration, and unpickles the
+metadata without restrictions. Here only the classes that describe tensors are unpickled, and the result is what
 `save_pretrained` writes.
 """
 
 import os
 import pickle
 import warnings
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, TensorStorageMetadata
-from tqdm import tqdm
 from transformers import initialization as init
 
 from ..configuration_attnres import AttnResConfig
+from ..messages import one_line
 from ..modeling_attnres import AttnResForCausalLM
 from .checkpoint import CONFIG_NAME, CheckpointError, inside, read_json
 from .companions import write_companions
+from .structure import check_tensors
 
 METADATA_NAME = ".metadata"
-SHARDS_NAME = "pytorch_model_fsdp_0"  # what accelerate calls the model's folder in a checkpoint
+SHARDS_NAME = "pytorch_model_fsdp_0"  # accelerate's name of the model's folder in a checkpoint
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-# All that the metadata of tensors consists of. Paths say where the save once was; none is needed.
+# Everything that the metadata of tensors consists of.
 UNPICKLED = {
     *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
     *((_METADATA, name) for name in ("TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata")),
@@ -41,35 +41,46 @@ PATHS = {(module, name) for module in ("pathlib", "pathlib._local") for name in 
 
 
 def find_shards(folder: str | os.PathLike) -> Path | None:
-    """The folder with the shards, `folder` itself or the one in a Trainer's checkpoint; None if there is none."""
+    """Returns the folder with the shards, which is `folder` or the one in a Trainer's checkpoint; None without any."""
     for candidate in (Path(folder), Path(folder) / SHARDS_NAME):
         if (candidate / METADATA_NAME).is_file():
             return candidate
     return None
 
 
-def join_shards(source: Path, folder: Path, progress: bool) -> AttnResConfig:
-    """Writes a model that is saved in shards as `save_pretrained` would; needs memory for the whole model.
+def join_shards(source: Path, folder: Path) -> AttnResConfig:
+    """Writes the model as `save_pretrained` would; needs memory for the whole model.
 
     Args:
-        source: a Trainer's checkpoint, or the folder of shards in it. `config.json` and the tokenizer are looked for
-            there and in the two folders above.
+        source: a Trainer's checkpoint, or the folder of shards in it. `config.json` and the tokenizer are searched for
+            in the folder of shards and in the two folders above.
         folder: an empty folder.
-        progress: show a bar on stderr.
 
     Returns:
         The model's configuration.
 
     Raises:
-        CheckpointError: what is missing or wrong, in one line.
+        CheckpointError: a file is missing, damaged or not safe to read, or the tensors are not those of the model.
     """
     shards = find_shards(source)
-    home = _home(shards)
+    homes = (shards, shards.resolve().parent, shards.resolve().parent.parent)
+    home = next((each for each in homes if (each / CONFIG_NAME).is_file()), None)
+    if home is None:
+        raise CheckpointError(
+            f"{shards}: there is no {CONFIG_NAME} there or in the two folders above; save it beside the shards with "
+            "model.config.save_pretrained(folder), and the tokenizer's files with it."
+        )
     metadata = read_metadata(shards)
+    path = inside(home, CONFIG_NAME)
+    content = read_json(path)
+    if content.get("model_type") != AttnResConfig.model_type:
+        raise CheckpointError(
+            f"{path}: model_type must be {AttnResConfig.model_type!r}, got {content.get('model_type')!r}; join the "
+            "shards of other models with accelerate merge-weights."
+        )
     with torch.device("meta"), init.no_init_weights():
-        model = AttnResForCausalLM(_config(home))
-    state = _load(shards, metadata, _stored_names(shards, metadata, model), progress)
-    model.load_state_dict(state, strict=False, assign=True)
+        model = AttnResForCausalLM(AttnResConfig.from_dict(content))
+    model.load_state_dict(_load(shards, metadata, model), strict=False, assign=True)
     model.tie_weights()
     model.save_pretrained(folder)
     write_companions(home, folder)
@@ -77,7 +88,11 @@ def join_shards(source: Path, folder: Path, progress: bool) -> AttnResConfig:
 
 
 def read_metadata(shards: Path) -> Metadata:
-    """What the save says of its tensors, with everything that is not needed for that refused."""
+    """Reads the description of the saved tensors.
+
+    Raises:
+        CheckpointError: the file is no such description, names a file elsewhere, or contains other objects.
+    """
     path = inside(shards, METADATA_NAME)
     try:
         with path.open("rb") as file:
@@ -85,22 +100,26 @@ def read_metadata(shards: Path) -> Metadata:
         for entry in metadata.storage_data.values():
             inside(shards, entry.relative_path)
             if entry.transform_descriptors:
-                raise CheckpointError(f"{path}: has shards in the form {entry.transform_descriptors}; only plain ones.")
+                raise CheckpointError(
+                    f"{path}: has shards in the form {entry.transform_descriptors}, which are not read."
+                )
         names = metadata.state_dict_metadata.items()
         opaque = sorted(name for name, tensor in names if not isinstance(tensor, TensorStorageMetadata))
     except CheckpointError:
         raise
-    except Exception as error:  # whatever a damaged pickle leads to
-        raise CheckpointError(f"{path}: not the metadata of a sharded save ({_line(error)}).") from None
+    except Exception as error:  # a damaged pickle leads to errors of any type
+        raise CheckpointError(f"{path}: not the metadata of a sharded save ({one_line(error)}).") from None
     if opaque:
         raise CheckpointError(
-            f"{path}: {opaque[0]} is an object and no tensor, which would have to be unpickled. Name the folder with "
+            f"{path}: {opaque[0]} is not a tensor but an object that would have to be unpickled; name the folder with "
             f"the model's shards ({SHARDS_NAME}), not that of the optimizer."
         )
     return metadata
 
 
 class _Unpickler(pickle.Unpickler):
+    """Unpickles `UNPICKLED` only; paths, which say where the save once was, become pure paths."""
+
     def __init__(self, file, path: Path):
         super().__init__(file)
         self.path = path
@@ -108,103 +127,41 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if (module, name) in PATHS:
             return PurePosixPath
-        if (module, name) == ("builtins", "getattr"):  # how Python 3.11.0 to 3.11.3 write the member of an enumeration
-            return self._memory_format
+        if (module, name) == ("builtins", "getattr"):  # Python 3.11.0 to 3.11.3 pickle enumeration members like this
+            return lambda kind, member: _MEM_FORMAT_ENCODING[member]
         if (module, name) not in UNPICKLED:
-            raise self._refusal(f"{module}.{name}")
+            raise CheckpointError(
+                f"{self.path}: names {module}.{name}, which is not part of the metadata of tensors. A pickle can run "
+                "code; this one is not opened."
+            )
         return super().find_class(module, name)
 
-    def _memory_format(self, kind: type, name: str) -> _MEM_FORMAT_ENCODING:
-        if kind is not _MEM_FORMAT_ENCODING or name not in kind.__members__:
-            raise self._refusal("builtins.getattr")
-        return kind[name]
 
-    def _refusal(self, name: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path}: names {name}, which metadata of tensors does not consist of. A pickle can run code; this "
-            "one is not opened."
-        )
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads shards by metadata that was read before."""
-
-    def __init__(self, folder: Path, metadata: Metadata):
-        super().__init__(folder)
-        self.metadata = metadata
-
-    def read_metadata(self, *args, **kwargs) -> Metadata:
-        return self.metadata
-
-
-def _home(shards: Path) -> Path:
-    folders = (shards, shards.resolve().parent, shards.resolve().parent.parent)
-    for folder in folders:
-        if (folder / CONFIG_NAME).is_file():
-            return folder
-    raise CheckpointError(
-        f"{shards}: there is no {CONFIG_NAME} there or in the two folders above. Save it beside the shards: "
-        "model.config.save_pretrained(folder), and the tokenizer's files with it."
-    )
-
-
-def _config(home: Path) -> AttnResConfig:
-    path = inside(home, CONFIG_NAME)
-    content = read_json(path)
-    if content.get("model_type") != AttnResConfig.model_type:
-        raise CheckpointError(
-            f"{path}: model_type is {content.get('model_type')!r}, not {AttnResConfig.model_type!r}. "
-            "accelerate merge-weights joins the shards of other models."
-        )
-    return AttnResConfig.from_dict(content)
-
-
-def _stored_names(shards: Path, metadata: Metadata, model: AttnResForCausalLM) -> dict[str, str]:
-    """The name of each of the model's tensors in the save, which may put all under `model.`."""
+def _load(shards: Path, metadata: Metadata, model: AttnResForCausalLM) -> dict[str, torch.Tensor]:
+    """Loads the model's tensors under their names in memory; in the save, all of them may be under `model.`."""
     stored, wanted = metadata.state_dict_metadata, model.state_dict()
     prefix = "model." if f"model.{next(iter(wanted))}" in stored else ""
-    tied = set(model.all_tied_weights_keys)
-    missing = sorted(name for name in wanted if prefix + name not in stored and name not in tied)
-    unexpected = sorted(set(stored) - {prefix + name for name in wanted})
-    names = {name: prefix + name for name in wanted if prefix + name in stored}
-    misshapen = [name for name, key in names.items() if stored[key].size != wanted[name].shape]
-    for kind, found in (("lacks", missing), ("also has", unexpected), ("has another shape of", misshapen)):
-        if found:
-            raise CheckpointError(
-                f"{shards}: {kind} {found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''}, going by "
-                f"{CONFIG_NAME}. Is that the configuration of this run? Adapters (LoRA) are not joined."
-            )
-    return names
-
-
-def _load(shards: Path, metadata: Metadata, names: dict[str, str], progress: bool) -> dict[str, torch.Tensor]:
+    expected = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    found = {name.removeprefix(prefix): tuple(each.size) for name, each in stored.items()}
+    check_tensors(shards, expected, found, set(model.all_tied_weights_keys))
     state = {}
-    for name, tensor in _each_tensor(shards, metadata, names, progress):
-        # They start as NaN: what no shard covers would be whatever was in memory.
+    for name, each in stored.items():
+        dtype = each.properties.dtype
+        # What no shard covers stays NaN.
+        state[name] = torch.full(each.size, torch.nan if dtype.is_floating_point else 0, dtype=dtype)
+    reader = dcp.FileSystemReader(shards)
+    reader.read_metadata = lambda *args, **kwargs: metadata  # instead of unpickling it again, without restrictions
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(state, storage_reader=reader, no_dist=True)
+    except (Exception, dcp.CheckpointException) as error:  # a damaged shard leads to errors of any type
+        if isinstance(error, dcp.CheckpointException):
+            ((error, _),) = error.failures.values()  # of the one process
+        raise CheckpointError(
+            f"{shards}: a shard cannot be read ({one_line(error)}); check that the save is complete."
+        ) from None
+    for name, tensor in state.items():
         if tensor.is_floating_point() and tensor.isnan().any():
             raise CheckpointError(f"{shards}: {name} is NaN, or the shards do not cover it.")
-        state[name] = tensor
-    return state
-
-
-def _each_tensor(
-    shards: Path, metadata: Metadata, names: dict[str, str], progress: bool
-) -> Iterator[tuple[str, torch.Tensor]]:
-    reader = _Reader(shards, metadata)
-    for name, key in tqdm(names.items(), unit="tensor", desc="shards", disable=not progress):
-        stored = metadata.state_dict_metadata[key]
-        floating = stored.properties.dtype.is_floating_point
-        tensor = torch.full(stored.size, torch.nan if floating else 0, dtype=stored.properties.dtype)
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as no_dist says
-                dcp.load({key: tensor}, storage_reader=reader, no_dist=True)
-        except (Exception, dcp.CheckpointException) as error:  # whatever a damaged shard leads to
-            if isinstance(error, dcp.CheckpointException):
-                ((error, _),) = error.failures.values()  # by process: there is one
-            raise CheckpointError(f"{shards}: {name} cannot be read ({_line(error)}). Is the save complete?") from None
-        yield name, tensor
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}

@@ -1,70 +1,78 @@
-"""The tensors a checkpoint must have, taken from transformers' own model and converters on the meta device."""
+"""Checks that a checkpoint has the tensors of its model, which transformers builds on the meta device."""
 
 import re
 from math import prod
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from ..messages import one_line
 from ..modeling_attnres import AttnResForCausalLM
-from .checkpoint import CheckpointError
+from .checkpoint import CONFIG_NAME, CheckpointError
 from .kimi_k3 import DECAY_RATES, canonical_name
 from .layouts import PRENORM, Source
 
 
 def meta_model(origin: Source) -> PreTrainedModel:
-    """The model that a checkpoint's configuration describes, without weights."""
+    """Returns the model of a checkpoint without weights."""
     with torch.device("meta"):
         if origin.layout == PRENORM:
             return AutoModelForCausalLM.from_config(origin.config.backbone_config)
         return AttnResForCausalLM(origin.config)
 
 
-def expected_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """Names and shapes on disk of all tensors of a model."""
-    tensors = revert_weight_conversion(model, dict(model.state_dict()))
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
 def check_structure(origin: Source):
-    """Raises CheckpointError if tensors are missing, misshapen or surplus for what `config.json` describes."""
-    folder = origin.checkpoint.folder
+    """Checks the names and shapes of all tensors against the model that `config.json` describes.
+
+    Raises:
+        CheckpointError: the model cannot be built, or a tensor is missing, surplus or has another shape.
+    """
+    folder, backbone = origin.checkpoint.folder, origin.config.backbone_config
     try:
         model = meta_model(origin)
-        backbone = origin.config.backbone_config
-        expected = {canonical_name(name, backbone): shape for name, shape in expected_tensors(model).items()}
-    except Exception as error:  # whatever a model class makes of untrusted sizes
+        tensors = revert_weight_conversion(model, dict(model.state_dict()))
+    except Exception as error:  # model classes raise errors of any type for untrusted sizes
         raise CheckpointError(
-            f"{folder / 'config.json'}: describes no model that can be built ({' '.join(str(error).split())[:300]})."
+            f"{folder / CONFIG_NAME}: is not of a model that can be built: {one_line(error)}"
         ) from None
-    tied = set(model.all_tied_weights_keys) | {
-        name for name in expected if name == "lm_head.weight" and origin.config.backbone_config.tie_word_embeddings
-    }
+    expected = {canonical_name(name, backbone): tuple(tensor.shape) for name, tensor in tensors.items()}
+    tied = set(model.all_tied_weights_keys) | ({"lm_head.weight"} if backbone.tie_word_embeddings else set())
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
-    shapes = origin.shapes
-    found = {name for name in shapes if not any(re.search(pattern, name) for pattern in ignored)}
-    missing = sorted(set(expected) - found - tied)
-    surplus = sorted(found - set(expected) - tied)
-    quantised = bool(origin.checkpoint.config.get("quantization_config")) and not origin.packed
-    if quantised:  # packed under names and in shapes of the quantiser's own: copied unchanged
-        missing = [name for name in missing if name in origin.depth_names]
-        surplus = []
-    misshapen = [
-        f"{name} {list(shape)} instead of {list(wanted)}"
-        for name in sorted(found & set(expected))
-        if (shape := shapes[name]) != (wanted := expected[name])
-        and not (name.endswith(DECAY_RATES) and _is_the_same(shape, wanted))
-        and not (quantised and name not in origin.depth_names)
-    ]
-    for kind, names in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen)):
+    found = {}
+    for name, shape in origin.shapes.items():
+        if not any(re.search(pattern, name) for pattern in ignored):
+            found[name] = shape
+        if name.endswith(DECAY_RATES) and name in expected:  # may have another shape, or be padded
+            size = prod(expected[name])
+            if prod(shape) == size or (len(shape) == 1 and shape[0] >= size):
+                found[name] = expected[name]
+    if origin.checkpoint.config.get("quantization_config") and not origin.packed:
+        # The names and shapes of the packed weights are the quantiser's own; they are copied unchanged.
+        expected = {name: shape for name, shape in expected.items() if name in origin.depth_names}
+        found = {name: shape for name, shape in found.items() if name in origin.depth_names}
+    check_tensors(folder, expected, found, tied)
+
+
+def check_tensors(folder: Path, expected: dict[str, tuple], found: dict[str, tuple], tied: set[str]):
+    """Checks the names and shapes of tensors; those that are tied to others may be missing or surplus.
+
+    Raises:
+        CheckpointError: a tensor is missing, surplus or has another shape.
+    """
+    faults = {
+        "missing": sorted(expected.keys() - found.keys() - tied),
+        "surplus": sorted(found.keys() - expected.keys() - tied),
+        "misshapen": [
+            f"{name} {list(found[name])} instead of {list(expected[name])}"
+            for name in sorted(expected.keys() & found.keys())
+            if found[name] != expected[name]
+        ],
+    }
+    for kind, names in faults.items():
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise CheckpointError(
-                f"{folder}: not the tensors that its config.json describes, {kind}: {', '.join(names[:3])}{more}."
+                f"{folder}: not the tensors that its {CONFIG_NAME} describes, {kind}: {', '.join(names[:3])}{more}."
             )
-
-
-def _is_the_same(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether decay rates have the values that are wanted, one for every head, in whatever shape or padded."""
-    return prod(shape) == prod(wanted) or (len(shape) == 1 and shape[0] >= prod(wanted))

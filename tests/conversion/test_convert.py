@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conversion.disk import assert_same_tensors, bytes_of, tensors_of
 from families import FAMILIES
 from helpers import random_attnres, random_tokens, short_config
 from safetensors import safe_open
@@ -15,24 +16,6 @@ from transformers import AutoModelForCausalLM
 from attnres import AttnResForCausalLM
 from attnres.conversion import CheckpointError, convert
 from attnres.conversion.converter import DEPTH_SHARD
-
-
-def tensors_of(folder):
-    found = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        found.update(load_file(file))
-    return found
-
-
-def bytes_of(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
-
-def assert_same_tensors(one, other):
-    one, other = tensors_of(one), tensors_of(other)
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]), name
 
 
 @pytest.fixture
@@ -272,7 +255,7 @@ def test_quantised_shards_are_carried_over(save_plain, tmp_path):
     [
         ({"model_type": "olmo2"}, "post-norm only"),
         ({"model_type": "inkling2"}, "different depth mechanism"),
-        ({"model_type": "rwkv7", "attnres_block_size": 4}, "flash-linear-attention's 'rwkv7' is none of the families"),
+        ({"model_type": "rwkv7", "attnres_block_size": 4}, "flash-linear-attention's 'rwkv7' is not supported"),
         ({"model_type": "gpt2"}, "not known to be PreNorm-additive"),
         ({"model_type": 3}, "model_type must be a string"),
         ({}, "model_type must be a string"),

@@ -1,4 +1,4 @@
-"""What is written for engines, against what their code looks for; where one can run, tests/engines runs it."""
+"""Compares what is written for engines with what their code looks for; tests/engines runs the engines."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from helpers import random_attnres, random_tokens, relative_error
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_kimi_k3 import CASES, EVERYTHING, built, released_config
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from attnres import AttnResConfig, AttnResForCausalLM
@@ -67,7 +67,7 @@ REFUSED = {
 
 
 def looked_for(engine, options):
-    """All names of a model of `released_config(**options)`."""
+    """Returns the names of all tensors of a model of `released_config(**options)`."""
     config, names = released_config(**options), set(MODEL)
     full_rank = config["linear_attn_config"].get("use_full_rank_gate") or engine in WITH_FULL_RANK_GATE
     if config.get("tie_word_embeddings") and engine == "mlx":
@@ -129,7 +129,7 @@ def test_the_command_line_prints_what_serves_the_result(engine, tmp_path, capsys
     command = ["convert", str(tmp_path / "ours"), str(tmp_path / "k3"), "--to", "kimi-k3", "--for", engine]
     assert main([*command, "--verify", "none"]) == 0
     printed = capsys.readouterr().out
-    assert f"to serve it by {engine} ({ENGINES[engine].version}):" in printed
+    assert f"to serve it with {engine} ({ENGINES[engine].version}):" in printed
     assert all(line.format(folder=tmp_path / "k3") in printed for line in ENGINES[engine].commands)
 
 
@@ -147,7 +147,7 @@ def test_an_engine_needs_the_layout_that_it_loads(tmp_path, capsys):
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 def test_for_vllm_depth_tensors_are_stored_as_they_are_in_memory(family, tmp_path):
-    """Its transformers backend renames tensors, and stacks none."""
+    """vLLM's transformers backend renames tensors but does not stack them."""
     model = random_attnres(family)
     model.save_pretrained(tmp_path / "ours", max_shard_size="60KB")
     convert(tmp_path / "ours", tmp_path / "vllm", engine="vllm", verify="full")
@@ -163,12 +163,15 @@ def test_for_vllm_depth_tensors_are_stored_as_they_are_in_memory(family, tmp_pat
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 
 
-def test_for_vllm_a_plain_checkpoint_gets_stacked_depth_tensors(tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    AutoModelForCausalLM.from_config(tiny_config("llama", num_hidden_layers=4)).save_pretrained(tmp_path / "plain")
-    convert(tmp_path / "plain", tmp_path / "vllm", engine="vllm", verify="full")
-    assert "model.depth_mixer.attention_norm.query" in names_on_disk(tmp_path / "vllm")
+def test_for_vllm_plain_checkpoints_and_variants_get_stacked_depth_tensors(tmp_path):
+    config = tiny_config("llama", num_hidden_layers=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "plain")
+    convert(tmp_path / "plain", tmp_path / "ours", depth_variant="static", verify="none")
+    for source in ("plain", "ours"):
+        result = tmp_path / f"{source}-vllm"
+        convert(tmp_path / source, result, engine="vllm", depth_variant="static", verify="full")
+        stacked = {"model.depth_mixer.attention_norm.query", "model.depth_mixer.variant_norm.weight"}
+        assert stacked <= names_on_disk(result)
 
 
 SERVED_BY_TRANSFORMERS = ["llama", "qwen3", "smollm3", "granite", "qwen3_moe", "mixtral", "deepseek_v3"]
@@ -176,7 +179,7 @@ SERVED_BY_TRANSFORMERS = ["llama", "qwen3", "smollm3", "granite", "qwen3_moe", "
 
 @pytest.mark.parametrize("family", SERVED_BY_TRANSFORMERS)
 def test_attention_can_be_an_engines_own(family):
-    """As vLLM does it: no mask, one sequence, and what computes attached to the attention module."""
+    """Registers attention as vLLM does: no mask, one sequence, and its own object attached to the attention module."""
     used = []
 
     def forward(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -200,7 +203,7 @@ def test_attention_can_be_an_engines_own(family):
         tokens = random_tokens(1, 13)
         output = model(tokens, use_cache=False, position_ids=torch.arange(13)[None], return_dict=False)
         wanted = expected.model(tokens).last_hidden_state
-        # Float32: granite's factors multiply what another path of attention rounds otherwise.
+        # In float32: granite's factors amplify the different rounding of another attention function.
         assert relative_error(output[0], wanted) < 1e-4 and used == list(range(5))
     finally:
         del ALL_ATTENTION_FUNCTIONS._global_mapping["an engine"]

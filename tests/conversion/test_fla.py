@@ -1,4 +1,4 @@
-"""flash-linear-attention's checkpoints with Attention Residuals: what they compute, written down naively in float64."""
+"""Compares converted checkpoints of flash-linear-attention with a naive float64 implementation of what they compute."""
 
 import json
 
@@ -47,7 +47,7 @@ CASES = {
 
 
 def drawn(config, seed=0):
-    """Random tensors under its names."""
+    """Returns random tensors under the names of flash-linear-attention."""
     generator = torch.Generator().manual_seed(seed)
     size, width, rows = config["hidden_size"], 52, config["vocab_size"]
     head = size // config["num_heads"]
@@ -81,7 +81,7 @@ def norm(x, weight, eps):
 
 
 def rotate(x, base):
-    """`[T, D]`: the two halves are the two coordinates."""
+    """Rotates `[T, D]`, whose halves are the coordinates of the rotated pairs."""
     half = x.shape[-1] // 2
     angles = torch.arange(len(x), dtype=x.dtype)[:, None] * base ** (-torch.arange(half, dtype=x.dtype) / half)
     one, other = x[:, :half], x[:, half:]
@@ -89,7 +89,7 @@ def rotate(x, base):
 
 
 def reference(config, tensors, tokens):
-    """Logits `[T, V]` of one sequence, the blocks counted in sublayers as it does."""
+    """Returns the logits `[T, V]` of one sequence; block sizes are counted in sublayers."""
     eps, size, count = config["norm_eps"], config["attnres_block_size"], config["num_heads"]
     shared = count // (config["num_kv_heads"] or count)
 
@@ -178,11 +178,11 @@ def test_its_unit_of_blocks_is_converted(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "kda"}, "flash-linear-attention's 'kda' is none of the families"),
-        ({"model_type": "gated_deltanet"}, "'gated_deltanet' is none of the families"),
+        ({"model_type": "kda"}, "flash-linear-attention's 'kda' is not supported"),
+        ({"model_type": "gated_deltanet"}, "'gated_deltanet' is not supported"),
         ({"attnres_block_size": 3}, "attnres_block_size must be 1 or an even number of sublayers, got 3"),
-        ({"qk_norm": True, "norm_eps": 1e-6}, "norm_eps must be that too, got 1e-06"),
-        ({"qk_norm": True, "qkv_bias": True}, "no family has the attention of qkv_bias=True, qk_norm=True"),
+        ({"qk_norm": True, "norm_eps": 1e-6}, "norm_eps must be 1e-05 with qk_norm, got 1e-06"),
+        ({"qk_norm": True, "qkv_bias": True}, "no supported family has the attention of qkv_bias=True, qk_norm=True"),
         ({"rope_theta": None}, "rope_theta must be a number"),
     ],
     ids=lambda value: "",

@@ -2,13 +2,13 @@
 
 import json
 import weakref
-from pathlib import Path
 
 import kimi_k3_reference
 import pytest
 import torch
+from conversion.disk import assert_same_tensors, tensors_of
 from helpers import random_tokens, relative_error
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from test_kimi_k3 import EVERYTHING, FEATURES, PLAIN, built, released_config
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -25,25 +25,12 @@ MXFP4 = {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized",
 CODES = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 
 
-def tensors_of(folder):
-    found = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        found.update(load_file(file))
-    return found
-
-
-def assert_same_tensors(found, wanted):
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
-
-
 def without_prefix(tensors):
     return {name.removeprefix("language_model."): tensor for name, tensor in tensors.items()}
 
 
 def as_released(model):
-    """Its tensors under the names, shapes and dtypes of a release, without prefix."""
+    """Returns a model's tensors under the names and in the shapes and dtypes of a release, without prefix."""
     tensors = revert_weight_conversion(model, dict(model.state_dict()))
     tensors = {
         name: tensor if name.endswith(FLOAT32) else tensor.to(torch.bfloat16) for name, tensor in tensors.items()
@@ -54,7 +41,7 @@ def as_released(model):
 
 
 def pack(tensors, seed=0):
-    """Random codes and scales in place of the routed experts, and what they stand for, worked out one by one."""
+    """Puts random codes and scales in place of the experts; also returns their values, computed one by one."""
     generator = torch.Generator().manual_seed(seed)
     packed, unpacked = {}, {}
     for name, tensor in tensors.items():
@@ -77,7 +64,7 @@ def pack(tensors, seed=0):
 
 
 def write_release(folder, tensors, text, shards=3, **root):
-    """A folder as released, in several files that cut through pairs and layers."""
+    """Writes a folder like a release, in several files that separate the tensors of pairs and layers."""
     folder.mkdir()
     unused = {"rope_theta": 10000.0, "rope_scaling": None, "head_dim": 74, "num_nextn_predict_layers": 0}
     text = {**unused, **text, "architectures": ["KimiLinearForCausalLM"], "model_type": "kimi_linear"}
@@ -99,7 +86,7 @@ def write_release(folder, tensors, text, shards=3, **root):
 
 @pytest.fixture
 def released(tmp_path):
-    """A tiny release with every feature and packed experts: folder, text configuration, tensors unpacked."""
+    """Writes a tiny release with every feature; returns folder, text configuration and unpacked tensors."""
     model = built(released_config(**ALL), 2)
     packed, unpacked = pack(as_released(model))
     text = {**released_config(**ALL), "attn_res_block_size": 2, "dtype": "bfloat16", "quantization_config": MXFP4}
@@ -129,10 +116,7 @@ def test_unpacked_it_goes_back_to_the_released_layout_to_the_byte(released, tmp_
     AttnResForCausalLM.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "saved")
     for source in ("ours", "saved"):  # as it was converted, and as it is after loading and saving
         convert(tmp_path / source, tmp_path / f"{source}-k3", to="kimi-k3", verify="none")
-        found = {
-            name.removeprefix("language_model."): each for name, each in tensors_of(tmp_path / f"{source}-k3").items()
-        }
-        assert_same_tensors(found, unpacked)
+        assert_same_tensors(without_prefix(tensors_of(tmp_path / f"{source}-k3")), unpacked)
     written = json.loads((tmp_path / "saved-k3" / "config.json").read_text())
     assert (written["model_type"], written["architectures"]) == ("kimi_k3", ["KimiK3ForConditionalGeneration"])
     assert "quantization_config" not in written["text_config"]
@@ -156,7 +140,7 @@ def test_a_trained_model_goes_to_the_released_layout_and_back_to_the_byte(tmp_pa
     model.save_pretrained(tmp_path / "trained", max_shard_size="100KB")
     convert(tmp_path / "trained", tmp_path / "k3", to="kimi-k3", verify="full")
     convert(tmp_path / "k3", tmp_path / "back", verify="full")
-    assert_same_tensors(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "trained"))
+    assert_same_tensors(tmp_path / "back", tmp_path / "trained")
     again = AttnResForCausalLM.from_pretrained(tmp_path / "back")
     for name, parameter in again.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name
@@ -171,7 +155,7 @@ def test_packed_it_goes_there_and_back_to_the_byte(released, tmp_path):
         AttnResForCausalLM.from_pretrained(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "back", to="kimi-k3", keep_packed=True)
     originals = {name: each for name, each in tensors_of(folder).items() if name.startswith("language_model.")}
-    assert_same_tensors(tensors_of(tmp_path / "back"), originals)
+    assert_same_tensors(tmp_path / "back", originals)
     text = json.loads((tmp_path / "back" / "config.json").read_text())["text_config"]
     assert text["quantization_config"] == MXFP4
     convert(tmp_path / "ours", tmp_path / "later", verify="full")  # unpacked after all
@@ -188,7 +172,7 @@ def test_facts_of_a_packed_release_count_the_weights_that_it_stands_for(released
 
 
 def test_one_weight_at_a_time_is_dequantised(released, tmp_path, monkeypatch):
-    """Whatever the size of a release, memory holds one expert's matrix."""
+    """Memory holds one expert's matrix at a time."""
     alive = []
 
     def watched(packed, scale):
@@ -241,7 +225,7 @@ def test_every_feature_comes_back_from_the_released_layout(feature, tmp_path):
         ({"topk_method": "greedy"}, "topk_method must be 'noaux_tc'"),
         ({"quantization_config": {"format": "nvfp4-pack-quantized"}}, "'nvfp4-pack-quantized' is not read"),
         ({"quantization_config": {"quant_method": "fp8"}}, "'fp8' is not read"),
-        ({"model_type": "kimi_k3_vision"}, "is a vision model .kimi_k3_vision"),
+        ({"model_type": "kimi_k3_vision"}, "model_type 'kimi_k3_vision'; only kimi_linear is converted"),
         ({"architectures": ["Eagle3KimiK3ForCausalLM"]}, "is a drafter for speculative decoding"),
         ({"model_type": "deepseek_v3"}, "model_type 'deepseek_v3'"),
     ],

@@ -1,4 +1,4 @@
-"""Shards of a run joined to a from_pretrained folder; what is hostile or damaged in them is named, never run."""
+"""Joins the shards of a run; errors name what is hostile or damaged in them, and nothing of it is run."""
 
 import dataclasses
 import enum
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:Us
 
 
 def save_shards(model, run, wrap=True):
-    """A run's folder as a Trainer leaves it that saves in shards, with the configuration beside."""
+    """Writes the folder that a Trainer with sharded saves leaves, with the configuration beside the checkpoint."""
     shards = run / "checkpoint-3" / SHARDS_NAME
     state = {"model": model.state_dict()} if wrap else model.state_dict()
     dcp.save(state, storage_writer=dcp.FileSystemWriter(shards), no_dist=True)
@@ -72,7 +72,7 @@ def test_joined_shards_load_as_the_model_that_was_saved(tmp_path, family, wrap):
 def test_the_command_takes_the_checkpoint_or_the_folder_of_shards_in_it(checkpoint, tmp_path, capsys):
     for number, source in enumerate((checkpoint, checkpoint / SHARDS_NAME)):
         assert main(["convert", str(source), str(tmp_path / str(number))]) == 0
-        assert "the tensors of the shards, joined" in capsys.readouterr().out
+        assert "joined the tensors of the shards" in capsys.readouterr().out
         assert (tmp_path / str(number) / "model.safetensors").is_file()
 
 
@@ -110,7 +110,9 @@ def test_code_in_the_metadata_is_not_run(checkpoint, tmp_path, monkeypatch, payl
         content = metadata_of(checkpoint)
         content.planner_data["x"] = Payload(*payload)
     write_metadata(checkpoint, content)
-    with pytest.raises(CheckpointError, match=r"\.metadata: names .*A pickle can run code; this one is not opened"):
+    with pytest.raises(
+        CheckpointError, match=r"\.metadata: (names .*A pickle can run code; this one is|not the metadata)"
+    ):
         convert(checkpoint, "whole")
     assert not Path("pwned").exists() and not Path("whole").exists()
 
@@ -153,7 +155,7 @@ def test_what_no_shard_covers_is_named(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda shards: (shards / "__0_0.distcp").unlink(), "cannot be read .*__0_0.distcp"),
+        (lambda shards: (shards / "__0_0.distcp").unlink(), "a shard cannot be read .*__0_0.distcp"),
         (lambda shards: (shards / "__0_0.distcp").write_bytes(b"x" * 900), "cannot be read"),
         (lambda shards: (shards / ".metadata").write_bytes(b"x" * 900), "not the metadata of a sharded save"),
         (lambda shards: (shards / ".metadata").write_bytes(b""), "not the metadata of a sharded save"),
@@ -175,9 +177,9 @@ def test_damage_is_named_in_one_line(checkpoint, tmp_path, capsys, damage, messa
 @pytest.mark.parametrize(
     ("saved", "configured", "message"),
     [
-        ({"residual_mode": "standard"}, {}, r"lacks model.depth_mixer.attention_norm.query and 5 more"),
-        ({}, {"residual_mode": "standard"}, r"also has model.model.depth_mixer.attention_norm.query and 5 more"),
-        ({}, {"vocab_size": 101}, r"has another shape of (lm_head|model.embed_tokens).weight and 1 more"),
+        ({"residual_mode": "standard"}, {}, r"missing: model.depth_mixer.attention_norm.query, .* and 3 more"),
+        ({}, {"residual_mode": "standard"}, r"surplus: model.depth_mixer.attention_norm.query, .* and 3 more"),
+        ({}, {"vocab_size": 101}, r"misshapen: lm_head.weight \[97, 40\] instead of \[101, 40\], model.embed_tokens"),
     ],
     ids=["lacks", "has-more", "misshapen"],
 )
@@ -192,5 +194,5 @@ def test_the_optimizers_shards_are_refused(checkpoint, tmp_path):
     folder = checkpoint / "optimizer_0"
     state = {"optimizer": {"step": 3, "exp_avg": torch.ones(2)}}
     dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
-    with pytest.raises(CheckpointError, match="optimizer.step is an object and no tensor"):
+    with pytest.raises(CheckpointError, match="optimizer.step is not a tensor but an object"):
         convert(folder, tmp_path / "whole")
