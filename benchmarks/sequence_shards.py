@@ -14,6 +14,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from processes import run_ranks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,7 +24,6 @@ from transformers.utils import logging
 
 from attnres import AttnResConfig, AttnResForCausalLM
 from attnres.parallel import shard_sequence
-from attnres.parallel.launch import run_ranks
 
 
 def is_plain(value) -> bool:
