@@ -83,7 +83,7 @@ def pipeline_of(options: argparse.Namespace, mode: str, way: str) -> Pipeline:
 
 
 def measure(options: argparse.Namespace) -> dict:
-    """On one rank: counts one step of every mode and way, then times the modes in rounds."""
+    """Counts one step of every mode and way on this rank, then times the modes in rounds."""
 
     def progress(line: str):
         if dist.get_rank() == 0:
@@ -151,7 +151,7 @@ def traffic_of(options: argparse.Namespace, mode: str, way: str, ranks: list[dic
 
 
 def times_of(ranks: list[dict[str, list[float]]]) -> dict:
-    """A step takes as long as its slowest rank."""
+    """Returns the times of each mode, a step's time being that of its slowest rank."""
     seconds = {mode: [max(times) for times in zip(*(rank[mode] for rank in ranks), strict=True)] for mode in ranks[0]}
     found = {}
     for mode, values in seconds.items():
