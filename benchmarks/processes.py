@@ -1,5 +1,6 @@
 """Runs a function in several processes on this machine, each a rank of one gloo process group."""
 
+import os
 import pickle
 import tempfile
 from collections.abc import Callable
@@ -23,6 +24,7 @@ def run_ranks(function: Callable, ranks: int, *arguments, threads: int = 1) -> l
 
 def _run_rank(rank: int, ranks: int, folder: str, threads: int, function: Callable, arguments: tuple):
     torch.set_num_threads(threads)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))  # as torchrun does
     store, timeout = f"file://{folder}/store", timedelta(minutes=5)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timeout)
     Path(folder, str(rank)).write_bytes(pickle.dumps(function(*arguments)))

@@ -14,11 +14,11 @@ from helpers import random_attnres, random_tokens
 from attnres.parallel import Pipeline
 
 
-def train(rank: int, folder: str, way: signal.Signals):
+def train(rank: int, folder: str, way: signal.Signals, seconds: int):
     """Steps until rank 1 is gone, in the middle of one; rank 0 notes its error."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    group = dist.new_group(timeout=timedelta(seconds=6))
+    group = dist.new_group(timeout=timedelta(seconds=seconds))
     pipeline = Pipeline(random_attnres("llama", layers=2), group, micro_batches=2)
     batch = random_tokens(2, 9)
     calls = iter(range(100))
@@ -41,11 +41,12 @@ def train(rank: int, folder: str, way: signal.Signals):
 
 
 @pytest.mark.parametrize(
-    ("way", "said"),
-    [(signal.SIGKILL, "Connection (closed|reset) by peer"), (signal.SIGSTOP, "Timed out waiting 6000ms")],
+    ("way", "seconds", "said"),
+    [(signal.SIGKILL, 200, "Connection (closed|reset) by peer"), (signal.SIGSTOP, 15, "Timed out waiting 15000ms")],
 )
-def test_the_other_rank_ends_with_an_error(way, said, tmp_path):
-    processes = torch.multiprocessing.start_processes(train, (str(tmp_path), way), 2, join=False, daemon=True)
+def test_the_other_rank_ends_with_an_error(way, seconds, said, tmp_path):
+    arguments = (str(tmp_path), way, seconds)
+    processes = torch.multiprocessing.start_processes(train, arguments, 2, join=False, daemon=True)
     first, second = processes.processes
     try:
         first.join(300)
