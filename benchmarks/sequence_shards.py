@@ -1,10 +1,10 @@
-"""Memory of the sources in a prefill whose sequence is sharded over tensor-parallel ranks, counted on gloo processes.
+"""Counts the memory of the sources in a prefill whose sequence is sharded over tensor-parallel gloo processes.
 
     python benchmarks/sequence_shards.py --ranks 1,2,4
 
-Every storage that a forward pass allocates is followed by a weak reference. Counted are, when the last decoder layer is
-called, those that are still alive and hold states (last dimension D), whatever they are. They should be n sources: the
-complete ones and the partial sum. One rank: the same model without shards.
+A weak reference follows every storage that the forward pass allocates. When the last decoder layer is called, all
+storages of states (tensors with last dimension D) that are still alive are counted. They should be the n sources: the
+complete ones and the partial sum. One rank runs the same model without shards.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from processes import run_ranks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,7 +24,6 @@ from transformers.utils import logging
 
 from attnres import AttnResConfig, AttnResForCausalLM
 from attnres.parallel import shard_sequence
-from attnres.parallel.launch import run_ranks
 
 
 def is_plain(value) -> bool:
@@ -31,7 +31,7 @@ def is_plain(value) -> bool:
 
 
 class LiveStates(TorchDispatchMode):
-    """Storages of tensors `[..., D]` with at least that many rows that were allocated under this mode."""
+    """Follows the storages of tensors `[..., D]` with at least `rows` rows that are allocated under this mode."""
 
     def __init__(self, hidden_size: int, rows: int):
         super().__init__()
@@ -44,19 +44,19 @@ class LiveStates(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if is_plain(tensor) and tensor.shape[-1:] == self.width and tensor.numel() >= self.smallest:
                 storage = tensor.untyped_storage()
-                if storage._cdata not in given:  # no view, of a parameter for instance
+                if storage._cdata not in given:  # not a view of an input, such as a parameter
                     self._storages.append((StorageWeakRef(storage), storage.nbytes()))
         return result
 
     def bytes(self) -> int:
-        """Of those that are still alive; each counts whole, however small the views of it are."""
-        time.sleep(0.2)  # the threads of gloo let go of what they have sent a moment after it has arrived
+        """Returns the size of all storages that are still alive, also of those with small views only."""
+        time.sleep(0.2)  # gloo's threads release what they have sent a moment after it has arrived
         return sum(size for reference, size in self._storages if not reference.expired())
 
 
 @torch.no_grad()
 def measure(folder: str, tokens: int, batch: int) -> dict:
-    """Bytes of live states at the last decoder layer, and what they should be, on this rank."""
+    """Returns this rank's bytes of live states at the last decoder layer, and the expected numbers."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     ranks = dist.get_world_size()

@@ -1,6 +1,6 @@
-"""One stage of a pipelined model: its part of the modules, and what it computes from the sources that reach it.
+"""One stage of a pipelined model: its part of the modules, and its forward pass on the sources that reach it.
 
-Shapes: B rows of a micro-batch, T tokens, D hidden size, V vocabulary, Q pseudo-queries, n decoder layers of the stage.
+Shapes: B rows of a micro-batch, T tokens, D hidden size, V vocabulary.
 """
 
 import torch
@@ -15,64 +15,37 @@ from .traffic import Route
 
 
 class StageDepthMixer(DepthMixer):
-    """The depth mixer of a stage's decoder layers; the output's pseudo-query is there on the last stage only."""
+    """A copy of the depth mixer's parameters for some decoder layers and, on the last stage, for the output."""
 
-    def __init__(self, layers: range, hidden_size: int, is_last: bool):
-        super().__init__(len(layers), hidden_size)
+    def __init__(self, whole: DepthMixer, layers: range, is_last: bool):
+        super().__init__(len(layers), whole.output_norm.weight.shape[-1])
         if not is_last:
             del self.output_norm
-
-
-class StageState(DepthState):
-    """The depth state of a stage: the sources it fetches, receives and completes. Those that are new to its rank go to
-    the store.
-
-    Args:
-        mixing: how the model mixes.
-        publish: is called with the index and the value of each source that is new to the rank.
-    """
-
-    def __init__(self, mixing: Mixing, publish):
-        super().__init__(mixing)
-        self._publish = publish
-
-    def adopt(self, source: torch.Tensor):
-        """Adds a source `[B, T, D]` that the rank has already."""
-        self.sources = (*self.sources, source)
-
-    def receive(self, source: torch.Tensor):
-        """Adds a source `[B, T, D]` that is new to the rank."""
-        self._publish(len(self.sources), source)
-        self.adopt(source)
-
-    def complete(self):
-        super().complete()
-        self._publish(len(self.sources) - 1, self.sources[-1])
-
-    def _take(self, new, layer):
-        count = len(self.sources)
-        super()._take(new, layer)
-        for index in range(count, len(self.sources)):
-            self._publish(index, self.sources[index])
+        for name, module in self.named_children():
+            rows = slice(None) if name == "output_norm" else slice(layers.start, layers.stop)
+            for own_name, parameter in getattr(whole, name).named_parameters():
+                copy = nn.Parameter(parameter.detach()[rows].clone(), requires_grad=parameter.requires_grad)
+                setattr(module, own_name, copy)
 
 
 class AttnResStage(AttnResPreTrainedModel):
-    """The modules of one stage under the names that they have in `AttnResForCausalLM`, and their forward pass.
+    """The modules of one stage, under their names in `AttnResForCausalLM`, and their forward pass.
 
     Only the parameters of the depth mixer differ: they are stacked over the decoder layers of this stage.
 
     Args:
-        model: the whole model, in memory or on the meta device; this stage's modules are taken from it, not copied.
-        route: which sources come and go.
-        is_first, is_last: whether this stage has the embedding; the norm, the head and the output's pseudo-query.
+        model: whole model, in memory or on the meta device; its modules are used, not copied.
+        route: decoder layers of the stage, and the sources that it receives and sends.
+        is_first: whether the stage has the embedding.
+        is_last: whether the stage has the norm, the head and the output's pseudo-query.
+        store: store of the rank.
     """
 
     _tied_weights_keys = None  # the two copies may be on different ranks: see Pipeline
 
-    def __init__(self, model: AttnResForCausalLM, route: Route, is_first: bool, is_last: bool):
+    def __init__(self, model: AttnResForCausalLM, route: Route, is_first: bool, is_last: bool, store: BlockStore):
         super().__init__(model.config)
-        self.route = route
-        self.is_first, self.is_last = is_first, is_last
+        self.route, self.is_first, self.is_last, self.store = route, is_first, is_last, store
         whole = model.model
         parts = {"layers": nn.ModuleDict({str(layer): whole.layers[layer] for layer in route.layers})}
         if is_first:
@@ -80,12 +53,11 @@ class AttnResStage(AttnResPreTrainedModel):
         if whole.rotary_emb is not None:
             parts["rotary_emb"] = whole.rotary_emb
         if whole.depth_mixer is not None:
-            parts["depth_mixer"] = _depth_mixer_of(whole.depth_mixer, route.layers, is_last)
+            parts["depth_mixer"] = StageDepthMixer(whole.depth_mixer, route.layers, is_last)
         if is_last:
             parts["norm"] = whole.norm
             self.lm_head = model.lm_head
         self.model = nn.ModuleDict(parts)
-        self.store: BlockStore | None = None
         self.micro_batch = 0
 
     def forward(
@@ -94,103 +66,71 @@ class AttnResStage(AttnResPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
     ) -> tuple[torch.Tensor, ...] | torch.Tensor:
-        """One micro-batch.
+        """Runs one micro-batch through the stage.
 
         Args:
-            received: first stage: token ids `[B, T]`. Others: sources, then a partial sum if one crosses, each
-                `[B, T, D]`; in `"standard"` mode the hidden states.
-            attention_mask, position_ids: as in `AttnResModel.forward`, `[B, T]`.
+            received: token ids `[B, T]` on the first stage; on others the sources and then the partial sum, if one
+                crosses, each `[B, T, D]` (in `"standard"` mode the hidden states).
+            attention_mask: `[B, T]`, as in `AttnResModel.forward`.
+            position_ids: `[B, T]`, as in `AttnResModel.forward`.
 
         Returns:
-            What the next stage receives; last stage: logits `[B, T, V]`.
+            The tensors for the next stage; on the last stage the logits `[B, T, V]`.
         """
         route, backbone = self.route, self.config.backbone_config
-        if self.is_first:
-            embedding = self.model["embed_tokens"](received[0])
-            received = ()
-        else:
-            embedding = received[-1]  # as good as the embedding where shape, dtype and device matter
+        mixing = Mixing.of(self.config)
+        hidden = self.model["embed_tokens"](received[0]) if self.is_first else received[-1]
         if position_ids is None:
-            position_ids = torch.arange(embedding.shape[1], device=embedding.device).unsqueeze(0)
-        call_layer = self._layer_caller(embedding, attention_mask, position_ids)
+            position_ids = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
+        inputs = self._layer_inputs(hidden, attention_mask, position_ids)
         if self.is_first:
             multiplier = get_family(backbone).embedding_multiplier
             if multiplier is not None:
-                embedding = embedding * getattr(backbone, multiplier)
-            if torch.is_grad_enabled() and not embedding.requires_grad:
-                embedding.requires_grad_()  # frozen: gradients cross all the same, as every stage expects them
+                hidden = hidden * getattr(backbone, multiplier)
+            if torch.is_grad_enabled() and not hidden.requires_grad:
+                hidden.requires_grad_()  # a frozen embedding: all stages exchange gradients nevertheless
+            received = (hidden,)
 
-        mixing = Mixing.of(self.config)
-        depth = StageState(mixing, self._publish)
-        queries = None
-        if mixing.layers_per_block is None:
-            depth.partial = embedding if self.is_first else received[0]
-        else:
-            queries = self.model["depth_mixer"]()
-            for index in route.fetched:
-                depth.adopt(self.store.fetch(self.micro_batch, index))
-            for source in received[: len(route.received)]:
-                depth.receive(source)
-            if self.is_first:
-                depth.receive(embedding)
-            depth.partial = next(iter(received[len(route.received) :]), None)
+        queries, count = None, 0
+        if mixing.layers_per_block is not None:
+            queries, count = self.model["depth_mixer"](), len(route.received) + self.is_first
+        fetched = [self.store.fetch(self.micro_batch, index) for index in route.fetched]
+        partial = received[count] if len(received) > count else None
+        depth = DepthState(mixing, (*fetched, *received[:count]), partial)
+        published = len(fetched)
 
         def call(layer_idx: int, layer: nn.Module, *state):
+            nonlocal published
+            published = self._publish(depth.sources, published)
             row = 2 * (layer_idx - route.layers.start)
             own = None if queries is None else LayerQueries(*queries[row : row + 2])
-            return call_layer(layer, own, *state, mixing=mixing)
+            return layer(own, *state, mixing=mixing, **inputs[layer.layer_type])
 
         depth.walk(((index, self.model["layers"][str(index)]) for index in route.layers), call)
+        self._publish(depth.sources, published)
         if self.is_last:
-            return self._logits(depth.read(queries and queries[-1])[0])
+            mixture = depth.read(queries and queries[-1])[0]
+            return scale_logits(backbone, self.lm_head(self.model["norm"](mixture)))
         crossing = () if depth.partial is None else (depth.partial,)
-        return crossing if queries is None else (*depth.sources[route.sent.start :], *crossing)
+        return (*depth.sources[route.sent.start :], *crossing)
 
     def enable_input_require_grads(self):
-        """Nothing to do for checkpointing: all that a stage mixes requires gradients already."""
+        """Does nothing: everything that a stage mixes requires gradients already, as checkpointing needs it."""
 
-    def _layer_caller(self, embedding: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor):
-        backbone, layers = self.config.backbone_config, self.model["layers"]
-        kinds = sorted({layer.layer_type for layer in layers.values()})
-        inputs = {"inputs_embeds": embedding, "past_key_values": None, "position_ids": position_ids}
-        masks = create_masks(backbone, kinds, attention_mask, **inputs)
-        rotary_emb = getattr(self.model, "rotary_emb", None)
-        rotary = rotary_inputs(backbone, kinds, rotary_emb, embedding, position_ids)
+    def _layer_inputs(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor):
+        """Returns the keyword arguments of decoder layers by their type, for inputs like `hidden`."""
+        backbone = self.config.backbone_config
+        kinds = sorted({layer.layer_type for layer in self.model["layers"].values()})
+        inputs = {"past_key_values": None, "position_ids": position_ids}
+        masks = create_masks(backbone, kinds, attention_mask, inputs_embeds=hidden, **inputs)
+        rotary = rotary_inputs(backbone, kinds, getattr(self.model, "rotary_emb", None), hidden, position_ids)
+        return {kind: {"attention_mask": masks[kind], "use_cache": False, **inputs, **rotary[kind]} for kind in kinds}
 
-        def call_layer(layer: nn.Module, *state, **options):
-            return layer(
-                *state,
-                attention_mask=masks[layer.layer_type],
-                position_ids=position_ids,
-                past_key_values=None,
-                use_cache=False,
-                **rotary[layer.layer_type],
-                **options,
-            )
-
-        return call_layer
-
-    def _publish(self, index: int, source: torch.Tensor):
-        if index in self.route.completed:
-            self.store.watch(source)  # received ones have been since they were received
-        if self.route.later_readers:
-            self.store.publish(self.micro_batch, index, source, self.route.later_readers)
-
-    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return scale_logits(self.config.backbone_config, self.lm_head(self.model["norm"](hidden_states)))
-
-
-def _depth_mixer_of(whole: DepthMixer, layers: range, is_last: bool) -> StageDepthMixer:
-    """A copy of the parameters of some decoder layers, on the device and in the dtype that they have."""
-    part = StageDepthMixer(layers, whole.output_norm.weight.shape[-1], is_last)
-    for name, parameter in whole.named_parameters():
-        rows = parameter.detach()
-        if name.startswith("output_norm."):
-            if not is_last:
-                continue
-        else:
-            rows = rows[layers.start : layers.stop]
-        module, _, own_name = name.rpartition(".")
-        copy = nn.Parameter(rows.clone(), requires_grad=parameter.requires_grad)
-        setattr(part.get_submodule(module), own_name, copy)
-    return part
+    def _publish(self, sources: tuple[torch.Tensor, ...], start: int) -> int:
+        """Puts the sources from index `start` on, which are new to the rank, into its store; returns their number."""
+        for index, source in enumerate(sources[start:], start):
+            if index in self.route.completed:  # received ones are watched since they were received
+                self.store.watch(source)
+            if self.route.later_readers:
+                self.store.publish(self.micro_batch, index, source, self.route.later_readers)
+        return len(sources)

@@ -1,8 +1,8 @@
-"""The store of a rank: sources that one of its stages has received or completed and that its later stages read.
+"""Keeps the sources that one stage of a rank has received or completed and that later stages of the rank read.
 
-A source crosses to a rank once. Its value waits here until the last stage of the rank that reads it has; its gradient
-collects here until the stage that stored it runs backward, and leaves from there towards its producer. For one
-micro-batch backward goes through the stages in reverse, so that by then all gradients have arrived.
+A source crosses to a rank once. Its value stays in the store until the last stage of the rank has read it. Gradients of
+these readers collect in the store until the stage that stored the source runs backward, which sends them on towards the
+producer. Backward visits the stages of one micro-batch in reverse, so all gradients have arrived by then.
 """
 
 import weakref
@@ -11,39 +11,35 @@ import torch
 
 
 class BlockStore:
-    """Values and gradients by (micro-batch, source), and a count of what is alive.
+    """Values and gradients of sources by (micro-batch, source), with a count of the sources that use memory.
 
     Attributes:
-        peak_stored: most values that were in the store at a time.
-        alive: sources that this rank received or completed and whose memory is still in use by anybody: the store,
-            messages under way, or autograd. `peak_alive`: the most at a time.
+        peak_stored: largest number of values that were in the store at the same time.
+        alive: number of sources that this rank received or completed and whose memory is still in use by the store, by
+            messages or by autograd.
+        peak_alive: largest value of `alive`.
     """
 
     def __init__(self):
         self._values: dict[tuple[int, int], tuple[torch.Tensor, int]] = {}
         self._gradients: dict[tuple[int, int], torch.Tensor] = {}
-        self.alive = 0
-        self.reset_peaks()
+        self.alive = self.peak_alive = self.peak_stored = 0
 
     def __len__(self) -> int:
         return len(self._values)
 
     @property
     def waiting_gradients(self) -> int:
-        """Gradients that no stage has taken yet; none between steps."""
+        """The number of gradients that no stage has taken yet; zero between steps."""
         return len(self._gradients)
 
-    def reset_peaks(self):
-        self.peak_stored = len(self._values)
-        self.peak_alive = self.alive
-
     def clear(self):
-        """Forgets what a step that failed has left."""
+        """Removes the values and gradients that a failed step has left."""
         self._values.clear()
         self._gradients.clear()
 
     def publish(self, micro_batch: int, index: int, source: torch.Tensor, readers: int):
-        """Keeps a source `[B, T, D]` for `readers` later stages; its gradient will include theirs."""
+        """Keeps a source `[B, T, D]` for `readers` later stages and adds their gradients to its own."""
         key = (micro_batch, index)
         self._values[key] = (source.detach(), readers)
         self.peak_stored = max(self.peak_stored, len(self._values))
@@ -52,7 +48,7 @@ class BlockStore:
             source.register_hook(lambda gradient: self._with_later_readers(key, gradient))
 
     def fetch(self, micro_batch: int, index: int) -> torch.Tensor:
-        """A stored source as a leaf of the reading stage's graph; given to the last reader, the store forgets it."""
+        """Returns a source as a leaf of the reading stage's graph; the last reader removes it from the store."""
         key = (micro_batch, index)
         value, readers = self._values.pop(key)
         if readers > 1:
@@ -72,7 +68,7 @@ class BlockStore:
         return gradient if later is None else gradient + later
 
     def watch(self, source: torch.Tensor):
-        """Counts a source as alive until its memory is free."""
+        """Counts a source as alive until its memory is freed."""
         self.alive += 1
         self.peak_alive = max(self.peak_alive, self.alive)
         weakref.finalize(source.untyped_storage(), self._freed).atexit = False

@@ -1,5 +1,6 @@
-"""Tensor parallelism inside pipeline stages: transformers divides them, by the plan of the backbone's family."""
+"""Tensor parallelism inside pipeline stages: transformers divides a stage by the plan of the backbone's family."""
 
+import re
 from collections.abc import Iterable
 from inspect import signature
 
@@ -14,31 +15,34 @@ from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 from ..modeling_attnres import AttnResForCausalLM
 from .stage import AttnResStage
 
-# Of norms over divided heads: whole on every rank, with a gradient of the rank's own heads. transformers (5.23) sums it
-# over the ranks after every backward pass, with what earlier micro-batches have left in it: here it is summed once.
+# The plan's style for norms over divided heads: whole on every rank, with gradients of the rank's own heads only.
+# transformers (5.23) sums these gradients over the ranks after every backward pass, including what earlier
+# micro-batches have left in them. Here they are summed once per step.
 SUMMED = "replicated_with_grad_allreduce"
 
 
 def check_division(model: AttnResForCausalLM, ranks: int):
-    """Raises ValueError where a model cannot be divided among that many ranks."""
+    """Checks that a model can be divided among `ranks` ranks.
+
+    Raises:
+        ValueError: transformers has no plan for the family, or the plan does not fit the number of ranks.
+    """
     if not model.tp_plan:
         family = model.config.backbone_config.model_type
-        raise ValueError(
-            f'this transformers has no tensor-parallel plan for {family}: take a mesh without a dimension "tp".'
-        )
-    model.maybe_distribute_model(model, DistributedConfig(tp_size=ranks), None)  # checks only, without a mesh
+        raise ValueError(f'transformers has no tensor-parallel plan for {family}; use a mesh without a dimension "tp".')
+    model.maybe_distribute_model(model, DistributedConfig(tp_size=ranks), None)  # without a mesh it only checks
 
 
 def divide(stage: AttnResStage, plan: dict[str, str], mesh: DeviceMesh) -> list[nn.Parameter]:
-    """Leaves this rank its part of a stage that is whole on all ranks of a mesh.
+    """Replaces the parameters of a stage by this rank's parts of them.
 
     Args:
-        stage: whole.
+        stage: stage that is whole on all ranks of the mesh.
         plan: `tp_plan` of the whole model.
-        mesh: of one dimension.
+        mesh: mesh of one dimension.
 
     Returns:
-        Parameters whose gradients have to be added up over the mesh.
+        The parameters whose gradients have to be added up over the mesh.
     """
     summed = {name for name, style in plan.items() if style == SUMMED}
     plan = {name: style for name, style in plan.items() if name not in summed}
@@ -47,28 +51,23 @@ def divide(stage: AttnResStage, plan: dict[str, str], mesh: DeviceMesh) -> list[
     else:  # transformers 5.17 takes the plan from the model
         stage._tp_plan = plan
         apply_tensor_parallelism(stage, mesh)
-    modules = (module for name, module in stage.named_modules() if _wildcard(name) in summed)
+    modules = (module for name, module in stage.named_modules() if re.sub(r"\b\d+\b", "*", name) in summed)
     return [parameter for module in modules for parameter in module.parameters()]
 
 
-def _wildcard(name: str) -> str:
-    """A module's name as plans have it."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def start_alike(stage: AttnResStage, mesh: DeviceMesh):
-    """Gives a stage that was drawn at random the values that the first rank of a mesh has drawn."""
-    for tensor in (*stage.parameters(), *stage.buffers()):
-        dist.broadcast(tensor.detach(), group_src=0, group=mesh.get_group())
+def start_alike(stages: nn.Module, group: dist.ProcessGroup):
+    """Copies the parameters and buffers of the group's first rank to all of its ranks."""
+    for each in (*stages.parameters(), *stages.buffers()):
+        dist.broadcast(local(each.detach()), group_src=0, group=group)
 
 
 def settle_gradients(parameters: Iterable[nn.Parameter], summed: Iterable[nn.Parameter], mesh: DeviceMesh):
-    """Divides every gradient as its parameter is; autograd leaves some as a partial sum of each rank.
+    """Completes the gradients of divided parameters and divides each gradient as its parameter is divided.
 
     Args:
-        parameters: all of this rank.
-        summed: as `divide` has returned them.
-        mesh: of one dimension.
+        parameters: all parameters of this rank.
+        summed: parameters that `divide` has returned.
+        mesh: mesh of one dimension.
     """
     for parameter in summed:
         if parameter.grad is not None:
@@ -76,21 +75,21 @@ def settle_gradients(parameters: Iterable[nn.Parameter], summed: Iterable[nn.Par
     for parameter in parameters:
         gradient = parameter.grad
         if isinstance(gradient, DTensor):
-            if gradient.placements != parameter.placements:
+            if gradient.placements != parameter.placements:  # autograd leaves some as partial sums
                 gradient = gradient.redistribute(placements=parameter.placements)
             parameter.grad = gradient.contiguous()
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part, a view; of a tensor that is not divided all of it."""
+    """Returns this rank's part of a tensor as a view, or the tensor itself if it is not divided."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def is_divided(tensor: torch.Tensor) -> bool:
-    """Whether the ranks have different parts of it."""
+    """Returns whether the ranks have different parts of a tensor."""
     return isinstance(tensor, DTensor) and not all(each.is_replicate() for each in tensor.placements)
 
 
 def division(tensor: torch.Tensor) -> str:
-    """How it is divided, in words that are the same where it is divided the same way."""
+    """Returns a description of how a tensor is divided, equal for tensors that are divided the same way."""
     return str(tuple(tensor.placements)) if is_divided(tensor) else "whole"

@@ -1,9 +1,14 @@
 """What several tests of parallel training start from."""
 
+import sys
+from pathlib import Path
+
 import pytest
 from helpers import random_attnres
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # processes.py starts ranks
 
 
 @pytest.fixture(scope="session")

@@ -6,15 +6,40 @@ import os
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from processes import run_ranks
+from transformers.utils import logging
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CASES = HERE / "training_cases.py"
 CPUS_AS_ACCELERATORS = HERE / "cpus_as_accelerators.py"
 DDP = ("--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+
+
+def case(what: str, **options) -> dict:
+    """A function of a module like tensor_ranks.py, and what it is called with."""
+    return {"what": what, "options": options}
+
+
+def in_ranks(ranks: int, module: str, cases: dict[str, dict], folder: Path | None = None) -> list[dict]:
+    """What the cases return on each rank, by their names; each may have a folder of its own."""
+    return run_ranks(run_cases, ranks, module, cases, folder)
+
+
+def run_cases(module: str, cases: dict[str, dict], folder: Path | None) -> dict:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    functions, found = vars(import_module(module)), {}
+    for number, (name, case) in enumerate(cases.items()):
+        own = {} if folder is None else {"folder": folder / str(number)}
+        found[name] = functions[case["what"]](**own, **case["options"])
+        dist.barrier()
+    return found
 
 
 def start(*command, cwd: Path | None = None, **environment) -> subprocess.Popen:

@@ -13,18 +13,13 @@ from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 
 from attnres import AttnResConfig, AttnResForCausalLM
-from attnres.parallel import Pipeline, stage_files
+from attnres.parallel import Pipeline, PipelineError, stage_files
 
 ROWS, TOKENS = 2, 9  # of a micro-batch
 
 TIED = "model.embed_tokens.weight"  # has the gradient of a head that is tied to it
 
 _meshes = {}
-
-
-def run_cases(cases: dict[str, dict]) -> dict[str, dict]:
-    """What every case returns on this rank, by its name."""
-    return {name: globals()[case["what"]](**case["options"]) for name, case in cases.items()}
 
 
 def mesh_of(ranks: int):
@@ -244,13 +239,16 @@ def from_folder(ranks: int, folder: str, pipeline: dict) -> dict:
     }
 
 
-def save(ranks: int, pipeline: dict, model: dict, folder: str, halves: bool = False) -> dict:
-    """Saves a pipelined model; in the second half of the process group elsewhere."""
-    first = dist.get_rank() - dist.get_rank() % ranks
-    target = Path(folder) / str(first) if halves else Path(folder)
+def save(ranks: int, pipeline: dict, model: dict, folder: str) -> dict:
+    """Saves a pipelined model, and once more where that cannot be; each pipeline of 2 ranks has its own folder."""
+    target = Path(folder, str(dist.get_rank() // ranks)) if ranks < dist.get_world_size() else Path(folder)
     pipe = pipeline_of(model_of(**model, dtype=torch.float32), ranks, **pipeline)
     pipe.save(target)
     pipe.save(target)  # over what is there
+    try:
+        pipe.save(target / "config.json" / "below")
+    except PipelineError as error:
+        return {"refused": str(error)}
     return {}
 
 

@@ -17,11 +17,6 @@ PIPELINE = {"schedule": "interleaved-1f1b", "virtual_stages": 2, "micro_batches"
 BATCH = batch_of(PIPELINE["micro_batches"])
 
 
-def run_cases(cases: dict[str, dict]) -> dict[str, dict]:
-    """What every case returns on this rank, by its name."""
-    return {name: globals()[case["what"]](**case["options"]) for name, case in cases.items()}
-
-
 @cache
 def mesh():
     return init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("dp", "pp", "tp"))

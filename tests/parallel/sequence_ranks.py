@@ -1,28 +1,22 @@
-"""What test_sequence_shards.py has torchrun start in each of four ranks.
+"""What the four ranks of test_sequence_shards.py do.
 
 Each case is a function below; a rank compares a model whose sequence is sharded with one process, and notes errors.
 """
 
-import json
-import os
-import runpy
-import sys
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from families import LINEAR_FAMILIES
 from helpers import random_attnres, random_tokens, relative_error
+from sequence_shards import LiveStates
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import DynamicCache
 from transformers.distributed import DistributedConfig
-from transformers.utils import logging
 
 from attnres import AttnResForCausalLM
 from attnres.parallel import SequenceShards, shard_sequence, unshard_sequence
 
-LiveStates = runpy.run_path(Path(__file__).parents[2] / "benchmarks" / "sequence_shards.py")["LiveStates"]
 # Heads and widths that 4 ranks can divide.
 SIZES = {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 96, "intermediate_size": 64}
 _groups = {}
@@ -151,21 +145,3 @@ def refusals(folder: Path) -> dict:
     unshard_sequence(model)
     model(random_tokens(1, 8, vocab_size=96))
     return found
-
-
-def main():
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    dist.init_process_group("gloo", timeout=timedelta(seconds=90))
-    found = {}
-    for number, case in enumerate(json.loads((folder / "cases.json").read_text())):
-        found[case["name"]] = globals()[case["what"]](folder / str(number), **case["options"])
-        dist.barrier()
-    (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,9 @@
-"""What test_tensor_parallel.py and test_expert_parallel.py have torchrun start in each of two ranks.
+"""What the two ranks of test_tensor_parallel.py and test_expert_parallel.py do.
 
 Each case is a function below; a rank compares what it has with a whole model that it computes itself, and notes errors.
 """
 
-import json
-import os
-import sys
 import warnings
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -19,7 +15,6 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 from transformers.distributed.sharding_utils import DtensorShardOperation
-from transformers.utils import logging
 
 from attnres import AttnResForCausalLM, AttnResModel
 
@@ -272,22 +267,3 @@ def expert_refusals(folder: Path) -> dict:
         "experts": refusal(folder / "uneven", EP, family="mixtral"),
         "no experts": refusal(folder / "dense", EP),
     }
-
-
-def main():
-    folder = Path(sys.argv[1])
-    rank = int(os.environ["RANK"])
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    dist.init_process_group("gloo", timeout=timedelta(seconds=90))
-    found = {}
-    for number, case in enumerate(json.loads((folder / "cases.json").read_text())):
-        found[case["name"]] = globals()[case["what"]](folder / str(number), **case["options"])
-        dist.barrier()
-    (folder / f"rank-{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

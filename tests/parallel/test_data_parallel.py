@@ -19,14 +19,9 @@ from attnres import AttnResForCausalLM
 
 LOSSES = {"rel": 1e-6}
 WEIGHTS = 1e-9
-MODES = ("block", "full", "standard")
-FAMILIES = ("qwen3", "qwen3_moe")
+MODELS = [("qwen3", "block"), ("qwen3", "full"), ("qwen3", "standard"), ("qwen3_moe", "block")]
 BASE = "qwen3-block"
-CASES = [
-    {"name": f"{family}-{mode}", "family": family, "mode": mode, "float64": True}
-    for family in FAMILIES
-    for mode in MODES
-] + [
+CASES = [{"name": f"{family}-{mode}", "family": family, "mode": mode, "float64": True} for family, mode in MODELS] + [
     {"name": "frozen-backbone", "family": "qwen3", "mode": "block", "float64": True, "freeze_backbone": True},
     {"name": "zero-pseudo-queries", "family": "qwen3", "mode": "block", "float64": True, "as_converted": True},
     {"name": "float32", "family": "qwen3", "mode": "block"},

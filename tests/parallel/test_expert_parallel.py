@@ -6,8 +6,8 @@ do not know experts of another rank, and not for gpt_oss. There in float32 by gr
 
 import pytest
 from families import MOE_FAMILIES, tiny_config
+from launching import case, in_ranks
 from once import once
-from torchrun import torchrun
 from transformers.distributed import DistributedConfig
 
 # Those with a plan in transformers: since 5.23 all.
@@ -26,19 +26,11 @@ def precision(family: str) -> str:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    cases = [
-        *(
-            {
-                "name": f"equal {family} {mode}",
-                "what": "equal",
-                "options": {"family": family, "mode": mode, "how": "ep", "precision": precision(family)},
-            }
-            for family, mode in EVERY_MODE
-        ),
-        *({"name": f"saved {family}", "what": "saved", "options": {"family": family, "how": "ep"}} for family in SAVED),
-        {"name": "refusals", "what": "expert_refusals", "options": {}},
-    ]
-    return once(tmp_path_factory, "expert-ranks", lambda folder: torchrun(2, "tensor_ranks.py", folder, cases))
+    cases = {"refusals": case("expert_refusals")}
+    for family, mode in EVERY_MODE:
+        cases[f"equal {family} {mode}"] = case("equal", family=family, mode=mode, how="ep", precision=precision(family))
+    cases |= {f"saved {family}": case("saved", family=family, how="ep") for family in SAVED}
+    return once(tmp_path_factory, "expert-ranks", lambda folder: in_ranks(2, "tensor_ranks", cases, folder))
 
 
 @pytest.mark.parametrize(("family", "mode"), EVERY_MODE)

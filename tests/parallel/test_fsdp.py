@@ -30,8 +30,7 @@ FULL = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
 
 CASES = [
     {**EXACT, "name": f"{family}-{mode}", "family": family, "mode": mode}
-    for family in ("qwen3", "qwen3_moe")
-    for mode in ("block", "full", "standard")
+    for family, mode in (("qwen3", "block"), ("qwen3", "full"), ("qwen3", "standard"), ("qwen3_moe", "block"))
 ] + [
     {**EXACT, "name": "tied-embeddings", "model": {"tie_word_embeddings": True}},
     {**EXACT, "name": "frozen-backbone", "freeze_backbone": True},
@@ -69,12 +68,8 @@ MIXED = [
 def saving_cases(out: Path) -> list[dict]:
     """Each saved half-way and at the end; each resumed from half-way with other weights to start from."""
     cases = []
-    for name, family, environment in (
-        ("shards", "qwen3", {}),
-        ("shards-moe", "qwen3_moe", {}),
-        ("full-moe", "qwen3_moe", FULL),
-    ):
-        case = {"name": name, "family": family, "mode": "block", "environment": environment, "options": SAVING}
+    for name, environment in (("shards", {}), ("full", FULL)):
+        case = {"name": name, "family": "qwen3_moe", "mode": "block", "environment": environment, "options": SAVING}
         cases.append({**case, "save": True})
         resume = str(out / name / "checkpoint-2")
         cases.append({**case, "name": f"{name}-resumed", "model": {"seed": 7}, "resume": resume})
@@ -145,27 +140,26 @@ def test_in_mixed_precision_scores_stay_float32_and_losses_close(alone, ranks, n
         assert outcome["losses"][0] == pytest.approx(alone[name]["losses"][0], rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["shards", "shards-moe", "full-moe"])
+@pytest.mark.parametrize("name", ["shards", "full"])
 def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_bit(ranks, name):
     for rank in ranks:
         assert rank[f"{name}-resumed"]["losses"] == rank[name]["losses"][2:]
         assert largest_error(rank[f"{name}-resumed"]["weights"], rank[name]["weights"]) == 0
 
 
-@pytest.mark.parametrize("name", ["shards", "shards-moe"])
-def test_saved_shards_become_a_folder_that_loads(saved, ranks, name, tmp_path):
-    checkpoint = saved / name / "checkpoint-4"
+def test_saved_shards_become_a_folder_that_loads(saved, ranks, tmp_path):
+    checkpoint = saved / "shards" / "checkpoint-4"
     assert len(list((checkpoint / "pytorch_model_fsdp_0").glob("*.distcp"))) == 2
-    random_attnres("qwen3_moe" if name == "shards-moe" else "qwen3").config.save_pretrained(checkpoint)
+    random_attnres("qwen3_moe").config.save_pretrained(checkpoint)
     convert(checkpoint, tmp_path / "whole")
     loaded = AttnResForCausalLM.from_pretrained(tmp_path / "whole")
-    assert largest_error(dict(loaded.named_parameters()), ranks[0][name]["weights"]) == 0
+    assert largest_error(dict(loaded.named_parameters()), ranks[0]["shards"]["weights"]) == 0
 
 
 def test_a_full_save_is_a_folder_with_its_own_code(saved, ranks):
-    for folder in (saved / "full-moe" / "final", saved / "full-moe" / "checkpoint-4"):
+    for folder in (saved / "full" / "final", saved / "full" / "checkpoint-4"):
         loaded = AutoModelForCausalLM.from_pretrained(folder)
-        assert largest_error(dict(loaded.named_parameters()), ranks[0]["full-moe"]["weights"]) == 0
+        assert largest_error(dict(loaded.named_parameters()), ranks[0]["full"]["weights"]) == 0
         assert loaded.config.auto_map["AutoModelForCausalLM"] == "modeling_attnres.AttnResForCausalLM"
         assert (folder / "modeling_attnres.py").is_file() and not list(folder.glob("_fsdp*"))
 

@@ -4,11 +4,9 @@ In float64, where norms and routers round to float32 whatever they are given: a 
 next float32 now and then, which shows in some gradients.
 """
 
-import pipeline_tensor_ranks
 import pytest
 from helpers import random_attnres
-
-from attnres.parallel.launch import run_ranks
+from launching import case, in_ranks
 
 LOSS = 1e-6  # transformers computes it in float32
 EXACT = 1e-12
@@ -30,14 +28,11 @@ def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline-tensor")
     # Grouped matrix products on a CPU take multiples of 16 bytes.
     random_attnres("mixtral", layers=5, seed=3, intermediate_size=64).save_pretrained(folder / "stored")
-    cases = {
-        name: {"what": "step", "options": {"folder": str(folder / name.replace(" ", "-") / "saved"), **options}}
-        for name, options in STEPS.items()
-    }
-    cases["folder"] = {"what": "from_folder", "options": {"folder": str(folder / "stored")}}
-    cases["scratch"] = {"what": "from_scratch", "options": {"folder": str(folder / "scratch")}}
-    cases |= {name: {"what": "refusal", "options": {"wanted": name}} for name in REFUSED}
-    return run_ranks(pipeline_tensor_ranks.run_cases, 4, cases)
+    cases = {name: case("step", folder=str(folder / name / "saved"), **options) for name, options in STEPS.items()}
+    cases["folder"] = case("from_folder", folder=str(folder / "stored"))
+    cases["scratch"] = case("from_scratch", folder=str(folder / "scratch"))
+    cases |= {name: case("refusal", wanted=name) for name in REFUSED}
+    return in_ranks(4, "pipeline_tensor_ranks", cases)
 
 
 @pytest.mark.parametrize("name", STEPS)

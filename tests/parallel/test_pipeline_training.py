@@ -4,54 +4,57 @@ Four processes are started once and run all cases. Most run in float64, where on
 in float32 the order in which micro-batches are summed alone moves some gradients of these models by 1e-5.
 """
 
+import json
+import shutil
+
 import pipeline_ranks
 import pytest
 import torch
 from helpers import random_attnres
+from launching import case, in_ranks
 from once import once
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from attnres import AttnResForCausalLM
-from attnres.parallel.launch import run_ranks
 
 WORLD = 4
 EXACT = 1e-10
 LOSS = 1e-6  # transformers computes it in float32
-MODES = ("standard", "block", "full")
-SCHEDULES = {  # schedule, virtual stages: micro-batches for 2 and for 4 ranks
-    ("gpipe", 1): {2: 3, 4: 3},
-    ("gpipe", 2): {2: 3, 4: 3},
-    ("1f1b", 1): {2: 3, 4: 5},
-    ("interleaved-1f1b", 1): {2: 4, 4: 3},
-    ("interleaved-1f1b", 2): {2: 3, 4: 8},
-}
 # Neither is a multiple of the stages; blocks of 3 and of 2 straddle them, and the last block is short.
 MODELS = {2: {"layers": 7, "per_block": 3}, 4: {"layers": 11, "per_block": 2}}
 MATRIX = {
-    f"{ranks}-{mode}-{schedule}-{virtual}": {
-        "what": "step",
-        "options": {
-            "ranks": ranks,
-            "pipeline": {"schedule": schedule, "virtual_stages": virtual, "micro_batches": micro_batches[ranks]},
-            "model": {**MODELS[ranks], "mode": mode},
-        },
-    }
-    for ranks in MODELS
-    for mode in MODES
-    for (schedule, virtual), micro_batches in SCHEDULES.items()
+    f"{ranks}-{mode}-{schedule}-{virtual}": case(
+        "step",
+        ranks=ranks,
+        pipeline={"schedule": schedule, "virtual_stages": virtual, "micro_batches": micro_batches},
+        model={**MODELS[ranks], "mode": mode},
+    )
+    for ranks, mode, schedule, virtual, micro_batches in (
+        (2, "block", "gpipe", 1, 3),
+        (2, "block", "interleaved-1f1b", 2, 3),
+        (2, "full", "1f1b", 1, 3),
+        (2, "full", "gpipe", 2, 3),
+        (2, "standard", "interleaved-1f1b", 1, 4),
+        (4, "block", "gpipe", 2, 3),
+        (4, "block", "1f1b", 1, 5),
+        (4, "block", "interleaved-1f1b", 2, 8),
+        (4, "full", "gpipe", 1, 3),
+        (4, "full", "interleaved-1f1b", 2, 8),
+        (4, "standard", "interleaved-1f1b", 2, 8),
+        (4, "standard", "1f1b", 1, 5),
+    )
 }
 INTERLEAVED = {"schedule": "interleaved-1f1b", "virtual_stages": 2, "micro_batches": 4}
 SIMPLE = {"schedule": "1f1b", "virtual_stages": 1, "micro_batches": 4}
 
 
 def one_step(ranks, model, pipeline=INTERLEAVED, **options):
-    return {"what": "step", "options": {"ranks": ranks, "pipeline": pipeline, "model": model, **options}}
+    return case("step", ranks=ranks, pipeline=pipeline, model=model, **options)
 
 
 VARIANTS = {
     "naive": one_step(4, {"layers": 11}, {**INTERLEAVED, "caching": False}),
-    "naive-full": one_step(2, {"mode": "full"}, {**INTERLEAVED, "caching": False}),
     "one-block": one_step(4, {"layers": 9, "per_block": 9}),
     "layer-blocks": one_step(2, {"layers": 6, "per_block": 1}),
     "split": one_step(2, {"layers": 7}, {**INTERLEAVED, "split": [1, 3, 2, 1]}),
@@ -69,23 +72,18 @@ FLOAT32_INSIDE = {
     "qwen3_next": one_step(2, {"family": "qwen3_next", "experts_implementation": "eager"}, SIMPLE),
 }
 OTHERS = {
-    "posted": {"what": "posted_bytes", "options": {"ranks": 4, "pipeline": INTERLEAVED, "model": {"layers": 11}}},
-    "posted-1f1b": {"what": "posted_bytes", "options": {"ranks": 2, "pipeline": SIMPLE, "model": {"mode": "full"}}},
-    "several-steps": {
-        "what": "several_steps",
-        "options": {"ranks": 4, "pipeline": INTERLEAVED, "model": {"layers": 9}},
-    },
-    "peaks": {
-        "what": "peaks",
-        "options": {
-            "ranks": 4,
-            "pipeline": {"schedule": "interleaved-1f1b", "virtual_stages": 2},
-            "model": {"layers": 8, "per_block": 1},
-            "numbers": (12, 24),
-        },
-    },
-    "replicas": {"what": "replicas", "options": {"pipeline": INTERLEAVED, "model": {}}},
-    "tied": {"what": "tied", "options": {"ranks": 2, "pipeline": INTERLEAVED, "steps": 3}},
+    "posted": case("posted_bytes", ranks=4, pipeline=INTERLEAVED, model={"layers": 11}),
+    "posted-1f1b": case("posted_bytes", ranks=2, pipeline=SIMPLE, model={"mode": "full"}),
+    "several-steps": case("several_steps", ranks=4, pipeline=INTERLEAVED, model={"layers": 9}),
+    "peaks": case(
+        "peaks",
+        ranks=4,
+        pipeline={"schedule": "interleaved-1f1b", "virtual_stages": 2},
+        model={"layers": 8, "per_block": 1},
+        numbers=(12, 24),
+    ),
+    "replicas": case("replicas", pipeline=INTERLEAVED, model={}),
+    "tied": case("tied", ranks=2, pipeline=INTERLEAVED, steps=3),
 }
 REFUSED = {
     "layers": ({"layers": 3}, INTERLEAVED, {}, "num_hidden_layers=3 are fewer than the 4 stages"),
@@ -116,6 +114,10 @@ def write_folders(top):
     for name, family, layers in (("plain", "llama", 7), ("experts", "qwen3_moe", 6), ("tied", "qwen3", 7)):
         model = random_attnres(family, layers=layers, tie_word_embeddings=name == "tied", seed=3)
         model.save_pretrained(top / name, max_shard_size="60KB" if name == "experts" else "1GB")
+    index = shutil.copytree(top / "experts", top / "lacking") / "model.safetensors.index.json"
+    stored = json.loads(index.read_text())
+    del stored["weight_map"]["model.layers.5.self_attn.o_proj.weight"]
+    index.write_text(json.dumps(stored))
     return top
 
 
@@ -123,42 +125,24 @@ def write_folders(top):
 def results(folders, tmp_path_factory):
     """What each rank returned for each case."""
     cases = all_cases(folders)
-    return once(tmp_path_factory, "pipeline-results", lambda _: run_ranks(pipeline_ranks.run_cases, WORLD, cases))
+    return once(tmp_path_factory, "pipeline-results", lambda _: in_ranks(WORLD, "pipeline_ranks", cases))
 
 
 def all_cases(folders):
     cases = {**MATRIX, **VARIANTS, **FLOAT32_INSIDE, **OTHERS}
     for name in ("plain", "experts", "tied"):
-        options = {"ranks": 2, "folder": str(folders / name), "pipeline": INTERLEAVED}
-        cases[f"from-{name}"] = {"what": "from_folder", "options": options}
-    cases["save"] = {
-        "what": "save",
-        "options": {
-            "ranks": 4,
-            "pipeline": INTERLEAVED,
-            "model": {"layers": 9, "family": "kimi_linear"},
-            "folder": str(folders / "saved"),
-        },
-    }
-    cases["save-tied"] = {
-        "what": "save",
-        "options": {
-            "ranks": 2,
-            "pipeline": SIMPLE,
-            "model": {"tie_word_embeddings": True},
-            "folder": str(folders / "saved-tied"),
-            "halves": True,
-        },
-    }
-    cases["scratch"] = {
-        "what": "from_scratch",
-        "options": {"ranks": 4, "pipeline": INTERLEAVED, "family": "gpt_oss", "folder": str(folders / "scratch")},
-    }
+        cases[f"from-{name}"] = case("from_folder", ranks=2, folder=str(folders / name), pipeline=INTERLEAVED)
+    hybrid = {"layers": 9, "family": "kimi_linear"}
+    cases["save"] = case("save", ranks=4, pipeline=INTERLEAVED, model=hybrid, folder=str(folders / "saved"))
+    tied = {"tie_word_embeddings": True}
+    cases["save-tied"] = case("save", ranks=2, pipeline=SIMPLE, model=tied, folder=str(folders / "saved-tied"))
+    cases["scratch"] = case(
+        "from_scratch", ranks=4, pipeline=INTERLEAVED, family="gpt_oss", folder=str(folders / "scratch")
+    )
     for name, (model, pipeline, batch, _) in REFUSED.items():
-        options = {"ranks": 2, "model": model, "pipeline": pipeline, "batch": batch}
-        cases[f"refused-{name}"] = {"what": "refusal", "options": options}
-    differs = {"ranks": 4, "model": {"layers": 9}, "pipeline": INTERLEAVED, "differs": {"micro_batches": 8}}
-    cases["differs"] = {"what": "refusal", "options": differs}
+        cases[f"refused-{name}"] = case("refusal", ranks=2, model=model, pipeline=pipeline, batch=batch)
+    cases["lacking"] = case("refusal", ranks=2, model=str(folders / "lacking"), pipeline=INTERLEAVED)
+    cases["differs"] = case("refusal", ranks=4, model={"layers": 9}, pipeline=INTERLEAVED, differs={"micro_batches": 8})
     return cases
 
 
@@ -311,4 +295,14 @@ def test_what_does_not_fit_is_refused_in_one_line(results, name):
 def test_ranks_that_were_given_different_things_are_named(results):
     for rank in results:
         assert rank["differs"]["type"] == "PipelineError"
-        assert "micro_batches must be the same on all ranks, got another on rank 1" in rank["differs"]["line"]
+        assert rank["differs"]["line"] == "micro_batches must be the same on all ranks, but ranks 0 and 1 differ."
+
+
+def test_a_rank_that_cannot_build_or_save_its_stages_is_named_on_all_ranks(results, folders):
+    for number, rank in enumerate(results):
+        assert rank["lacking"]["type"] == "PipelineError"
+        assert rank["lacking"]["line"] == (
+            f"rank {1 if number < 2 else 3} cannot build its stages: ValueError: checkpoint {folders / 'lacking'} "
+            "lacks model.layers.5.self_attn.o_proj.weight, needed by the stage with decoder layers 5 to 5."
+        )
+        assert rank["save"]["refused"].startswith("rank 0 cannot save its stages: FileExistsError: ")

@@ -2,16 +2,15 @@
 
 import pytest
 from families import LINEAR_FAMILIES
+from launching import case, in_ranks
 from once import once
-from torchrun import torchrun
 
 ROUNDING = 1e-12  # of float64
 IN_FLOAT32 = ("gemma2", *LINEAR_FAMILIES)  # which compute in it here and there, whatever they are given
 # Tokens that 4 ranks share evenly, unevenly, one each, and too few to share.
 PREFILLS = [
-    *(("qwen3", mode, tokens, "tensor parallel") for mode in ("block", "full", "standard") for tokens in (12, 23)),
-    ("qwen3", "block", 4, "tensor parallel"),
-    ("qwen3", "block", 3, "tensor parallel"),
+    *(("qwen3", "block", tokens, "tensor parallel") for tokens in (12, 23, 4, 3)),
+    ("qwen3", "standard", 12, "tensor parallel"),
     ("gemma2", "block", 14, "tensor parallel"),
     ("mixtral", "full", 14, "tensor parallel"),
     ("kimi_linear", "block", 23, "tensor parallel"),
@@ -19,31 +18,19 @@ PREFILLS = [
     ("qwen3", "full", 23, "whole weights"),
 ]
 LAYERS, PER_BLOCK, D = 5, 2, 40
-MEMORY = [(mode, ranks, tokens) for mode in ("block", "full") for ranks in (1, 2, 4) for tokens in (48, 67)]
+MEMORY = [("block", 1, 67), ("block", 2, 48), ("block", 4, 67), ("full", 2, 67), ("full", 4, 48)]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    cases = [
-        *(
-            {
-                "name": f"prefill {family} {mode} {tokens} {how}",
-                "what": "prefill",
-                "options": {"family": family, "mode": mode, "tokens": tokens, "how": how},
-            }
-            for family, mode, tokens, how in PREFILLS
-        ),
-        *(
-            {
-                "name": f"memory {mode} {ranks} {tokens}",
-                "what": "memory",
-                "options": {"mode": mode, "ranks": ranks, "tokens": tokens},
-            }
-            for mode, ranks, tokens in MEMORY
-        ),
-        *({"name": what, "what": what, "options": {}} for what in ("generated", "division", "refusals")),
-    ]
-    return once(tmp_path_factory, "sequence-ranks", lambda folder: torchrun(4, "sequence_ranks.py", folder, cases))
+    cases = {what: case(what) for what in ("generated", "division", "refusals")}
+    for family, mode, tokens, how in PREFILLS:
+        cases[f"prefill {family} {mode} {tokens} {how}"] = case(
+            "prefill", family=family, mode=mode, tokens=tokens, how=how
+        )
+    for mode, number, tokens in MEMORY:
+        cases[f"memory {mode} {number} {tokens}"] = case("memory", mode=mode, ranks=number, tokens=tokens)
+    return once(tmp_path_factory, "sequence-ranks", lambda folder: in_ranks(4, "sequence_ranks", cases, folder))
 
 
 @pytest.mark.parametrize(("family", "mode", "tokens", "how"), PREFILLS)

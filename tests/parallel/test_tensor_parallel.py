@@ -2,8 +2,8 @@
 
 import pytest
 from families import FAMILIES
+from launching import case, in_ranks
 from once import once
-from torchrun import torchrun
 from transformers.distributed import DistributedConfig
 
 # A dense family, sandwich norms with a soft cap, routed experts, and linear attention with latent attention.
@@ -22,27 +22,19 @@ GENERATED = ("smollm3", "qwen3_moe", "kimi_linear")
 ROUNDING = 1e-12  # of float64
 
 
-def case(what: str, *arguments: str, **options) -> dict:
-    return {"name": " ".join([what, *arguments]), "what": what, "options": options}
-
-
-def equal_cases(pairs) -> list[dict]:
-    return [case("equal", family, mode, family=family, mode=mode) for family, mode in pairs]
+def equal_cases(pairs) -> dict[str, dict]:
+    return {f"equal {family} {mode}": case("equal", family=family, mode=mode) for family, mode in pairs}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    cases = [
-        *equal_cases(EVERY_MODE),
-        *(case("equal", family, "float32", family=family, mode="block", precision="float32") for family in IN_FLOAT32),
-        *(case("plain_checkpoint", family, family=family) for family in FROM_PLAIN),
-        *(case("saved", family, family=family) for family in SAVED),
-        *(case("generated", family, family=family) for family in GENERATED),
-        case("trained", "qwen3", family="qwen3"),
-        case("outputs"),
-        case("refusals"),
-    ]
-    return once(tmp_path_factory, "tensor-ranks", lambda folder: torchrun(2, "tensor_ranks.py", folder, cases))
+    cases = {"outputs": case("outputs"), "refusals": case("refusals"), **equal_cases(EVERY_MODE)}
+    for family in IN_FLOAT32:
+        cases[f"equal {family} float32"] = case("equal", family=family, mode="block", precision="float32")
+    families = {"plain_checkpoint": FROM_PLAIN, "saved": SAVED, "generated": GENERATED, "trained": ("qwen3",)}
+    for what in families:
+        cases |= {f"{what} {family}": case(what, family=family) for family in families[what]}
+    return once(tmp_path_factory, "tensor-ranks", lambda folder: in_ranks(2, "tensor_ranks", cases, folder))
 
 
 def assert_equal_to_one_process(found: dict, mode: str, tolerance: float):
@@ -134,7 +126,7 @@ def test_what_cannot_be_is_refused_in_one_line(ranks, refused, says):
 
 @pytest.mark.slow
 def test_every_family_equals_one_process_in_every_mode(tmp_path):
-    ranks = torchrun(2, "tensor_ranks.py", tmp_path, equal_cases(THE_REST))
+    ranks = in_ranks(2, "tensor_ranks", equal_cases(THE_REST), tmp_path)
     for rank in ranks:
         for family, mode in THE_REST:
             assert_equal_to_one_process(rank[f"equal {family} {mode}"], mode, ROUNDING)
