@@ -18,6 +18,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from ..configuration_attnres import DEPTH_OPTIONS, AttnResConfig
 from ..folders import replaced_folder
+from ..messages import say
 from ..modeling_attnres import AUTO_MAP, AttnResForCausalLM
 from . import kimi_k3
 from .checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, CheckpointError, inside, read_checkpoint
@@ -108,6 +109,8 @@ def convert(
                 f"{source}: contains the shards of a run, and {given[0]} is for whole checkpoints. Join them first, "
                 "without options, then convert the result."
             )
+        if progress:
+            say(f"joining the shards of {source}")
         with replaced_folder(result, overwrite) as folder:
             depth = _depth_text(join_shards(source, folder), ATTNRES)
             written = read_checkpoint(folder)
