@@ -64,8 +64,13 @@ def stock(model, batch_size):
     )
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("name", MODELS)
+def cases(names):
+    """Every model with a seed, and llama with a second one; further seeds of the others are in the slow suite."""
+    seeds = [(name, seed) for name in names for seed in (0, 1)]
+    return [pytest.param(*case, marks=pytest.mark.slow if case[1] and "llama" not in case[0] else ()) for case in seeds]
+
+
+@pytest.mark.parametrize(("name", "seed"), cases(MODELS))
 def test_likelihoods_are_those_of_lm_eval(name, seed):
     model = model_of(name, seed)
     expected = stock(model, 3).loglikelihood(likelihoods(), disable_tqdm=True)
@@ -87,8 +92,7 @@ def written(requests, model, batch_size, own):
     return lm.generate_until(requests, disable_tqdm=True)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "gemma2", "kimi_linear", "llama-attnres"])
+@pytest.mark.parametrize(("name", "seed"), cases(["llama", "deepseek_v3", "gemma2", "kimi_linear", "llama-attnres"]))
 def test_generated_answers_are_those_of_lm_eval_although_ended_rows_are_left_out(name, seed, monkeypatch):
     monkeypatch.setattr(lm_module, "PORTION", 3)
     model = model_of(name, seed)

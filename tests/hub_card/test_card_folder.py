@@ -141,6 +141,7 @@ def test_without_the_package_the_folder_computes_the_same(hub_folder, tmp_path):
     assert relative_error(torch.load(tmp_path / "logits"), expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_stock_lm_eval_command_line_evaluates_the_folder(hub_folder, tmp_path):
     items = [{"question": f"{a} and {a} make", "choices": [str(2 * a), "pears"], "answer": 0} for a in range(4)]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))

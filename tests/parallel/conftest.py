@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from helpers import random_attnres
+from once import once
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -23,3 +24,17 @@ def material(tmp_path_factory):
     random_attnres("qwen3_moe").save_pretrained(folder / "model")
     (folder / "book.txt").write_text("\n".join(" ".join(f"w{3 + i * j % 93}" for j in range(30)) for i in range(90)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained_alone(material, tmp_path_factory):
+    """The model that `attnres train` makes in one process, to which those of several are compared."""
+    from launching import train_options
+
+    from attnres.training.command import run
+
+    def make(folder):
+        run(train_options(material, folder / "one", 4))
+        return folder / "one"
+
+    return once(tmp_path_factory, "trained-alone", make)

@@ -88,6 +88,13 @@ def outcomes_of(cases: list[dict], out: Path, launch=(sys.executable,), cwd=None
     return [torch.load(path, weights_only=True) for path in sorted(out.glob("rank-*.pt"))]
 
 
+def train_options(material: Path, out: Path, per_device: int) -> list[str]:
+    """Options of an `attnres train` of three steps."""
+    options = [material / "model", "--data", material / "book.txt", "--out", out, "--use-cpu", "--sequence-length", 12]
+    options += ["--per-device-train-batch-size", per_device, "--logging-steps", 1, "--max-steps", 3]
+    return [*map(str, options), "--learning-rate", "1e-3", "--disable-tqdm", "true"]
+
+
 def largest_error(found: dict, expected: dict) -> float:
     """The largest relative error of a tensor, by its norm; tensors that should be zero count absolutely."""
     assert found.keys() == expected.keys()

@@ -6,13 +6,12 @@ which is the tolerance for them.
 
 import os
 import signal
-import sys
 import time
 
 import pytest
 import torch
 from helpers import random_attnres
-from launching import DDP, finish, largest_error, launcher, outcomes_of, run, start
+from launching import DDP, finish, largest_error, launcher, outcomes_of, run, start, train_options
 from once import once
 
 from attnres import AttnResForCausalLM
@@ -93,24 +92,17 @@ def test_a_frozen_backbone_stays_while_its_depth_mixer_trains(ranks):
         assert all("depth_mixer" in name for name in rank["frozen-backbone"]["gradients"])
 
 
-def train_command(material, out, per_device, *options):
-    command = ["train", material / "model", "--data", material / "book.txt", "--out", out, "--use-cpu"]
-    command += ["--sequence-length", 12, "--per-device-train-batch-size", per_device, "--logging-steps", 1]
-    return [*command, "--learning-rate", "1e-3", "--disable-tqdm", "true", *options]
-
-
-def test_attnres_train_gives_the_model_of_one_process(material, tmp_path):
-    steps = ("--max-steps", 3)
-    run(sys.executable, "-m", "attnres", *train_command(material, tmp_path / "one", 4, *steps))
-    output = run(*launcher(*DDP), "-m", "attnres", *train_command(material, tmp_path / "two", 2, *steps))
+def test_attnres_train_gives_the_model_of_one_process(material, trained_alone, tmp_path):
+    output = run(*launcher(*DDP), "-m", "attnres", "train", *train_options(material, tmp_path / "two", 2))
     assert output.count("step 3: loss") == 1  # the first process speaks
-    one, two = (AttnResForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    one, two = (AttnResForCausalLM.from_pretrained(folder) for folder in (trained_alone, tmp_path / "two"))
     assert largest_error(dict(two.named_parameters()), dict(one.named_parameters())) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_lost_process_ends_the_job_within_a_minute_and_leaves_whole_checkpoints(material, tmp_path):
-    steps = ("--max-steps", 100000, "--save-steps", 2)
-    process = start(*launcher(*DDP), "-m", "attnres", *train_command(material, tmp_path / "run", 2, *steps))
+    options = [*train_options(material, tmp_path / "run", 2), "--max-steps", 100000, "--save-steps", 2]
+    process = start(*launcher(*DDP), "-m", "attnres", "train", *options)
     try:
         wait_for(lambda: (tmp_path / "run" / "checkpoint-4").is_dir(), process)
         lost = max(workers_of(process.pid))  # the one started last

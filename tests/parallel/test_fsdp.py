@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from helpers import random_attnres, short_config
-from launching import CPUS_AS_ACCELERATORS, ROOT, largest_error, launcher, outcomes_of, run
+from launching import CPUS_AS_ACCELERATORS, ROOT, largest_error, launcher, outcomes_of, run, train_options
 from once import once
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -164,14 +164,11 @@ def test_a_full_save_is_a_folder_with_its_own_code(saved, ranks):
         assert (folder / "modeling_attnres.py").is_file() and not list(folder.glob("_fsdp*"))
 
 
-def test_attnres_train_by_the_example_configuration(material, tmp_path):
-    command = ["train", material / "model", "--data", material / "book.txt", "--use-cpu", "--sequence-length", 12]
-    command += ["--max-steps", 3, "--save-steps", 2, "--learning-rate", "1e-3", "--disable-tqdm", "true"]
-    run(sys.executable, "-m", "attnres", *command, "--per-device-train-batch-size", 4, "--out", tmp_path / "one")
+def test_attnres_train_by_the_example_configuration(material, trained_alone, tmp_path):
     launch = launcher("--config_file", CONFIG, "--mixed_precision", "no")
-    command += ["--per-device-train-batch-size", 2, "--out", tmp_path / "two"]
-    run(*launch, CPUS_AS_ACCELERATORS, "attnres", *command)
-    one, two = (AttnResForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    options = [*train_options(material, tmp_path / "two", 2), "--save-steps", 2]
+    run(*launch, CPUS_AS_ACCELERATORS, "attnres", "train", *options)
+    one, two = (AttnResForCausalLM.from_pretrained(folder) for folder in (trained_alone, tmp_path / "two"))
     assert largest_error(dict(two.named_parameters()), dict(one.named_parameters())) < 1e-4
 
     # A sharded checkpoint holds all that is needed, also away from its run.
@@ -182,6 +179,7 @@ def test_attnres_train_by_the_example_configuration(material, tmp_path):
     assert all(torch.equal(joined[key], saved_whole[key]) for key in joined)
 
 
+@pytest.mark.slow
 def test_transformers_own_fsdp_wraps_what_it_wraps_of_the_plain_model(tmp_path):
     for name, tied in (("untied", False), ("tied", True)):
         plain = AutoModelForCausalLM.from_config(short_config("llama", tie_word_embeddings=tied))
