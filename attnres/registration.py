@@ -1,4 +1,4 @@
-"""The public classes, registered with the Auto classes of transformers. `import attnres` imports this."""
+"""Registers the public classes with the Auto classes of transformers. `import attnres` imports this module."""
 
 import warnings
 from importlib import metadata
@@ -30,7 +30,7 @@ _CLASSES = {
     AutoModelForQuestionAnswering: AttnResForQuestionAnswering,
 }
 
-# Every saved folder carries its own code, so that it loads with trust_remote_code where this package is not installed.
+# Saved folders contain their code, so that they load with trust_remote_code where this package is not installed.
 AttnResConfig.register_for_auto_class()
 for _auto_class, _model_class in _CLASSES.items():
     _auto_class.register(AttnResConfig, _model_class, exist_ok=True)
@@ -38,14 +38,14 @@ for _auto_class, _model_class in _CLASSES.items():
 
 
 def _warn_of_a_clash():
-    """Another distribution installs files in a folder of the same name, over these."""
+    """Warns if fast-attnres is installed, which puts files in a folder of the same name."""
     try:
         others = metadata.distribution("fast-attnres").files or ()
     except metadata.PackageNotFoundError:
         return
     if any(file.parts[0] == __package__ for file in others):
         warnings.warn(
-            f"fast-attnres is installed too, and both put files in {__package__}/: whichever came last has replaced "
+            f"fast-attnres is installed too, and both put files in {__package__}/: the one installed last has replaced "
             "files of the other. Uninstall both, then install attention-residuals in an environment of its own.",
             stacklevel=2,
         )

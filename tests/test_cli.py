@@ -54,7 +54,7 @@ def test_help_of_demo_shows_defaults(capsys):
         ("eval m --limit nan", "got nan"),
         ("eval m --limit inf", "got inf"),
         ("eval m --limit few", "got few"),
-        ("bench --num-blocks 2 --layers-per-block 2", "--num-blocks and --layers-per-block say the same"),
+        ("bench --num-blocks 2 --layers-per-block 2", "--num-blocks and --layers-per-block exclude each other"),
         ("bench --depth-shape 1,2,3", "'--depth-shape': must be four whole numbers of at least 1: L,S,T,D, got 1,2,3"),
         ("bench pipeline --ranks 0", "'--ranks': must be a whole number of at least 1, got 0"),
         ("inspect m --text t --ablate 1", "'--ablate': must be a whole number of at least 2, got 1"),

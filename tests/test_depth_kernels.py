@@ -167,7 +167,7 @@ def test_kernels_that_fail_their_self_check_are_not_used(monkeypatch):
     from attnres.kernels import cpu_backend
 
     monkeypatch.setattr(cpu_backend, "problem", lambda device, dtype: "output is off by 3.0e-01")
-    check_falls_back("auto", 'mixes by "eager" instead: output is off')
+    check_falls_back("auto", 'falls back to "eager": output is off')
 
 
 def test_a_device_without_triton_kernels_mixes_by_eager(monkeypatch):

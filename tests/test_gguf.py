@@ -67,5 +67,5 @@ def test_a_gguf_file_converts_to_what_the_plain_class_reads_from_it(folder, load
 
 
 def test_a_gguf_file_for_another_head_is_refused_in_one_line(folder):
-    with pytest.raises(ValueError, match="holds a language model: load it by AttnResForCausalLM"):
+    with pytest.raises(ValueError, match="is a language model: load it with AttnResForCausalLM"):
         AttnResForSequenceClassification.from_backbone(folder, gguf_file="model.gguf")

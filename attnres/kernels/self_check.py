@@ -1,4 +1,4 @@
-"""Compares a back end of `attnres::mix` with the formula in float64, once per process, device and dtype."""
+"""Compares a back end of `attnres::mix` with the equation in float64, once per process, device and dtype."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,10 +9,10 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 
 def compare(forward: Callable, backward: Callable, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Which result on small random sources is off, in one line; `None` where all are right.
+    """Returns which result on small random sources is wrong, in one line, or `None` if all are right.
 
-    Runs on a thread of its own: what the caller's thread has switched on (inference mode, autocast, a default device,
-    a recorder of operations, activation checkpointing's saved-tensor hooks) neither changes the check nor sees it.
+    The check runs in a thread of its own. It is then independent of what the caller's thread has switched on (inference
+    mode, autocast, a default device, a recorder of operations, the saved-tensor hooks of activation checkpointing).
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_compare, forward, backward, device, dtype).result()
