@@ -33,8 +33,11 @@ __all__ = [
 def __getattr__(name: str):
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # On demand, because the callback imports Trainer, which takes seconds.
-    place = ".analysis.dynamics" if name == "DepthDynamicsCallback" else ".registration"
+    if name == "DepthDynamicsCallback":
+        place = ".analysis.dynamics"  # on demand, because it imports Trainer, which takes seconds
+    else:
+        importlib.import_module(".registration", __name__)
+        place = ".modeling_attnres"
     value = globals()[name] = getattr(importlib.import_module(place, __name__), name)
     return value
 

@@ -61,26 +61,22 @@ def _find_backend(implementation: str, device_type: str, device_index: int | Non
         return None
     if dtype == torch.float64:
         return None  # the kernels compute in float32
-    problem = _problem(backend, torch.device(device_type, device_index), dtype)
+    try:
+        device = torch.device(device_type, device_index)
+        problem = _abi_problem() or importlib.import_module("attnres.kernels.operator").problem(backend, device, dtype)
+    except ImportError:
+        if backend == "cpu":
+            return None
+        problem = "attnres is not installed; pip install attention-residuals[triton]"
     if problem is None:
         return backend
-    if problem:
-        _warn_once(f'depth_implementation="{implementation}" falls back to "eager": {problem}')
+    _warn_once(f'depth_implementation="{implementation}" falls back to "eager": {problem}')
     return None
 
 
 @lru_cache
 def _warn_once(message: str):
     warnings.warn(message, stacklevel=2)
-
-
-def _problem(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Returns why a back end cannot be used, or `None`. The reason is empty if it is not worth a warning."""
-    try:
-        problem = _abi_problem()
-    except ImportError:
-        return "" if backend == "cpu" else "attnres is not installed; pip install attention-residuals[triton]"
-    return problem or importlib.import_module("attnres.kernels.operator").problem(backend, device, dtype)
 
 
 def _abi_problem() -> str | None:

@@ -176,11 +176,6 @@ class DepthState:
         self._maps: tuple[torch.Tensor, torch.Tensor] | None = None  # of "mhc", from a read to the next `add`
 
     @property
-    def all(self) -> tuple[torch.Tensor, ...]:
-        """The sources of the next sublayer, n tensors `[B, T, D]`: the complete ones, then the partial sum."""
-        return self.sources if self.partial is None else (*self.sources, self.partial)
-
-    @property
     def dtype(self) -> torch.dtype:
         """The dtype of all sources, which is that of the embedding."""
         return self._first.dtype
@@ -205,7 +200,8 @@ class DepthState:
         """
         if query is None:
             return self.partial, None
-        mixing, sources = self.mixing, self.all
+        mixing = self.mixing
+        sources = self.sources if self.partial is None else (*self.sources, self.partial)
         first, variant = sources[0], VARIANTS[mixing.variant]
         if query.query.device != first.device:
             query = query.to(first.device)

@@ -49,17 +49,8 @@ def _run(module, kernel, parts: int, fields: tuple, addresses: list[int]):
     module.run(kernel, ctypes.addressof(table), parts)
 
 
-def forward(
-    sources: list[torch.Tensor],
-    query: torch.Tensor,
-    eps: float,
-    norm_weight: torch.Tensor | None,
-    norm_offset: float,
-    norm_eps: float,
-    scale: float,
-    keep_weights: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Computes `attnres::mix`; the arguments are those of the operator.
+def forward(sources, query, eps, norm_weight, norm_offset, norm_eps, scale, keep_weights=True):
+    """Computes `attnres::mix`, whose arguments `operator` describes.
 
     Returns:
         The output `[B, T, D]` in the dtype of the sources, rounded once, and the depth weights `[B, T, n]`, float32, or
@@ -84,20 +75,8 @@ def forward(
     return output, weights
 
 
-def backward(
-    grad_output: torch.Tensor | None,
-    grad_weights: torch.Tensor | None,
-    sources: list[torch.Tensor],
-    query: torch.Tensor,
-    eps: float,
-    weights: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    norm_offset: float,
-    norm_eps: float,
-    scale: float,
-    needs: list[bool],
-) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor | None]:
-    """Computes `attnres::mix_backward`.
+def backward(grad_output, grad_weights, sources, query, eps, weights, norm_weight, norm_offset, norm_eps, scale, needs):
+    """Computes `attnres::mix_backward`, whose arguments `operator` describes.
 
     Returns:
         The gradients of the sources (empty where `needs` is False), of the query, and of the norm weight or `None`.

@@ -14,10 +14,8 @@ Shapes: R tokens of all sequences, D hidden size, n sources, P parts of the toke
 
 import ctypes
 import math
-import os
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
@@ -342,17 +340,12 @@ def parts(numbers: int, tokens: int) -> int:
 
 
 def run(kernel: Callable[[int], None], address: int, parts: int):
-    """Calls a kernel on one thread or, if there are several parts, on as many threads as torch uses."""
+    """Calls a kernel on one thread or, if there are several parts and OpenMP, on as many threads as torch uses."""
     threads = min(parts, torch.get_num_threads()) if parts > 1 else 1
-    if threads == 1:
+    if threads == 1 or _OPENMP is None:
         kernel(address)
-    elif _OPENMP is not None:
-        _OPENMP(kernel.compiled.address, address, threads, 0)
     else:
-        others = [_threads().submit(kernel, address) for _ in range(threads - 1)]
-        kernel(address)
-        for other in others:
-            other.result()
+        _OPENMP(kernel.compiled.address, address, threads, 0)
 
 
 def _openmp() -> Callable[[int, int, int, int], None] | None:
@@ -369,12 +362,3 @@ def _openmp() -> Callable[[int, int, int, int], None] | None:
 
 
 _OPENMP = _openmp()
-
-
-@lru_cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), "attnres")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_threads.cache_clear)  # a child process has no threads of its parent

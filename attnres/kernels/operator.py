@@ -6,7 +6,8 @@
     mix(sources, query, eps, norm_weight, norm_offset, norm_eps, scale, backend) -> (y, w)
 
 The sources are n tensors `[B, T, D]`; `query`, `[D]` and float32, is the pseudo-query times the gain of its key norm;
-`norm_weight` is `[D]` or `None`. y is `[B, T, D]` in the dtype of the sources, and w is `[B, T, n]`, float32.
+`norm_weight` is `[D]` or `None`. y is `[B, T, D]` in the dtype of the sources, and w is `[B, T, n]`, float32. In
+`mix_backward`, the gradients of y and w may be `None`, and `needs` selects the sources that need a gradient.
 
 torch.compile, torch.export and activation checkpointing (`torch.ops.attnres.mix.default` in a selective policy) see one
 operation. It saves the sources by reference and the depth weights for its backward pass.
@@ -18,6 +19,8 @@ import functools
 import importlib
 
 import torch
+
+from .self_check import equation
 
 BACKENDS = {"cpu": "cpu_backend", "triton": "triton_backend"}
 DEVICES = ("CPU", "CUDA", "XPU")
@@ -108,7 +111,7 @@ def _differentiable_backward(ctx, output_gradient, weights_gradient):
     _, query, norm_weight, *sources = ctx.saved_tensors
     sources = [source.view_as(source) for source in sources]  # the same tensor may be several sources
     inputs = [*sources, query, *([] if norm_weight is None else [norm_weight])]
-    results = _equation(sources, query, ctx.eps, norm_weight, *ctx.norm)
+    results = equation(sources, query, ctx.eps, norm_weight, *ctx.norm)
     pairs = zip(results, (output_gradient, weights_gradient), strict=True)
     given = [(result, gradient) for result, gradient in pairs if gradient is not None]
     wanted = [each for each in inputs if each.requires_grad]
@@ -117,17 +120,6 @@ def _differentiable_backward(ctx, output_gradient, weights_gradient):
     gradients = [next(found) if each.requires_grad else None for each in inputs]
     by_norm = None if norm_weight is None else gradients.pop()
     return gradients[:-1], gradients[-1], None, by_norm, None, None, None, None
-
-
-def _equation(sources, query, eps, norm_weight, norm_offset, norm_eps, scale):
-    values = torch.stack(sources, dim=2).to(query.dtype)
-    keys = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
-    weights = torch.softmax((keys * query).sum(-1), dim=-1)
-    mixed = ((scale * weights).unsqueeze(-1) * values).sum(2)
-    if norm_weight is not None:
-        mixed = mixed * torch.rsqrt(mixed.square().mean(-1, keepdim=True) + norm_eps)
-        mixed = mixed * (norm_weight.to(mixed.dtype) + norm_offset)
-    return mixed.to(sources[0].dtype), weights
 
 
 torch.library.register_autograd("attnres::mix", _backward, setup_context=_save, lib=_library)
