@@ -46,8 +46,8 @@ def _plan(name: str) -> property:
 class AttnResConfig(PreTrainedConfig):
     r"""The configuration of an AttnRes model: its backbone, and how sublayer outputs are mixed over depth.
 
-    All attributes of the backbone (`hidden_size`, `vocab_size`, `num_hidden_layers`, `pad_token_id`, `use_cache`, ...)
-    can be read and written here as well, so that code for a plain transformers configuration works.
+    Attributes that only the backbone has (`hidden_size`, `vocab_size`, `num_hidden_layers`, `pad_token_id`, ...) are
+    read from and written to `backbone_config`, so that code for a plain transformers configuration works.
 
     Args:
         backbone_config (`PreTrainedConfig` or `dict` with a `model_type`, *optional*):
@@ -69,8 +69,8 @@ class AttnResConfig(PreTrainedConfig):
             its ablations and related methods (docs/variants.md).
         scale_norm_eps (`bool`, defaults to `False`):
             Whether a mixture of n sources is multiplied by n, which divides the epsilon of the RMSNorm that follows by
-            n^2. While the pseudo-queries are zero, a converted model then computes exactly what the plain model
-            computed. Conversions set it to `True` (`from_backbone`, `from_pretrained` with a plain checkpoint,
+            n^2. While the pseudo-queries are zero, a converted model then computes the same function as the plain
+            model. Conversions set it to `True` (`from_backbone`, `from_pretrained` with a plain checkpoint,
             `attnres convert`).
         depth_implementation (`str`, defaults to `"auto"`):
             The implementation of the mixing: `"eager"` (the equation in torch), `"triton"`, or `"auto"`, which uses

@@ -175,7 +175,7 @@ class Variant:
 
     # The publication it comes from.
     source: str
-    # The function; `None` for the fused kernels' own ("attnres") and for residual streams.
+    # The function; `None` for residual streams and for "attnres", which has `attention_residual` and fused kernels.
     mixture: Callable[..., Mixture] | None = None
     # Returns the initial values `[R, ...]` of the variant's own parameters, given R and D.
     initial: Callable[[int, int], torch.Tensor] | None = None
