@@ -14,7 +14,7 @@ from attnres import cli
 
 
 def error_of(capsys, *arguments: str) -> str:
-    """The single line on stderr of a command that ends with status 2."""
+    """Returns the single line on stderr of a command that ends with status 2."""
     assert cli.main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

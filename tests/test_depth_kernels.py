@@ -1,4 +1,4 @@
-"""Which code mixes: how it is chosen, and what happens where kernels are missing, wrong or of another version."""
+"""The choice of the implementation, and the fallback where kernels are missing, wrong or of another version."""
 
 import copy
 import os
@@ -215,7 +215,7 @@ def test_eager_needs_no_kernels():
 
 
 def test_a_folder_of_another_abi_loads_as_remote_code_and_mixes_by_the_equation(tmp_path):
-    """An old folder and a newer package: its own files, the package's kernels."""
+    """An old folder brings its own files, but finds the kernels of a newer package."""
     model, tokens = random_attnres("llama"), random_tokens(1, 5)
     model.save_pretrained(tmp_path)
     files = {path.name for path in tmp_path.glob("*.py")}

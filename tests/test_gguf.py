@@ -23,7 +23,7 @@ NAMES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny Llama of random weights as model.gguf."""
+    """Writes a tiny Llama with random weights as model.gguf."""
     folder = tmp_path_factory.mktemp("gguf")
     torch.manual_seed(0)
     config = short_config("llama")
