@@ -201,6 +201,14 @@ class AttnResPreTrainedModel(PreTrainedModel):
             init_weights(self.config.backbone_config, module)
 
     def save_pretrained(self, save_directory, **kwargs):
+        """Saves the weights, with one depth tensor per layer under the names of Kimi K3, the configuration and the code.
+
+        Args:
+            save_directory, kwargs: as in `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            ValueError: decoder layers were removed, but they are not the last ones or `num_hidden_layers` counts them.
+        """
         if self.is_remote_code():
             self.config.auto_map = dict(AUTO_MAP)
         self.config.check_depth_options()
@@ -247,6 +255,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def load_adapter(self, *args, **kwargs):
+        """Loads a PEFT adapter as in transformers, with the converters of this model's family."""
         with _CONVERSIONS:
             self._register_conversions()
             return super().load_adapter(*args, **kwargs)

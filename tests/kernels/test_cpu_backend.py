@@ -1,4 +1,4 @@
-"""The CPU kernels against the equation in float64, and what must not change a result."""
+"""The CPU kernels against the equation in float64, and under conditions that must not change a result."""
 
 import os
 import subprocess

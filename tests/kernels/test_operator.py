@@ -1,4 +1,4 @@
-"""`attnres::mix` as an operator of torch: its schema, its shapes without values, and its gradients."""
+"""`attnres::mix` as an operator of torch: its schema, its fake tensors, and its gradients."""
 
 import pytest
 import torch
