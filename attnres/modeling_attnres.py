@@ -201,7 +201,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
             init_weights(self.config.backbone_config, module)
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Saves the weights, with one depth tensor per layer under the names of Kimi K3, the configuration and the code.
+        """Saves weights, configuration and code; depth tensors are stored per layer, under the names of Kimi K3.
 
         Args:
             save_directory, kwargs: as in `PreTrainedModel.save_pretrained`.
