@@ -1,4 +1,4 @@
-"""Compiles all variants of the kernels for Hopper and MI300 GPUs, neither of which is needed, and prints their kinds."""
+"""Compiles all variants of the kernels for Hopper and MI300 GPUs, without these GPUs, and prints their kinds."""
 
 import importlib.util
 from pathlib import Path
