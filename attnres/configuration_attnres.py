@@ -231,6 +231,7 @@ class AttnResConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """Builds a configuration from a dictionary; depth options in `kwargs` replace those in the dictionary."""
         config_dict = dict(_wrap_backbone(config_dict))
         overrides = {key: kwargs.pop(key) for key in (*DEPTH_OPTIONS, "depth_implementation") if key in kwargs}
         if overrides.get("num_blocks") is not None and "layers_per_block" not in overrides:
