@@ -9,6 +9,8 @@ A kernel has one argument, because every argument takes time: the address of a t
 below name its entries. They are followed by the addresses of the n sources and, for the backward pass, of their
 gradients (0: not needed). The caller has to check everything.
 
+A state is one token's row of D numbers, in the dtype of the sources: float32, or bfloat16 as uint16.
+
 Shapes: R tokens of all sequences, D hidden size, n sources, P parts of the tokens.
 """
 
@@ -184,7 +186,7 @@ def _(states):
 
 
 def _mix(states):
-    """Computes y and w; the table is at the pointer `states`, whose type is that of the sources."""
+    """Computes y and w; `states` points to the table, and its type is that of a pointer to the sources' numbers."""
     table, numbers, floats = _open(states)
     count, size, tokens, parts, gain = table[COUNT], table[SIZE], table[TOKENS], table[PARTS], table[GAIN]
     query, gains = carray(_pointer(table[QUERY], floats), (size,)), carray(_pointer(gain, states), (size,))
