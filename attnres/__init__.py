@@ -33,14 +33,17 @@ __all__ = [
 def __getattr__(name: str):
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # Not until it is asked for: with the callback comes Trainer, which takes seconds to import.
-    place = ".analysis.dynamics" if name == "DepthDynamicsCallback" else ".registration"
+    if name == "DepthDynamicsCallback":
+        place = ".analysis.dynamics"  # on demand, because it imports Trainer, which takes seconds
+    else:
+        importlib.import_module(".registration", __name__)
+        place = ".modeling_attnres"
     value = globals()[name] = getattr(importlib.import_module(place, __name__), name)
     return value
 
 
 def _is_command() -> bool:
-    """Whether Python runs `attnres` or `python -m attnres`, which answers `--help` without importing torch."""
+    """Returns whether Python runs the `attnres` command, which answers `--help` without importing torch."""
     if sys.argv[:1] == ["-m"]:
         return any(word == __name__ or word.endswith(f"m{__name__}") for word in sys.orig_argv)  # -mattnres is one word
     return bool(sys.argv) and PurePath(sys.argv[0]).name in ("attnres", "attnres.exe")

@@ -1,7 +1,7 @@
-"""Differences between backbone families, as a table. All other code is shared.
+"""The differences between the supported backbone families, as a table. All other code is shared.
 
-A family is supported when its decoder layer is PreNorm-additive: x + f(norm(x)), twice. Replacing the sum by a mean of
-the sources then only rescales the input of an RMSNorm, which is what makes a conversion lossless.
+A family is supported if its decoder layer is PreNorm-additive: x + f(norm(x)), twice. Replacing the sum by a mean of
+the sources then only rescales the input of an RMSNorm, which is why a conversion is lossless.
 """
 
 import sys
@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from .configuration_kimi_k3 import KimiK3Config
 from .modeling_kimi_k3 import KimiK3ForCausalLM, KimiK3Model
 
-# A family of ours, which transformers does not have.
+# transformers does not have this family.
 AutoConfig.register(KimiK3Config.model_type, KimiK3Config, exist_ok=True)
 AutoModel.register(KimiK3Config, KimiK3Model, exist_ok=True)
 AutoModelForCausalLM.register(KimiK3Config, KimiK3ForCausalLM, exist_ok=True)
@@ -34,53 +34,39 @@ MASKS = {
     "linear_attention": create_recurrent_attention_mask,
 }
 
-# Which mask each decoder layer gets.
-CAUSAL = "causal"  # one causal mask for all
-SLIDING_IF_SET = "sliding_if_set"  # one for all, sliding when the configuration has a window
-BY_LAYER_TYPE = "by_layer_type"  # config.layer_types says
+# The mask of each decoder layer.
+CAUSAL = "causal"  # causal in all layers
+SLIDING_IF_SET = "sliding_if_set"  # the same in all layers, sliding if the configuration has a window
+BY_LAYER_TYPE = "by_layer_type"  # according to config.layer_types
 
 
 @dataclass(frozen=True)
 class Family:
-    """How a family's decoder layer and model are put together.
+    """The names of modules and configuration keys with which a family's model is put together."""
 
-    Attributes:
-        masks: `CAUSAL`, `SLIDING_IF_SET` or `BY_LAYER_TYPE`.
-        attention: name of the softmax-attention module in the decoder layer.
-        linear_attention: name of the linear-attention module, in layers of that type; called with `cache_params`.
-        mlp: name of the MLP or mixture-of-experts module.
-        attention_pre_norm, mlp_pre_norm: norms of the sublayers' inputs.
-        norm_offset: what those norms add to their weight before they multiply by it.
-        attention_post_norm, mlp_post_norm: norms of the sublayers' outputs (Gemma's sandwich), part of the sublayer.
-        attention_dropout, mlp_dropout: dropouts of the sublayers' outputs, part of the sublayer.
-        rotary_by_layer_type: the rotary embedding is asked once per layer type.
-        output_multiplier: configuration key of a factor on every sublayer output, folded into the source.
-        embedding_multiplier: configuration key of a factor on the embeddings.
-        logits_divisor: configuration key of a divisor of the logits.
-        logits_softcap: configuration key of a soft cap c * tanh(logits / c).
-        lm_head_bias: configuration key that says whether the head has a bias.
-        cache_reset_length: configuration key of a prompt length beyond which the rotary factors change, and with them
-            the meaning of all cached keys.
-    """
+    masks: str  # CAUSAL, SLIDING_IF_SET or BY_LAYER_TYPE
 
-    masks: str
+    # Modules of the decoder layer. Post-norms (Gemma) and dropouts belong to a sublayer's output.
     attention: str = "self_attn"
-    linear_attention: str = "self_attn"
-    mlp: str = "mlp"
+    linear_attention: str = "self_attn"  # in layers of that type; takes the cache as `cache_params`
+    mlp: str = "mlp"  # or mixture of experts
     attention_pre_norm: str = "input_layernorm"
     mlp_pre_norm: str = "post_attention_layernorm"
-    norm_offset: float = 0.0
     attention_post_norm: str | None = None
     mlp_post_norm: str | None = None
     attention_dropout: str | None = None
     mlp_dropout: str | None = None
-    rotary_by_layer_type: bool = False
-    output_multiplier: str | None = None
-    embedding_multiplier: str | None = None
+
+    norm_offset: float = 0.0  # is added to the weight of a pre-norm
+    rotary_by_layer_type: bool = False  # whether each layer type has its own rotary embedding
+
+    # Configuration keys.
+    output_multiplier: str | None = None  # a factor on every sublayer output, which becomes part of the source
+    embedding_multiplier: str | None = None  # a factor on the embeddings
     logits_divisor: str | None = None
-    logits_softcap: str | None = None
-    lm_head_bias: str | None = None
-    cache_reset_length: str | None = None
+    logits_softcap: str | None = None  # c in c * tanh(logits / c)
+    lm_head_bias: str | None = None  # whether the head has a bias
+    cache_reset_length: str | None = None  # the prompt length beyond which rotary factors change, and all cached keys
 
 
 _GRANITE = {
@@ -142,7 +128,11 @@ REFUSED = {
 
 
 def check_supported(backbone: PreTrainedConfig | str):
-    """Raises ValueError, with the reason, if a family cannot be the backbone of an AttnRes model."""
+    """Checks that a family, given by a configuration or a `model_type`, can be the backbone of an AttnRes model.
+
+    Raises:
+        ValueError: the family is not supported; the message gives the reason.
+    """
     model_type = backbone if isinstance(backbone, str) else backbone.model_type
     if model_type in FAMILIES:
         return
@@ -155,45 +145,40 @@ def check_supported(backbone: PreTrainedConfig | str):
 
 
 def get_family(config: PreTrainedConfig) -> Family:
-    """The `Family` of a backbone configuration."""
+    """Returns the `Family` of a backbone configuration."""
     check_supported(config)
     return FAMILIES[config.model_type]
 
 
-def base_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The family's model without a head."""
-    return MODEL_MAPPING[type(config)]
-
-
 def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The family's model with a language-modelling head."""
+    """Returns the family's class with a language-modelling head."""
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def build_base_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The family's model without a head, initialised by itself: a seed gives the weights it gives the plain model."""
-    return base_model_class(config)(config)
+    """Builds the family's model without a head. With the same seed its weights are those of the plain model."""
+    return MODEL_MAPPING[type(config)](config)
 
 
 def init_weights(config: PreTrainedConfig, module: nn.Module):
-    """Initialises one module as the family does (experts, routers, decay rates, sinks, ...)."""
+    """Initialises one module (experts, routers, decay rates, sinks, ...) as the family does."""
     owner_class = causal_lm_class(config)
-    owner = object.__new__(owner_class)  # only its configuration is read: no need for the weights of a whole model
+    owner = object.__new__(owner_class)  # initialisation only reads the configuration, so no model has to be built
     owner.__dict__["config"] = config
     owner._init_weights(module)
 
 
 def build_lm_head(config: PreTrainedConfig) -> nn.Linear:
-    """The family's language-modelling head, before its initialisation."""
+    """Builds the family's language-modelling head without initialising it."""
     key = get_family(config).lm_head_bias
     return nn.Linear(config.hidden_size, config.vocab_size, bias=bool(key and getattr(config, key)))
 
 
 def checkpoint_conversions(config: PreTrainedConfig) -> list:
-    """The family's converters between the tensors on disk (per expert, ...) and in memory."""
+    """Returns the family's converters between the tensors on disk (one per expert, ...) and in memory."""
     conversions = get_checkpoint_conversion_mapping(config.model_type) or []
-    # Some families rename by a pattern with unescaped dots: reverted, ".mlp." would also match the "_mlp_" and ".mlp_"
-    # in the names of the depth tensors.
+    # Some families rename ".block_sparse_moe." to ".mlp." without escaping the dots. Reverted, the pattern would also
+    # match "_mlp_" and ".mlp_" in the names of the depth tensors.
     loose = [".block_sparse_moe.", ".mlp."]
     return [
         WeightRenaming(source_patterns=r"\.block_sparse_moe\.", target_patterns=r"\.mlp\.")
@@ -205,7 +190,7 @@ def checkpoint_conversions(config: PreTrainedConfig) -> list:
 
 
 def scale_logits(config: PreTrainedConfig, logits: torch.Tensor) -> torch.Tensor:
-    """The family's scaling and soft cap of the logits."""
+    """Applies the family's scaling and soft cap to the logits."""
     family = get_family(config)
     if family.logits_divisor is not None:
         logits = logits / getattr(config, family.logits_divisor)
@@ -215,12 +200,12 @@ def scale_logits(config: PreTrainedConfig, logits: torch.Tensor) -> torch.Tensor
 
 
 def layer_type(config: PreTrainedConfig, layer_idx: int) -> str:
-    """`full_attention`, `sliding_attention` or `linear_attention`."""
+    """Returns the type of a decoder layer: `full_attention`, `sliding_attention` or `linear_attention`."""
     return types_of_layers(config, [layer_idx])[layer_idx]
 
 
 def types_of_layers(config: PreTrainedConfig, indices: Iterable[int]) -> dict[int, str]:
-    """`layer_type` of several decoder layers. Reads the configuration once: that is slow, and done for every token."""
+    """Returns the types of several decoder layers; it reads the configuration once, as that is slow."""
     masks = get_family(config).masks
     if masks == BY_LAYER_TYPE:
         every = config.layer_types
@@ -230,7 +215,7 @@ def types_of_layers(config: PreTrainedConfig, indices: Iterable[int]) -> dict[in
 
 
 def create_masks(config: PreTrainedConfig, layer_types: Iterable[str], attention_mask, **mask_inputs) -> dict:
-    """One mask per layer type; masks that `generate` has already prepared are passed through."""
+    """Creates one mask per layer type, or returns the masks that `generate` has prepared."""
     if isinstance(attention_mask, dict):
         return attention_mask
     return {kind: MASKS[kind](config=config, attention_mask=attention_mask, **mask_inputs) for kind in layer_types}
@@ -239,7 +224,7 @@ def create_masks(config: PreTrainedConfig, layer_types: Iterable[str], attention
 def rotary_inputs(
     config: PreTrainedConfig, layer_types: Iterable[str], rotary_emb: nn.Module | None, hidden_states, position_ids
 ) -> dict[str, dict]:
-    """Per layer type the position embeddings as arguments of the attention; none where the family has no rotary one."""
+    """Returns, per layer type, the position embeddings as arguments of the attention; {} without rotary embeddings."""
     if rotary_emb is None:
         return {kind: {} for kind in layer_types}
     if get_family(config).rotary_by_layer_type:
@@ -249,7 +234,7 @@ def rotary_inputs(
 
 
 def load_balancing_loss(config: PreTrainedConfig) -> Callable | None:
-    """The family's auxiliary loss of (router_logits, attention_mask); `None` where it has none."""
+    """Returns the family's auxiliary loss, a function of (router_logits, attention_mask), or `None`."""
     function = getattr(sys.modules[causal_lm_class(config).__module__], "load_balancing_loss_func", None)
     if function is None or getattr(config, "router_aux_loss_coef", None) is None:
         return None

@@ -1,4 +1,4 @@
-"""Configuration of the text model of Kimi K3: Kimi Linear with other gates, another activation and latent experts."""
+"""The configuration of Kimi K3's text model: Kimi Linear with other gates, another activation and latent experts."""
 
 from huggingface_hub.dataclasses import strict
 from transformers.models.kimi_linear.configuration_kimi_linear import KimiLinearConfig
@@ -6,7 +6,7 @@ from transformers.models.kimi_linear.configuration_kimi_linear import KimiLinear
 SITU = "situ"
 ROUTER_ACTIVATIONS = ("sigmoid", "softmax")
 
-# The release: 2.78 T parameters. Layers are counted from 0 here, and the last two are both of softmax attention.
+# The released model: 2.78 T parameters. Layers are counted from 0; the last two both have softmax attention.
 KIMI_K3_LAYERS = 93
 KIMI_K3 = {
     "model_type": "kimi_k3",
@@ -45,37 +45,37 @@ KIMI_K3_LAYERS_PER_BLOCK = 12
 
 @strict
 class KimiK3Config(KimiLinearConfig):
-    r"""The text model of Kimi K3, and its smaller relatives: every feature is one option.
+    r"""The configuration of Kimi K3's text model and of smaller models with any of its features.
 
-    Takes the names of transformers' Kimi Linear and those of the released `config.json` (`num_experts`,
-    `num_experts_per_token`, `moe_renormalize`, `linear_attn_config`, `first_k_dense_replace`, `moe_layer_freq`, ...);
-    what a released file leaves out has the value that the official code gives it.
+    The options have the names of transformers' Kimi Linear or of the released `config.json` (`num_experts`,
+    `num_experts_per_token`, `moe_renormalize`, `linear_attn_config`, `first_k_dense_replace`, `moe_layer_freq`, ...).
+    An option that a released file leaves out has the default of the official code.
 
     Args:
         hidden_act (`str`, defaults to `"silu"`):
-            Of the MLPs and experts, never of the short convolutions: `"situ"`, or a name of transformers' `ACT2FN`.
-        activation_situ_beta (`float`, *optional*):
-            Bound of SiTU's gate branch; 1 if it is not given.
+            Activation of the MLPs and experts, but not of the short convolutions: `"situ"` or a key of `ACT2FN`.
+        activation_situ_beta (`float`, *optional*, defaults to 1):
+            Bound of SiTU's gate branch.
         activation_situ_linear_beta (`float`, *optional*):
-            Bound of SiTU's linear branch; unbounded if it is not given.
+            Bound of SiTU's linear branch, which is unbounded by default.
         mla_use_output_gate (`bool`, defaults to `False`):
-            Whether the softmax attention's output is multiplied by a sigmoid gate of its input.
+            Whether the output of the softmax attention is multiplied by a sigmoid gate computed from its input.
         linear_use_full_rank_gate (`bool`, defaults to `False`):
             Whether the output gate of the linear attention is one matrix instead of a product of two.
         linear_gate_lower_bound (`float`, *optional*):
-            Logarithm of the strongest decay of the linear attention's state, -5 to 0 (excluded). Not given: the
-            unbounded decay of Kimi Linear.
+            Logarithm of the strongest decay of the linear attention's state, from -5 to 0 (excluded). The default is
+            the unbounded decay of Kimi Linear.
         num_local_experts (`int`, *optional*):
-            Routed experts of a sparse layer. Not given: every MLP is dense.
-        routed_expert_hidden_size (`int`, *optional*):
-            Width at which the routed experts compute. Not given: `hidden_size`.
+            Number of routed experts of a sparse layer. By default every MLP is dense.
+        routed_expert_hidden_size (`int`, *optional*, defaults to `hidden_size`):
+            Width of the inputs and outputs of the routed experts.
         latent_moe_use_norm (`bool`, defaults to `False`):
             Whether the sum of the routed experts is normed at that width.
         moe_router_activation_func (`str`, defaults to `"sigmoid"`):
-            Scores of the experts: `"sigmoid"` or `"softmax"`.
+            Function that turns logits into scores of the experts: `"sigmoid"` or `"softmax"`.
 
     Raises:
-        ValueError: an option out of range, or of a model that this is not (rotary attention).
+        ValueError: an option is out of range, or belongs to another model (rotary attention).
     """
 
     model_type = "kimi_k3"
@@ -109,7 +109,7 @@ class KimiK3Config(KimiLinearConfig):
         first_dense, frequency = kwargs.pop("first_k_dense_replace", 0), kwargs.pop("moe_layer_freq", 1)
         grouped = kwargs.pop("use_grouped_topk", True)
         if kwargs.pop("mla_use_nope", True) is False:
-            raise ValueError("mla_use_nope must be true, got False: rotary attention is no part of Kimi K3.")
+            raise ValueError("mla_use_nope must be true, got False: Kimi K3 has no rotary attention.")
         if (method := kwargs.pop("topk_method", "noaux_tc")) != "noaux_tc":
             raise ValueError(f"topk_method must be 'noaux_tc', got {method!r}.")
         for name, key in (
@@ -129,7 +129,7 @@ class KimiK3Config(KimiLinearConfig):
                 linear = {layer for layer in layers if layer % 4 != 3 and layer != self.num_hidden_layers - 1}
             self.layer_types = ["linear_attention" if layer in linear else "full_attention" for layer in layers]
         mlp_layer_types = self.mlp_layer_types
-        if mlp_layer_types is None:  # which layers are sparse depends on options that may be among kwargs
+        if mlp_layer_types is None:  # kwargs may contain options that decide which layers are sparse
             self.mlp_layer_types = ["dense" for _ in layers]
         super().__post_init__(**kwargs)
         if mlp_layer_types is None and self.num_local_experts is not None:
@@ -141,7 +141,11 @@ class KimiK3Config(KimiLinearConfig):
         self.check_options()
 
     def check_options(self):
-        """Raises ValueError, with the rule, for options that make no model."""
+        """Checks the options that this class adds.
+
+        Raises:
+            ValueError: an option is out of range or missing.
+        """
         bound = self.linear_gate_lower_bound
         if bound is not None and not -5 <= bound < 0:
             raise ValueError(f"linear_gate_lower_bound must be at least -5 and below 0, or None, got {bound!r}.")
@@ -155,7 +159,7 @@ class KimiK3Config(KimiLinearConfig):
         for name in ("num_local_experts", "num_experts_per_tok", "moe_intermediate_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive number where layers are sparse, got {value!r}.")
+                raise ValueError(f"{name} must be a positive number if any layer is sparse, got {value!r}.")
         if self.num_local_experts % self.n_group:
             raise ValueError(f"n_group must divide num_local_experts={self.num_local_experts}, got {self.n_group}.")
 

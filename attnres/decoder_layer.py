@@ -1,4 +1,4 @@
-"""A family's decoder layer with mixtures over depth in place of its residual additions.
+"""A family's decoder layer with mixtures over depth in place of its residual additions (paper, section 3).
 
 Shapes: B batch, T tokens, D hidden size, n sources.
 """
@@ -19,22 +19,22 @@ from .torch_internals import is_fake
 
 
 class MixedInput(nn.Identity):
-    """The input a decoder layer mixed from its sources; a place for `output_hidden_states` to look."""
+    """Passes on the mixture that a decoder layer reads first, so that `output_hidden_states` can record it."""
 
 
 class DepthWeights(nn.Identity):
-    """The weights of one mixture; a place for `output_depth_weights` to look."""
+    """Receives the weights of one mixture, so that `output_depth_weights` can record them."""
 
 
 class SublayerWeights(nn.Identity):
-    """The attention weights of a softmax attention; a place for `output_attentions` to look."""
+    """Receives the attention weights of a softmax attention, so that `output_attentions` can record them."""
 
 
 class LayerQueries:
-    """What the two sublayers of a decoder layer read with, in one object that is no container.
+    """The pseudo-queries of the two sublayers of a decoder layer, in one object that is not a container.
 
-    FSDP casts all tensors that it finds in the arguments of a wrapped module to its parameters' dtype. Pseudo-queries
-    have to stay float32: rounded to bfloat16 a logit of 50 is off by 0.1, and so is its source's weight.
+    FSDP casts all tensors that it finds in the arguments of a wrapped module to the dtype of its parameters, but
+    pseudo-queries have to stay float32: rounded to bfloat16, a logit of 50 is off by 0.1.
     """
 
     __slots__ = ("attention", "mlp")
@@ -43,14 +43,16 @@ class LayerQueries:
         self.attention, self.mlp = attention, mlp
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "LayerQueries":
-        """On another device; accelerate's hooks call this where layers are spread over several."""
+        """Copies the queries to another device, for accelerate's hooks where layers are spread over several devices."""
         return LayerQueries(self.attention.to(device), self.mlp.to(device))
 
 
 def _checkpoint_unpacked(checkpoint, function, queries: LayerQueries | None, *state):
-    """`checkpoint(function, queries, *state)` with pseudo-queries one by one: activation checkpointing has to find
-    every tensor that is to get a gradient among the arguments."""
-    if not isinstance(queries, LayerQueries):  # a residual stream, or unpacked by what wraps this
+    """Calls `checkpoint(function, queries, *state)` with the tensors of the queries as arguments of their own.
+
+    Activation checkpointing only computes gradients for tensors that it finds among the arguments.
+    """
+    if not isinstance(queries, LayerQueries):  # "standard" mode, or a wrapper has unpacked them already
         return checkpoint(function, queries, *state)
 
     def packed(attention, attention_extra, mlp, mlp_extra, *state):
@@ -61,10 +63,12 @@ def _checkpoint_unpacked(checkpoint, function, queries: LayerQueries | None, *st
 
 
 def norm_to_fuse(norm: nn.Module, norm_type: type, offset: float, eps: float, dtype: torch.dtype) -> Norm | None:
-    """A family's norm as numbers, for the mixing to apply it too; `None` where the module itself has to be called:
-    something has replaced it, hooks on to it, or gives it another dtype than its input's."""
+    """Returns a family's norm as numbers that the fused operator can apply, or `None` if the module must be called.
+
+    The module must be called if it was replaced, has hooks, or has a weight of another dtype than its input.
+    """
     own = norm.__dict__
-    weight = own["_parameters"].get("weight")  # of none that FSDP or a parametrisation has put elsewhere
+    weight = own["_parameters"].get("weight")  # missing if FSDP or a parametrization has moved it
     if (
         type(norm) is norm_type
         and (type(weight) is nn.Parameter or is_fake(weight))
@@ -77,9 +81,11 @@ def norm_to_fuse(norm: nn.Module, norm_type: type, offset: float, eps: float, dt
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether something looks at what goes into or comes out of a module. transformers' recorders, which stay where
-    outputs were asked for once, do not count."""
-    own = module.__dict__  # this is asked for every token
+    """Returns whether hooks observe a module's inputs or outputs.
+
+    transformers' recorders do not count: they stay on a module after outputs have been requested once.
+    """
+    own = module.__dict__  # attribute access is slow, and this runs for every token
     if own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return True
     hooks = own["_forward_hooks"]
@@ -87,14 +93,14 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 class AttnResDecoderLayer(GradientCheckpointingLayer):
-    """A family's decoder layer whose two residual additions are mixtures over depth.
+    """A family's decoder layer whose two residual additions are replaced by mixtures over depth.
 
-    Takes over the sublayers and norms of `layer` under their own names.
+    It takes over the sublayers and norms of `layer` under their own names.
 
     Args:
         config: configuration of the AttnRes model.
         layer: the family's decoder layer.
-        layer_idx: its index, from 0.
+        layer_idx: the layer's index, from 0.
     """
 
     def __init__(self, config: AttnResConfig, layer: nn.Module, layer_idx: int):
@@ -104,10 +110,9 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         backbone = config.backbone_config
         self.config = config
         self.layer_idx = layer_idx
-        self.residual_mode = config.residual_mode
         self.family = get_family(backbone)
         self.layer_type = layer_type(backbone, layer_idx)
-        self.rms_norm_eps = backbone.rms_norm_eps  # reading configurations is slow
+        self.rms_norm_eps = backbone.rms_norm_eps  # reading a configuration in every forward pass is slow
         multiplier = self.family.output_multiplier
         self.output_multiplier = 1.0 if multiplier is None else getattr(backbone, multiplier)
         self._norm_type = type(getattr(self, self.family.attention_pre_norm))
@@ -138,25 +143,26 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         sequence_shards=None,
         **attention_inputs: Unpack[TransformersKwargs],
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """One decoder layer: reads a mixture and adds what its attention makes of it, then the same with its MLP.
+        """Runs both sublayers: each reads a mixture of the sources, norms it, and adds its output to the partial sum.
 
-        Nothing is changed in place, so that activation checkpointing may run a layer twice.
+        Nothing is changed in place, so that activation checkpointing can run a layer twice.
 
         Args:
-            queries: what the attention and the MLP read with; `None` in `"standard"` mode.
-            partial: the partial sum of the block `[B, T, D]`, `None` at its start; in `"standard"` mode the residual
+            queries: the pseudo-queries of the attention and the MLP; `None` in "standard" mode.
+            partial: the partial sum of the block `[B, T, D]`, `None` at its start; in "standard" mode the residual
                 stream.
-            sources: complete sources, n tensors `[B, T, D]`.
-            mixing: how the model mixes.
-            output_hidden_states: whether the attention's mixture is wanted before it is normed.
-            sequence_shards: where T are this device's tokens only, what makes them whole before a sublayer (`gather`)
-                and takes this device's from its output (`own`).
-            attention_inputs: what the family's attention takes: `attention_mask`, `position_ids`, `past_key_values`,
-                `use_cache`, `position_embeddings` where it has them, ...
+            sources: the complete sources, n tensors `[B, T, D]`.
+            mixing: the depth options.
+            output_depth_weights: whether to record the depth weights.
+            output_hidden_states: whether to record the attention's mixture before it is normed.
+            sequence_shards: if the T tokens are one device's share of a sequence, an object that collects all tokens
+                before a sublayer (`gather`) and returns this device's share of its output (`own`).
+            attention_inputs: arguments of the family's attention: `attention_mask`, `position_ids`, `past_key_values`,
+                `use_cache`, `position_embeddings`, ...
 
         Returns:
-            The partial sum including this layer; in `"full"` mode the attention output and the MLP output, two new
-            sources.
+            The partial sum including this layer or, in "full" mode, the attention output and the MLP output, which are
+            two new sources.
         """
         depth = DepthState(mixing, sources, partial)
         fuse = sequence_shards is None and depth.fuses_norm()
@@ -184,7 +190,7 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         return depth.new
 
     def _attention(self, hidden_states: torch.Tensor, inputs: dict) -> torch.Tensor:
-        """Attention and what belongs to its output: normed `[B, T, D]` to `[B, T, D]`, one source."""
+        """Computes the attention's output, post-norm and dropout included: normed `[B, T, D]` to `[B, T, D]`."""
         if self.layer_type == "linear_attention":
             inputs = {**inputs, "cache_params": inputs["past_key_values"]}
             for name in ("past_key_values", "use_cache", "position_ids", "position_embeddings"):
@@ -197,9 +203,9 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         return self._finish(output, self.family.attention_post_norm, self.family.attention_dropout)
 
     def _mlp(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """MLP or mixture of experts and what belongs to its output: normed `[B, T, D]` to `[B, T, D]`, one source."""
+        """Computes the output of the MLP or the experts, as `_attention` does for the attention."""
         output = self._modules[self.family.mlp](hidden_states)
-        output = output[0] if isinstance(output, tuple) else output  # some experts return their router's logits too
+        output = output[0] if isinstance(output, tuple) else output  # some experts return the router's logits as well
         return self._finish(output, self.family.mlp_post_norm, self.family.mlp_dropout)
 
     def _finish(self, output: torch.Tensor, post_norm: str | None, dropout: str | None) -> torch.Tensor:

@@ -2,9 +2,10 @@
 
     h_l = sum_i a_{i->l} v_i,     a_{.->l} = softmax_i( w_l . RMSNorm_l(v_i) )
 
-w_l is the pseudo-query of sublayer l, RMSNorm_l its key norm with a gain of its own, v_i the sources: the embedding and
-the outputs of all earlier sublayers ("full", section 3.1), or the embedding, the sums of completed blocks and the
-partial sum of the current block ("block", section 3.2).
+w_l is the pseudo-query of sublayer l, and RMSNorm_l is its key norm, which has a gain of its own. The v_i are its
+sources. In "full" mode (section 3.1) these are the embedding and the outputs of all earlier sublayers. In "block" mode
+(section 3.2) they are the embedding, one block representation (the sum of its sublayer outputs) per complete block, and
+the partial sum of the current block.
 
 Shapes: B batch, T tokens, D hidden size, L decoder layers, n sources.
 """
@@ -16,45 +17,45 @@ import torch
 from torch import nn
 
 from .depth_kernels import Norm, fused_backend, fused_mixture
-from .depth_variants import VARIANTS, lossless_scale, read_streams, write_streams
+from .depth_variants import VARIANTS, read_streams, write_streams
 
 
 def attention_residual(
     sources: Sequence[torch.Tensor], query: torch.Tensor, eps: float, scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mixture of the sources by attention over depth, in the dtype of the query.
+    """Mixes the sources by attention over depth: h = sum_i softmax_i(w . RMSNorm(v_i)) v_i (paper, section 3.1).
 
-    What `depth_implementation="eager"` computes on every device, and what the fused kernels are tested against.
+    `depth_implementation="eager"` runs this function on every device, and the fused kernels are tested against it.
 
     Args:
         sources: n tensors `[B, T, D]`.
-        query: `[D]`, the pseudo-query times the gain of its key norm: w . (g * x) = (w * g) . x. Float32 or wider.
+        query: the pseudo-query times the gain of its key norm, `[D]`, float32 or wider: w . (g * x) = (w * g) . x.
         eps: epsilon of the key norm.
-        scale: a factor on the mixture (`Mixing.scale_norm_eps`).
+        scale: a factor on the mixture, see `Mixing.scale_norm_eps`.
 
     Returns:
-        The mixture `[B, T, D]` and the depth weights `[B, T, n]`, rows summing to 1, both in the dtype of the query.
+        The mixture `[B, T, D]` and the depth weights `[B, T, n]`, whose rows sum to 1, both in the dtype of the query.
     """
-    # Sums of products, not matrix products: autocast would round those to bfloat16, and a logit of 50 by 0.1.
+    # Sums of products instead of matrix products, which autocast would round to bfloat16: a logit of 50 is off by 0.1.
     values = torch.stack(tuple(sources), dim=2).to(query.dtype)
     keys = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
     weights = torch.softmax((keys * query).sum(-1), dim=-1)
-    # Scaled weights: with zero queries they are n * (1 / n) = 1, and the mixture is the sum to the last bit.
+    # Scaling the weights keeps conversions exact: with zero queries they are n * (1 / n) = 1, and h is the plain sum.
     return ((scale * weights).unsqueeze(-1) * values).sum(2), weights
 
 
 class DepthScore(nn.Module):
-    """Pseudo-queries with the gains of their key norms, for one place in the decoder layers.
+    """The pseudo-queries and key-norm gains of one place in the decoder layers (attention, MLP), or of the output.
 
-    One module holds both, named `..._norm`, because Trainer exempts parameters from weight decay by that name: decay
-    would pull a trained mixture back to a plain average.
+    One module holds both and is named `..._norm`, because Trainer exempts parameters from weight decay by that name:
+    decay would pull a trained mixture back to a plain average.
+
+    `query` is `[*shape, 1, D]`, as the projection on disk, and starts at exactly zero. `weight` is `[*shape, D]` and
+    starts at exactly one.
 
     Args:
-        shape: leading dimensions of the parameters, `(L,)` for one per decoder layer or `()` for the output.
+        shape: leading dimensions of the parameters: `(L,)` for one per decoder layer, `()` for the output.
         hidden_size: D.
-
-    `query` is `[*shape, 1, D]` (the middle dimension is that of the on-disk projection), exactly zero at
-    initialisation; `weight` is `[*shape, D]`, exactly one.
     """
 
     def __init__(self, shape: tuple[int, ...], hidden_size: int):
@@ -63,13 +64,13 @@ class DepthScore(nn.Module):
         self.weight = nn.Parameter(torch.ones(*shape, hidden_size))
 
     def forward(self) -> torch.Tensor:
-        """The pseudo-queries times the gains, `[*shape, D]`, float32 or wider."""
+        """Returns the pseudo-queries times the gains, `[*shape, D]`, float32 or wider."""
         precision = torch.promote_types(self.query.dtype, torch.float32)
         return self.query.squeeze(-2).to(precision) * self.weight
 
 
 class VariantParameters(nn.Module):
-    """What a variant learns per sublayer besides the pseudo-query, stacked: `weight` `[2 L + 1, ...]`."""
+    """A variant's own parameters, stacked over the sublayers and the output: `weight` `[2 L + 1, ...]`."""
 
     def __init__(self, variant: str, num_layers: int, hidden_size: int):
         super().__init__()
@@ -77,30 +78,25 @@ class VariantParameters(nn.Module):
         self.weight = nn.Parameter(self.initial())
 
     def initial(self) -> torch.Tensor:
-        """Its values before training."""
+        """Returns the values before training."""
         return VARIANTS[self.variant].initial(*self.sizes)
 
 
 class PseudoQuery(NamedTuple):
-    """What one sublayer reads its sources with.
+    """The parameters with which one sublayer, or the output, reads its sources."""
 
-    Attributes:
-        query: `[D]`, the pseudo-query times the gain of its key norm, float32 or wider.
-        extra: what the variant learns besides; `None` for most.
-    """
-
-    query: torch.Tensor
-    extra: torch.Tensor | None = None
+    query: torch.Tensor  # [D], the pseudo-query times the gain of its key norm, float32 or wider
+    extra: torch.Tensor | None = None  # the variant's own parameters, if it has any
 
     def to(self, device: torch.device) -> "PseudoQuery":
         return PseudoQuery(*(None if each is None else each.to(device) for each in self))
 
 
 class DepthMixer(nn.Module):
-    """All parameters of the mixing over depth, stacked over decoder layers.
+    """All parameters of the mixing over depth, stacked over the decoder layers.
 
     Args:
-        num_layers: decoder layers L.
+        num_layers: L, the number of decoder layers.
         hidden_size: D.
         variant: a key of `VARIANTS`.
     """
@@ -115,37 +111,33 @@ class DepthMixer(nn.Module):
         self.variant_norm = VariantParameters(variant, num_layers, hidden_size) if learns else None
 
     def forward(self) -> list[PseudoQuery]:
-        """What the sublayers read with, 2 L + 1 in the order attention, MLP, attention, MLP, ..., output."""
+        """Returns 2 L + 1 pseudo-queries in the order attention, MLP, attention, MLP, ..., output."""
         attention, mlp = self.attention_norm(), self.mlp_norm()
         queries = torch.stack([attention, mlp.to(attention.device)], dim=1).flatten(0, 1).unbind()
-        if hasattr(self, "output_norm"):
+        if hasattr(self, "output_norm"):  # of a pipeline's stages only the last has it
             queries = (*queries, self.output_norm())
         extras = [None] * len(queries) if self.variant_norm is None else self.variant_norm.weight.unbind()
         return [PseudoQuery(query, extra) for query, extra in zip(queries, extras, strict=True)]
 
 
 class Mixing(NamedTuple):
-    """How a model mixes: the options of its configuration that a forward pass needs.
+    """The depth options of a configuration that a forward pass needs."""
 
-    Attributes:
-        eps: epsilon of the key norms.
-        layers_per_block: decoder layers per block; 0: every sublayer output is a source ("full"); `None`: there are no
-            sources, but a residual stream, or several.
-        variant: a key of `VARIANTS`.
-        implementation: a key of `depth_kernels.DEPTH_IMPLEMENTATIONS`.
-        scale_norm_eps: whether the norm after a mixture of n sources has epsilon / n^2.
-        chosen: a device, and the back end of the fused operator there, so that not every layer has to ask.
-    """
-
-    eps: float
+    eps: float  # of the key norms
+    # Decoder layers per block. 0: every sublayer output is a source ("full"). `None`: there are no sources but one
+    # residual stream ("standard"), or several ("mhc").
     layers_per_block: int | None
     variant: str = "attnres"
     implementation: str = "eager"
+    # Whether a mixture of n sources is multiplied by n. With zero queries it is then their sum, as in the plain model,
+    # and the RMSNorm that follows has the plain model's epsilon: RMSNorm(n h; eps) = RMSNorm(h; eps / n^2).
     scale_norm_eps: bool = False
+    # A device and the back end of the fused operator there, chosen once per forward pass instead of once per layer.
     chosen: tuple[torch.device, str | None] | None = None
 
     @classmethod
     def of(cls, config) -> "Mixing":
+        """Reads the depth options of an `AttnResConfig`."""
         blocks = {"block": config.layers_per_block, "full": 0, "standard": None}[config.residual_mode]
         if VARIANTS[config.depth_variant].streams:
             blocks = None
@@ -153,7 +145,7 @@ class Mixing(NamedTuple):
         return cls(eps, blocks, config.depth_variant, implementation, config.scale_norm_eps)
 
     def start(self, embedding: torch.Tensor) -> "DepthState":
-        """The state before the first decoder layer; embedding `[B, T, D]`."""
+        """Returns the state before the first decoder layer, given the embedding `[B, T, D]`."""
         if self.layers_per_block is not None:
             if VARIANTS[self.variant].mixture is None:
                 self = self._replace(chosen=(embedding.device, fused_backend(self.implementation, embedding)))
@@ -163,32 +155,29 @@ class Mixing(NamedTuple):
 
 
 class DepthState:
-    """What a forward pass carries from sublayer to sublayer, in the model, its pipeline stages and sequence shards.
+    """The sources and the partial sum that a forward pass carries from sublayer to sublayer.
+
+    The model, the stages of a pipeline and sequence shards all use it.
 
     Args:
-        mixing: how the model mixes.
-        sources: complete sources, tensors `[B, T, D]`: the embedding, then block representations ("block") or sublayer
-            outputs ("full"). None with plain residuals.
-        partial: the partial sum of the current block `[B, T, D]`, a source of its own; with plain residuals the
-            residual stream.
+        mixing: the depth options.
+        sources: the complete sources, tensors `[B, T, D]`: the embedding, then block representations ("block") or
+            sublayer outputs ("full"). Empty in "standard" mode.
+        partial: the partial sum of the current block `[B, T, D]`, the newest source; `None` at the start of a block.
+            In "standard" mode it is the residual stream.
     """
 
     def __init__(self, mixing: Mixing, sources: Iterable[torch.Tensor] = (), partial: torch.Tensor | None = None):
         self.mixing = mixing
         self.sources = tuple(sources)
         self.partial = partial
-        self._backend: str | bool | None = False  # of the fused operator; False: not asked for yet
-        self._block: int | None = None  # of the last decoder layer
-        self._maps: tuple[torch.Tensor, torch.Tensor] | None = None  # of several streams, for the next output
-
-    @property
-    def all(self) -> tuple[torch.Tensor, ...]:
-        """What the next sublayer attends over, n tensors `[B, T, D]`."""
-        return self.sources if self.partial is None else (*self.sources, self.partial)
+        self._backend: str | bool | None = False  # of the fused operator; False before it is chosen
+        self._block: int | None = None  # the block of the last decoder layer
+        self._maps: tuple[torch.Tensor, torch.Tensor] | None = None  # of "mhc", from a read to the next `add`
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all sources: that of the embedding."""
+        """The dtype of all sources, which is that of the embedding."""
         return self._first.dtype
 
     @property
@@ -198,29 +187,28 @@ class DepthState:
     def read(
         self, query: PseudoQuery | None, norm: Norm | None = None, keep_weights: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the next sublayer, or the output, attends to.
+        """Returns the input of the next sublayer, or of the model's final norm: the mixture of all sources.
 
         Args:
-            query: what it reads with; `None` with plain residuals.
-            norm: the RMSNorm that follows, where the implementation can fuse it (`fuses_norm`).
-            keep_weights: whether the depth weights are wanted: while a token is decoded, room for them is not free.
+            query: the pseudo-query; `None` in "standard" mode, where the residual stream is returned.
+            norm: the RMSNorm that follows, to be applied as well; only where `fuses_norm` is true.
+            keep_weights: whether the depth weights are needed. Memory for them takes time while a token is decoded.
 
         Returns:
-            The mixture `[B, T, D]`, or what the norm makes of it, in the dtype of the sources, rounded once; and the
-            depth weights `[B, T, n]`, float32 or wider; `None` with plain residuals, and maybe where they are not
-            wanted.
+            The mixture `[B, T, D]`, normed if `norm` is given, in the dtype of the sources, rounded once; and the depth
+            weights `[B, T, n]`, float32 or wider, or `None` in "standard" mode and possibly without `keep_weights`.
         """
         if query is None:
             return self.partial, None
-        mixing, sources = self.mixing, self.all
+        mixing = self.mixing
+        sources = self.sources if self.partial is None else (*self.sources, self.partial)
         first, variant = sources[0], VARIANTS[mixing.variant]
         if query.query.device != first.device:
             query = query.to(first.device)
         if variant.streams:
             mixture, weights, self._maps = read_streams(first, query.extra, mixing.eps, query.query.dtype)
             return mixture.to(first.dtype), weights
-        # RMSNorm(n h; eps) = RMSNorm(h; eps / n^2)
-        scale = lossless_scale(mixing.variant, len(sources)) if mixing.scale_norm_eps else 1.0
+        scale = variant.lossless(len(sources)) if mixing.scale_norm_eps and variant.lossless is not None else 1.0
         if variant.mixture is not None:
             mixture, weights = variant.mixture(sources, query.query, query.extra, mixing.eps)
             mixture = mixture * scale
@@ -231,10 +219,10 @@ class DepthState:
         return mixture.to(first.dtype), weights
 
     def fuses_norm(self) -> bool:
-        """Whether `read` takes the norm that follows.
+        """Returns whether `read` can apply the norm that follows.
 
-        Not for float32 prompts of a converted model, for which the family's own norm rounds as it does in the plain
-        model: else the two would be as far apart as each is from the exact result.
+        It does not for float32 prompts of a converted model. There the family's own norm has to round as it does in the
+        plain model: otherwise the two models would differ by as much as each differs from the exact result.
         """
         mixing = self.mixing
         if mixing.variant != "attnres" or not self.sources:
@@ -247,14 +235,14 @@ class DepthState:
     def _fused_backend(self) -> str | None:
         if self._backend is False:
             first, chosen = self._first, self.mixing.chosen
-            # A layer that is compiled by itself is another place than the model that calls it.
+            # Within a layer that is compiled by itself the model's choice does not hold.
             known = chosen is not None and chosen[0] == first.device and not torch.compiler.is_compiling()
             self._backend = chosen[1] if known else fused_backend(self.mixing.implementation, first)
         return self._backend
 
     def add(self, output: torch.Tensor):
-        """Adds the output of a sublayer `[B, T, D]`: to the partial sum, or in "full" mode as a source."""
-        output = output if output.dtype == self.dtype else output.to(self.dtype)  # which autocast narrows
+        """Adds a sublayer output `[B, T, D]` to the partial sum or, in "full" mode, to the sources."""
+        output = output if output.dtype == self.dtype else output.to(self.dtype)  # autocast returns a narrower dtype
         if self._maps is not None:
             self.partial, self._maps = write_streams(self.partial, output, self._maps), None
         else:
@@ -263,23 +251,24 @@ class DepthState:
             self.complete()
 
     def complete(self):
-        """Makes the partial sum the representation of its block: a source of all later blocks."""
+        """Turns the partial sum into the representation of its block, a source of all later blocks."""
         complete = VARIANTS[self.mixing.variant].complete
         source = self.partial if complete is None else complete(self.partial, self.mixing.eps)
         self.sources, self.partial = (*self.sources, source), None
 
     @property
     def new(self) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """What a decoder layer has added: the partial sum, or in "full" mode two sources."""
+        """What a decoder layer returns: the partial sum or, in "full" mode, its two sublayer outputs."""
         return self.sources[-2:] if self.mixing.layers_per_block == 0 else self.partial
 
     def walk(self, layers: Iterable[tuple[int, nn.Module]], call_layer: Callable[..., torch.Tensor | tuple]):
-        """Calls decoder layers in order, and completes each block after its last one.
+        """Calls decoder layers in order and completes each block after its last one.
 
         Args:
-            layers: indices in the model, and layers. Some may be left out: a block is what is left of it.
-            call_layer: takes an index, a layer, the partial sum or `None`, and the complete sources, and returns what
-                is new: the partial sum, or in "full" mode the outputs of the attention and the MLP.
+            layers: pairs of a layer's index in the model and the layer. Indices may be missing: a block then consists
+                of the layers that are left of it.
+            call_layer: a function of the index, the layer, the partial sum or `None`, and the complete sources, which
+                returns the new partial sum or, in "full" mode, the outputs of the attention and the MLP.
         """
         per_block = self.mixing.layers_per_block
         for index, layer in layers:
@@ -300,13 +289,13 @@ class DepthState:
         tensors = (new,) if isinstance(new, torch.Tensor) else new
         shape = self._first.shape
         if not isinstance(tensors, tuple) or len(tensors) != expected or any(each.shape != shape for each in tensors):
+            what = "the outputs of its attention and its MLP, each" if expected == 2 else "one partial sum"
             raise TypeError(
-                f"layers.{layer} must return {'the outputs of its attention and MLP' if expected == 2 else 'one sum'}, "
-                f"{expected} x {list(shape)}: an AttnRes model calls its decoder layers with sources, so that only "
-                "an AttnResDecoderLayer, or a wrapper around one, can take the place of one."
+                f"layers.{layer} must return {what} {list(shape)}: an AttnRes model calls its decoder layers with "
+                "sources, so only an AttnResDecoderLayer, or a wrapper around one, can be used as a layer."
             )
         device = tensors[-1].device
-        if self.sources and self.sources[0].device != device:  # layers may be spread over several
+        if self.sources and self.sources[0].device != device:  # layers may be spread over several devices
             self.sources, self._backend = tuple(source.to(device) for source in self.sources), False
         if expected == 2:
             self.sources = (*self.sources, *tensors)

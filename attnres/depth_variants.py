@@ -1,41 +1,54 @@
-"""Variants of the mixing over depth, one function each: the paper's ablations and related methods.
+"""Variants of the mixing over depth: the paper's ablations and related methods, one function each.
 
-Each takes the n sources `[B, T, D]` of a sublayer, its pseudo-query times the gain of the key norm `[D]`, what it
-learns besides, and the epsilon of the key norm, and returns the mixture `[B, T, D]` and the weights `[B, T, n]`, both
-in the dtype of the query. They are written to be read and compared, not to be fast: all run as plain torch functions.
+A variant takes the n sources of a sublayer `[B, T, D]`, its pseudo-query times the gain of its key norm `[D]`, the
+variant's own parameters for this sublayer (`extra`, or `None`) and the epsilon of the key norm. It returns the mixture
+`[B, T, D]` and the depth weights `[B, T, n]`, both in the dtype of the query. The functions are plain torch, written to
+be read and compared rather than to be fast.
 
-Shapes: B batch, T tokens, D hidden size, n sources, H heads, R = 2 L + 1 sublayers and the output.
+Shapes: B batch, T tokens, D hidden size, n sources, H heads, R = 2 L + 1 (two sublayers per decoder layer, the output).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-HEADS = 16  # the paper's table 4
-WINDOW = 8  # the paper's table 4: the embedding and the last 8
-STREAMS = 4  # mHC
+HEADS = 16  # of "multi_head" (paper, table 4)
+WINDOW = 8  # sources that "sliding_window" keeps besides the embedding (paper, table 4)
+STREAMS = 4  # residual streams of "mhc"
 SINKHORN_STEPS = 20
 
 Mixture = tuple[torch.Tensor, torch.Tensor]
 
 
 def _values(sources: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """`[B, T, n, D]`."""
+    """Stacks the sources to `[B, T, n, D]`."""
     return torch.stack(tuple(sources), dim=2).to(dtype)
 
 
 def rms_norm(values: torch.Tensor, eps: float) -> torch.Tensor:
-    """v / sqrt(mean(v^2) + eps) over the last dimension."""
+    """Returns v / sqrt(mean(v^2) + eps), the mean over the last dimension."""
     return values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
+
+
+def _logits(values: torch.Tensor, query: torch.Tensor, eps: float) -> torch.Tensor:
+    """Returns w . RMSNorm(v_i), `[B, T, n]`."""
+    return (rms_norm(values, eps) * query).sum(-1)
 
 
 def _mix(weights: torch.Tensor, values: torch.Tensor) -> Mixture:
     return (weights.unsqueeze(-1) * values).sum(2), weights
 
 
+def attention(sources, query, extra, eps) -> Mixture:
+    """a = softmax_i(w . RMSNorm(v_i)), as in `attention_residual`: the variant changes the sources instead."""
+    values = _values(sources, query.dtype)
+    return _mix(torch.softmax(_logits(values, query, eps), dim=-1), values)
+
+
 def input_dependent_query(sources, query, extra, eps) -> Mixture:
-    """softmax_i((w + W x) . RMSNorm(v_i)) with x the newest source, normed, and W `[D, D]` from zero."""
+    """a = softmax_i((w + W x) . RMSNorm(v_i)), where x is the newest source, normed, and W `[D, D]` starts at zero."""
     values = _values(sources, query.dtype)
     keys = rms_norm(values, eps)
     queries = query + torch.einsum("...d,ed->...e", keys[:, :, -1], extra.to(query.dtype))
@@ -43,35 +56,35 @@ def input_dependent_query(sources, query, extra, eps) -> Mixture:
 
 
 def static(sources, query, extra, eps) -> Mixture:
-    """softmax_i(b_i) with learned scalars b `[R]`, the same for all tokens."""
+    """a = softmax_i(b_i) with learned scalars b `[R]`, the same for all tokens."""
     values = _values(sources, query.dtype)
     weights = torch.softmax(extra[: len(sources)].to(query.dtype), dim=-1)
     return _mix(weights.expand(values.shape[:-1]), values)
 
 
 def sigmoid(sources, query, extra, eps) -> Mixture:
-    """sigmoid(w . RMSNorm(v_i)): weights that do not compete, and do not sum to 1."""
+    """a_i = sigmoid(w . RMSNorm(v_i)): the weights do not compete and do not sum to 1."""
     values = _values(sources, query.dtype)
-    return _mix(torch.sigmoid((rms_norm(values, eps) * query).sum(-1)), values)
+    return _mix(torch.sigmoid(_logits(values, query, eps)), values)
 
 
 def no_key_norm(sources, query, extra, eps) -> Mixture:
-    """softmax_i(w . v_i): sources of large norm draw attention by their size."""
+    """a = softmax_i(w . v_i): sources with a large norm get large weights."""
     values = _values(sources, query.dtype)
     return _mix(torch.softmax((values * query).sum(-1), dim=-1), values)
 
 
 def sliding_window(sources, query, extra, eps) -> Mixture:
-    """Attention over the embedding and the last 8 sources; the weights of the others are 0."""
+    """Attends to the embedding and the last 8 sources only; the other weights are 0."""
     values = _values(sources, query.dtype)
-    logits = (rms_norm(values, eps) * query).sum(-1)
-    place = torch.arange(len(sources), device=logits.device)
+    place = torch.arange(len(sources), device=values.device)
     outside = (place > 0) & (place < len(sources) - WINDOW)
-    return _mix(torch.softmax(logits.masked_fill(outside, float("-inf")), dim=-1), values)
+    logits = _logits(values, query, eps).masked_fill(outside, float("-inf"))
+    return _mix(torch.softmax(logits, dim=-1), values)
 
 
 def multi_head(sources, query, extra, eps) -> Mixture:
-    """16 heads, each with the weights that its own D / 16 channels of query and keys give. Reports their mean."""
+    """Splits the channels into 16 heads, each with weights from its own part of query and keys; returns their mean."""
     values = _values(sources, query.dtype)
     products = (rms_norm(values, eps) * query).unflatten(-1, (HEADS, -1))
     weights = torch.softmax(products.sum(-1), dim=2)  # [B, T, n, H]
@@ -80,30 +93,25 @@ def multi_head(sources, query, extra, eps) -> Mixture:
 
 
 def denseformer(sources, query, extra, eps) -> Mixture:
-    """sum_i b_i v_i with learned scalars b `[R]` from 1, of either sign: plain residuals at the start."""
+    """a_i = b_i with learned scalars b `[R]` of either sign that start at 1, as plain residuals."""
     values = _values(sources, query.dtype)
     return _mix(extra[: len(sources)].to(query.dtype).expand(values.shape[:-1]), values)
 
 
 def null_source(sources, query, extra, eps) -> Mixture:
-    """Softmax with one more logit, 0, whose source is 0: a sublayer may attend to nothing."""
+    """Adds one logit, 0, for a source of zeros to the softmax, so that a sublayer can attend to nothing."""
     values = _values(sources, query.dtype)
-    logits = (rms_norm(values, eps) * query).sum(-1)
-    weights = torch.softmax(torch.nn.functional.pad(logits, (0, 1)), dim=-1)[..., :-1]
-    return _mix(weights, values)
-
-
-def attention(sources, query, extra, eps) -> Mixture:
-    """softmax_i(w . RMSNorm(v_i)), the mixture of `attention_residual`; the variant changes the sources."""
-    values = _values(sources, query.dtype)
-    return _mix(torch.softmax((rms_norm(values, eps) * query).sum(-1), dim=-1), values)
+    weights = torch.softmax(F.pad(_logits(values, query, eps), (0, 1)), dim=-1)
+    return _mix(weights[..., :-1], values)
 
 
 def delta(sources, query, extra, eps) -> Mixture:
-    """h = x + g sum_i a_i v_i: the residual stream x, the sum of all sources, and attention over all but the embedding
-    behind a learned scalar g from 0. The weights are those of the attention; the embedding's is 0."""
+    """h = sum_i v_i + g sum_i a_i v_i: the residual stream plus attention behind a learned scalar g that starts at 0.
+
+    The attention leaves out the embedding, whose weight is 0.
+    """
     values = _values(sources, query.dtype)
-    logits = (rms_norm(values, eps) * query).sum(-1)
+    logits = _logits(values, query, eps)
     if len(sources) == 1:
         return values[:, :, 0] + 0 * logits, torch.zeros_like(logits)
     first = torch.zeros_like(logits[..., :1])
@@ -113,17 +121,19 @@ def delta(sources, query, extra, eps) -> Mixture:
 
 
 def read_streams(streams: torch.Tensor, extra: torch.Tensor, eps: float, dtype: torch.dtype):
-    """mHC: what a sublayer reads from 4 residual streams, and how its output and the streams are put together again.
+    """Reads a sublayer's input from the 4 residual streams X of mHC, and computes how they are updated afterwards.
 
-    h = H_pre X,  X' = H_res X + H_post f(h), each H from RMSNorm(vec(X)) P + b: a sigmoid, twice a sigmoid, and a
-    doubly stochastic matrix by 20 Sinkhorn steps.
+    h = H_pre X,  X' = H_res X + H_post f(h). Each H is computed from RMSNorm(vec(X)) P + b: H_pre by a sigmoid, H_post
+    by twice a sigmoid, and H_res, a doubly stochastic matrix, by 20 Sinkhorn steps.
 
     Args:
         streams: X, `[B, T, 4, D]`.
-        extra: P and b of this sublayer in one, `[4 D + 1, 24]`.
+        extra: P and b of this sublayer in one tensor, `[4 D + 1, 24]`.
+        eps: epsilon of the RMSNorm.
+        dtype: the dtype to compute in.
 
     Returns:
-        h `[B, T, D]`, H_pre `[B, T, 4]`, and (H_post `[B, T, 4]`, H_res `[B, T, 4, 4]`).
+        h `[B, T, D]`, H_pre `[B, T, 4]`, and the pair of H_post `[B, T, 4]` and H_res `[B, T, 4, 4]`.
     """
     extra, values = extra.to(dtype), streams.to(dtype)
     maps = torch.einsum("...d,de->...e", rms_norm(values.flatten(-2), eps), extra[:-1]) + extra[-1]
@@ -136,19 +146,22 @@ def read_streams(streams: torch.Tensor, extra: torch.Tensor, eps: float, dtype: 
 
 
 def write_streams(streams: torch.Tensor, output: torch.Tensor, maps: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """H_res X + H_post output, `[B, T, 4, D]` in the dtype of the streams."""
+    """Returns X' = H_res X + H_post output, `[B, T, 4, D]` in the dtype of the streams."""
     post, mix = maps
     kept = (mix.unsqueeze(-1) * streams.to(mix.dtype).unsqueeze(2)).sum(3)
     return (kept + post.unsqueeze(-1) * output.to(mix.dtype).unsqueeze(2)).to(streams.dtype)
 
 
 def _stream_maps(rows: int, size: int) -> torch.Tensor:
-    """Sublayer l reads stream l mod 4, all streams take its output and keep apart: equal streams compute plain
-    residuals, and what reads them differs, so that training can tell them apart."""
+    """Returns the initial P and b of mHC, `[R, 4 D + 1, 24]`, with which equal streams compute plain residuals.
+
+    Sublayer l reads stream l mod 4, and all streams take its output without mixing. Because different sublayers read
+    different streams, training can tell the streams apart.
+    """
     maps = torch.zeros(rows, STREAMS * size + 1, 2 * STREAMS + STREAMS**2)
     bias = maps[:, -1]
     others = torch.full((STREAMS,), -8.0)
-    chosen = 1 - 3 * torch.sigmoid(others[0])  # what is read from all four adds up to 1
+    chosen = 1 - 3 * torch.sigmoid(others[0])  # the weights of the four streams sum to 1
     bias[:, :STREAMS] = others
     for row in range(rows):
         bias[row, row % STREAMS] = torch.log(chosen / (1 - chosen))
@@ -158,23 +171,20 @@ def _stream_maps(rows: int, size: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of mixing over depth.
+    """One way of mixing over depth."""
 
-    Attributes:
-        source: where it comes from.
-        mixture: the function.
-        initial: what it learns besides pseudo-queries, before training: of R and D a tensor `[R, ...]`.
-        lossless: of n the number by which a mixture has to be multiplied to be the sum of its sources at the start;
-            `None`: it cannot start as what a plain model computes.
-        complete: what becomes of a block representation or, in "full" mode, a sublayer output; of it and epsilon.
-        streams: residual streams in place of sources.
-    """
-
+    # The publication it comes from.
     source: str
+    # The function; `None` for residual streams and for "attnres", which has `attention_residual` and fused kernels.
     mixture: Callable[..., Mixture] | None = None
+    # Returns the initial values `[R, ...]` of the variant's own parameters, given R and D.
     initial: Callable[[int, int], torch.Tensor] | None = None
+    # Returns the factor that makes an initial mixture of n sources their sum, given n. `None`: there is no such factor,
+    # and a converted model does not start as the plain one.
     lossless: Callable[[int], float] | None = float
+    # Replaces a block representation or, in "full" mode, a sublayer output, given it and epsilon.
     complete: Callable[[torch.Tensor, float], torch.Tensor] | None = None
+    # The number of residual streams that take the place of sources.
     streams: int = 0
 
 
@@ -193,32 +203,23 @@ VARIANTS = {
     "sliding_window": Variant("paper, table 4: embedding and last 8", sliding_window, lossless=None),
     "multi_head": Variant("paper, table 4: 16 heads over channels", multi_head),
     "denseformer": Variant("Pagliardini et al., arXiv 2402.02622", denseformer, _square(1.0), lambda n: 1.0),
-    "rms_block": Variant(
-        "public replications: RMS-normalised block outputs", attention, lossless=None, complete=rms_norm
-    ),
+    "rms_block": Variant("public replications: normed block outputs", attention, lossless=None, complete=rms_norm),
     "null_source": Variant("public replications: softmax with an extra zero", null_source, lossless=lambda n: n + 1.0),
-    "delta": Variant(
-        "public replications: retrofit with an identity start",
-        delta,
-        lambda rows, size: torch.zeros(rows),
-        lambda n: 1.0,
-    ),
+    "delta": Variant("public replications", delta, lambda rows, size: torch.zeros(rows), lambda n: 1.0),
     "mhc": Variant("Xie et al., arXiv 2512.24880", None, _stream_maps, lambda n: 1.0, streams=STREAMS),
 }
 
 
 def check_variant(variant: str, hidden_size: int):
-    """Raises ValueError if there is no such variant, or not for this hidden size."""
+    """Checks that a variant exists and fits the hidden size.
+
+    Raises:
+        ValueError: there is no such variant, or it needs another hidden size.
+    """
     if variant not in VARIANTS:
         raise ValueError(f"depth_variant must be one of {', '.join(VARIANTS)}, got {variant!r}.")
     if variant == "multi_head" and hidden_size % HEADS:
         raise ValueError(
-            f"depth_variant='multi_head' divides the channels among {HEADS} heads: hidden_size must be a multiple of "
-            f"{HEADS}, got {hidden_size}. Choose another hidden_size or variant."
+            f"depth_variant='multi_head' splits the channels into {HEADS} heads: hidden_size must be a multiple of "
+            f"{HEADS}, got {hidden_size}. Choose another hidden_size or another variant."
         )
-
-
-def lossless_scale(variant: str, count: int) -> float:
-    """By what a mixture of n sources is multiplied to be their sum at the start; 1 where it cannot be."""
-    lossless = VARIANTS[variant].lossless
-    return 1.0 if lossless is None else lossless(count)

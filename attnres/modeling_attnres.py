@@ -1,8 +1,9 @@
-"""AttnRes models: a transformers backbone whose residual additions are replaced by a mixture over depth.
+"""AttnRes models: transformers backbones whose residual additions are replaced by mixtures over depth.
 
-The backbone's embeddings, sublayers, norms, rotary embeddings, masks and caches are its family's own modules under
-their own names; only the `depth_mixer` is added. Shapes: B batch, T tokens, D hidden size, V vocabulary, L decoder
-layers, n sources.
+Embeddings, sublayers, norms, rotary embeddings, masks and caches are the family's own modules under their own names.
+Only the `depth_mixer` is added.
+
+Shapes: B batch, T tokens, D hidden size, V vocabulary, L decoder layers, n sources.
 """
 
 import copy
@@ -57,12 +58,12 @@ from .decoder_layer import (
 from .depth_mixer import DepthMixer, DepthScore, DepthState, Mixing, VariantParameters
 from .depth_variants import VARIANTS
 
-# Held while converters are registered and while a model is loaded by them.
+# Held while converters are registered and while a model is loaded with them.
 _CONVERSIONS = threading.RLock()
 
 logger = logging.get_logger(__name__)
 
-# What a family's class says of itself; an AttnRes model of that family says the same.
+# Attributes of a family's class that an AttnRes model of that family copies.
 _FAMILY_TRAITS = (
     "_supports_flash_attn",
     "_supports_sdpa",
@@ -80,13 +81,13 @@ _FAMILY_TRAITS = (
     "_can_set_experts_implementation",
 )
 
-# Quantisation methods whose packed weights are copied but never loaded.
+# The quantisation format whose packed weights can be converted but not loaded.
 PACKED = "mxfp4-pack-quantized"
 
-# Of models for the different tasks. A checkpoint of another task lacks the one and has the other.
+# The heads of the different tasks. A checkpoint of another task has another head.
 HEADS = ("lm_head.", "score.", "qa_outputs.")
 
-# Where remote code finds the classes in a saved folder.
+# The classes in the code of a saved folder.
 AUTO_MAP = {
     "AutoConfig": "configuration_attnres.AttnResConfig",
     "AutoModel": "modeling_attnres.AttnResModel",
@@ -113,7 +114,7 @@ class AttnResCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
 
 @dataclass
 class HiddenStatesRecorder(OutputRecorder):
-    """Records L + 1 states; a negative index in `output_hidden_states` counts back from there."""
+    """Records L + 1 hidden states, so that negative indices in `output_hidden_states` count back from the last."""
 
     num_hidden_layers_key: str = "num_hidden_states"
 
@@ -122,7 +123,7 @@ Model = TypeVar("Model", bound="AttnResPreTrainedModel")
 
 
 class AttnResPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialisation that are the same with and without a head."""
+    """Loading, saving, conversion and initialisation, which all AttnRes models share."""
 
     config: AttnResConfig
     config_class = AttnResConfig
@@ -130,7 +131,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["AttnResDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    # Class-level defaults for code that asks the class; a model has those of its family.
+    # Defaults of the class; a model has the values of its family.
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -140,7 +141,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
         "hidden_states": HiddenStatesRecorder(MixedInput, index=0, capture_initial_hidden_state=False),
         "attentions": OutputRecorder(SublayerWeights, index=0),
         "depth_weights": OutputRecorder(DepthWeights, index=0),
-        # Routers of all families, by their place: the registry of recorders knows classes, not families.
+        # The routers of all families, by their names: recorders are registered for classes, not for families.
         "router_logits": [
             OutputRecorder(None, index=0, class_name=place)
             for place in (".mlp.gate", ".mlp.router", ".block_sparse_moe.router")
@@ -148,7 +149,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
     }
 
     def __init__(self, config: AttnResConfig, *inputs, **kwargs):
-        config.check_depth_options()  # options may have been set one by one after construction
+        config.check_depth_options()  # options may have been changed after construction
         family_class = causal_lm_class(config.backbone_config)
         for name in _FAMILY_TRAITS:
             if hasattr(family_class, name):
@@ -157,33 +158,36 @@ class AttnResPreTrainedModel(PreTrainedModel):
         self._register_conversions()
 
     def _register_conversions(self):
-        """transformers looks converters up by class and model_type, which all families share: the last to register
-        holds, so that nobody may register while another thread loads."""
+        """Registers the converters of this model's family with transformers.
+
+        transformers looks them up by class and `model_type`, which all families share, so only the last registration
+        counts. The lock keeps other threads from registering while a model is loaded.
+        """
         with _CONVERSIONS:
             conversions = weight_conversions(self.config)
             register_checkpoint_conversion_mapping(self.config.model_type, conversions, overwrite=True)
 
     @property
     def _weight_conversions(self) -> list:
-        """The converters that saving reverts: always those of this model's own family."""
+        """The converters that saving reverts: always those of this model's family."""
         return weight_conversions(self.config)
 
     @_weight_conversions.setter
     def _weight_conversions(self, used: list):
-        """Loading leaves here the converters that it used; a plain checkpoint uses none for the depth tensors."""
+        """Ignores the converters that loading used, which lack those of depth tensors for a plain checkpoint."""
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return False  # of the class, which may have any backbone; a model has this trait from its family
+        return False  # the class can have any backbone; a model copies the method of its family
 
     def __init_subclass__(cls, **kwargs):
-        """The class that FSDP makes of a model has its code where the model's own class has: that is what is saved."""
+        """Moves the class that FSDP derives from a model's class to the same module, whose code is saved."""
         super().__init_subclass__(**kwargs)
         if cls.__bases__[0].__name__ == "FSDPModule":
             cls.__module__ = cls.__bases__[1].__module__
 
     def _get_name(self) -> str:
-        """Also of a model that FSDP has wrapped: Trainer shifts labels by this name, or does not."""
+        """Returns the class's name without FSDP's prefix, as Trainer decides by the name whether to shift labels."""
         return super()._get_name().removeprefix("FSDP")
 
     @torch.no_grad()
@@ -197,6 +201,14 @@ class AttnResPreTrainedModel(PreTrainedModel):
             init_weights(self.config.backbone_config, module)
 
     def save_pretrained(self, save_directory, **kwargs):
+        """Saves weights, configuration and code; depth tensors are stored per layer, under the names of Kimi K3.
+
+        Args:
+            save_directory, kwargs: as in `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            ValueError: decoder layers were removed, but they are not the last ones or `num_hidden_layers` counts them.
+        """
         if self.is_remote_code():
             self.config.auto_map = dict(AUTO_MAP)
         self.config.check_depth_options()
@@ -204,7 +216,10 @@ class AttnResPreTrainedModel(PreTrainedModel):
         return super().save_pretrained(save_directory, **({**kwargs, "state_dict": cut} if cut else kwargs))
 
     def _state_of_cut_model(self, state_dict: dict | None) -> dict | None:
-        """Of a model whose last decoder layers were cut off, its state without their pseudo-queries."""
+        """Returns the state dict of a model whose last layers were removed, without the pseudo-queries of these layers.
+
+        Returns `None` if no layers were removed.
+        """
         base = self.base_model
         mixer, layers = base.depth_mixer, base.layers
         if mixer is None or len(layers) == self.config.num_hidden_layers == len(mixer.mlp_norm.weight):
@@ -213,7 +228,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
         if indices != list(range(self.config.num_hidden_layers)) or mixer.variant_norm is not None:
             raise ValueError(
                 f"num_hidden_layers={self.config.num_hidden_layers}, but the model has the decoder layers {indices}: "
-                "only a model whose last layers are cut off can be saved, with num_hidden_layers set to those left."
+                "only the last layers of a model can be removed; set num_hidden_layers to the number of those left."
             )
         state_dict = dict(self.state_dict() if state_dict is None else state_dict)
         for name in ("attention_norm.query", "attention_norm.weight", "mlp_norm.query", "mlp_norm.weight"):
@@ -225,7 +240,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
         super()._adjust_missing_and_unexpected_keys(loading_info)
         names = {name for name, _ in self.named_parameters()}
         depth_names = {name for name in names if _is_depth_name(name)}
-        # Of the depth tensors none is there, of the others some are: a plain checkpoint, the lossless start.
+        # A plain checkpoint lacks all depth tensors, whose initial values make the conversion lossless.
         if depth_names <= loading_info.missing_keys and not names <= loading_info.missing_keys:
             loading_info.missing_keys -= depth_names
             _warn_if_lossy(self.config)
@@ -234,71 +249,72 @@ class AttnResPreTrainedModel(PreTrainedModel):
         }
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """As in torch, and also from the names on disk (per layer, per expert): Trainer resumes from the saved file."""
+        """Loads a state dict, also one with the names on disk (one tensor per layer and expert), as Trainer does."""
         if not state_dict.keys() <= self.state_dict().keys():
             state_dict = names_in_memory(self, state_dict, partial=not strict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def load_adapter(self, *args, **kwargs):
+        """Loads a PEFT adapter as in transformers, with the converters of this model's family."""
         with _CONVERSIONS:
             self._register_conversions()
             return super().load_adapter(*args, **kwargs)
 
     def depth_parameters(self) -> Iterator[nn.Parameter]:
-        """The pseudo-queries and key-norm gains: 6 parameters, none in `"standard"` mode."""
+        """Iterates over the depth mixer's parameters: pseudo-queries and key-norm gains, none in "standard" mode."""
         return (parameter for name, parameter in self.named_parameters() if _is_depth_name(name))
 
     def backbone_parameters(self) -> Iterator[nn.Parameter]:
-        """All parameters but those of the depth mixer."""
+        """Iterates over all parameters except those of the depth mixer."""
         return (parameter for name, parameter in self.named_parameters() if not _is_depth_name(name))
 
     def freeze_backbone(self: Model) -> Model:
-        """Leaves only the depth mixer trainable; returns the model."""
+        """Makes only the depth mixer trainable, and returns the model."""
         for parameter in self.backbone_parameters():
             parameter.requires_grad_(False)
         return self
 
     def set_depth_implementation(self, depth_implementation: str) -> None:
-        """Chooses which implementation mixes over depth, as `set_attn_implementation` does for attention."""
+        """Sets the implementation of the mixing over depth: "auto", "eager" or "triton" (see `AttnResConfig`)."""
         self.config.depth_implementation = depth_implementation
 
     @classmethod
     def from_backbone(cls: type[Model], model_or_path: PreTrainedModel | str | os.PathLike, **kwargs: Any) -> Model:
-        """The lossless conversion of a PreNorm model: with zero pseudo-queries it computes what the model computed.
+        """Converts a PreNorm model losslessly: with zero pseudo-queries it computes what the plain model computes.
 
         Args:
-            model_or_path: a transformers model in memory, of a supported family (its weights are copied, the model is
-                left alone; a head that it does not have is new, with transformers' warning); or a local folder or hub
-                id with such a checkpoint.
-            kwargs: depth options (`residual_mode`, `layers_per_block`, `num_blocks`) and, with a path, anything that
-                `from_pretrained` takes, `gguf_file` included.
+            model_or_path: a transformers model in memory, a local folder or a hub id. The family must be supported. The
+                weights of a model in memory are copied, and the model is not changed. A head that it does not have is
+                newly initialised, with a warning.
+            kwargs: depth options (`residual_mode`, `layers_per_block`, `num_blocks`, `depth_variant`,
+                `scale_norm_eps`) and, with a path, any option of `from_pretrained`, including `gguf_file`.
 
         Raises:
-            ValueError: the family is not supported, the model is an AttnRes model already, or its weights are packed
-                by a quantisation.
+            ValueError: the family is not supported, the model is an AttnRes model already, a PEFT model or sharded, or
+                its weights are packed by a quantisation.
         """
         if hasattr(model_or_path, "merge_and_unload"):
-            raise ValueError("from_backbone needs the model itself: call merge_and_unload() on the PEFT model first.")
+            raise ValueError("from_backbone needs a plain model, got a PEFT model: call merge_and_unload() first.")
         if not isinstance(model_or_path, PreTrainedModel):
             if kwargs.get("gguf_file") is not None:
                 return cls._from_gguf(model_or_path, **kwargs)
             stored = cls._stored_config(model_or_path, kwargs)
             if stored.get("model_type") == AttnResConfig.model_type:
-                raise ValueError(f"{model_or_path} is an AttnRes checkpoint already; load it with from_pretrained.")
+                raise ValueError(f"{model_or_path} is an AttnRes checkpoint; load it with from_pretrained.")
             return cls.from_pretrained(model_or_path, **kwargs)
 
         source = model_or_path
         if any(hasattr(parameter, "full_tensor") for parameter in source.parameters()):
             raise ValueError(
-                "from_backbone needs a model that is whole on its device, got one that is sharded: "
-                "load its checkpoint by AttnResForCausalLM.from_pretrained with the same distributed_config."
+                "from_backbone needs a model that is not sharded, got one with sharded parameters: load its checkpoint "
+                "with AttnResForCausalLM.from_pretrained and the same distributed_config."
             )
         packed = next((name for name, each in source.named_parameters() if not each.is_floating_point()), None)
         if packed is not None:
             raise ValueError(
                 f"from_backbone copies floating-point weights, but {packed} is {source.get_parameter(packed).dtype}: "
-                f"this {type(source).__name__} is quantised. Convert its checkpoint, with the same quantization_config "
-                f"as an argument of {cls.__name__}.from_backbone, or dequantize() the model first."
+                f"this {type(source).__name__} is quantised. Pass its checkpoint and the same quantization_config to "
+                f"{cls.__name__}.from_backbone, or dequantize() the model first."
             )
         config = AttnResConfig.from_backbone(source.config, **kwargs)
         _warn_if_lossy(config)
@@ -319,7 +335,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
         unexpected = [name for name in unexpected if not (new_head and name.startswith(HEADS))]
         if missing - new_head or unexpected:
             raise ValueError(
-                f"{type(source).__name__} does not have the tensors of {cls.__name__}: "
+                f"the tensors of this {type(source).__name__} are not those of {cls.__name__}: "
                 f"missing {_some(missing)}, unexpected {_some(unexpected)}."
             )
         if new_head:
@@ -338,14 +354,14 @@ class AttnResPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _from_gguf(cls, folder, output_loading_info: bool = False, **kwargs):
-        """transformers reads GGUF by the family's own names: the plain model, which is then converted in memory."""
+        """Loads the plain model from a GGUF file, which transformers reads by the family's names, and converts it."""
         if not issubclass(cls, GenerationMixin):
-            raise ValueError(f"gguf_file={kwargs['gguf_file']} holds a language model: load it by AttnResForCausalLM.")
+            raise ValueError(f"gguf_file={kwargs['gguf_file']} is a language model: load it with AttnResForCausalLM.")
         options = {name: kwargs.pop(name) for name in DEPTH_OPTIONS if name in kwargs}
         if isinstance(kwargs.get("config"), AttnResConfig):
             kwargs["config"] = kwargs["config"].backbone_config
         plain, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
-        # The weights have been unpacked; a model that claims to be quantised cannot be saved.
+        # The weights are unpacked now, and a model that is marked as quantised cannot be saved.
         plain.hf_quantizer, plain.is_quantized = None, False
         if hasattr(plain.config, "quantization_config"):
             del plain.config.quantization_config
@@ -354,29 +370,33 @@ class AttnResPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, *mesh):
-        """transformers' way from a `DistributedConfig` to a model on several devices, where it leads to a right one."""
+        """Distributes a model over devices by transformers' `DistributedConfig`, after checking the configuration."""
         if distributed_config is not None:
             _check_distribution(model, distributed_config)
         return super().maybe_distribute_model(model, distributed_config, *mesh)
 
     @staticmethod
     def _stored_config(model_or_path, kwargs: dict) -> dict:
-        """`config.json` as it is, that of a plain backbone not wrapped."""
+        """Reads `config.json` without wrapping that of a plain model."""
         hub_arguments = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
         return super(AttnResConfig, AttnResConfig).get_config_dict(model_or_path, **hub_arguments)[0]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, strict: bool | None = None, **kwargs):
-        """`PreTrainedModel.from_pretrained` for AttnRes checkpoints and, as their lossless conversion, plain ones.
+        """Loads an AttnRes checkpoint, or a plain checkpoint as its lossless conversion.
+
+        Depth options (`residual_mode`, `layers_per_block`, `num_blocks`, `depth_variant`, `scale_norm_eps`,
+        `depth_implementation`) can be given as arguments. Pickled weights are not loaded by default.
 
         Args:
-            strict: raise if the checkpoint lacks backbone tensors, has tensors that the model does not, has some but
-                not all depth tensors, or has pseudo-queries trained for other depth options than those given. With
-                `False` transformers' behaviour: what is missing is random. By default `True`, except where the caller
-                asks for the list of such tensors (`output_loading_info=True`).
+            pretrained_model_name_or_path, args, kwargs: as in `PreTrainedModel.from_pretrained`.
+            strict: whether to raise an error if the tensors of the checkpoint are not those of the model (a new head is
+                allowed), or if pseudo-queries were trained with other depth options than those given. With `False`
+                missing tensors are random, as in transformers. The default is `True`, unless
+                `output_loading_info=True` asks for the list of these tensors.
 
         Raises:
-            ValueError: the tensors do not match, see `strict`.
+            ValueError: the checkpoint does not fit the model (see `strict`), or its weights are packed.
         """
         if kwargs.get("gguf_file") is not None:
             return cls._from_gguf(pretrained_model_name_or_path, *args, **kwargs)
@@ -391,11 +411,11 @@ class AttnResPreTrainedModel(PreTrainedModel):
         if isinstance(quantised, dict) and quantised.get("format") == PACKED:
             raise ValueError(
                 f"checkpoint {pretrained_model_name_or_path} has packed weights (quantization_config: {PACKED}), which "
-                "are not computed with: attnres convert SRC DST unpacks them."
+                "cannot be loaded: attnres convert SRC DST unpacks them."
             )
         stored = stored if overrides and strict else None
         if is_deepspeed_zero3_enabled():
-            # DeepSpeed takes the decorators off classes that are defined while it partitions: define them before.
+            # DeepSpeed breaks the decorators of classes that are defined while it partitions, so import them before.
             config = kwargs.get("config")
             if not isinstance(config, AttnResConfig):
                 hub_arguments = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
@@ -406,7 +426,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
                 pretrained_model_name_or_path,
                 *args,
                 output_loading_info=True,
-                ignore_mismatched_sizes=ignore_mismatched_sizes or strict,  # reported here, in one line
+                ignore_mismatched_sizes=ignore_mismatched_sizes or strict,  # _check_loading reports them in one line
                 **kwargs,
             )
         if strict:
@@ -431,7 +451,7 @@ def _depth_name(model: AttnResPreTrainedModel, name: str) -> str:
 def _warn_if_lossy(config: AttnResConfig):
     if config.residual_mode != "standard" and VARIANTS[config.depth_variant].lossless is None:
         warnings.warn(
-            f"depth_variant={config.depth_variant!r} does not start as what the plain model computes: train the "
+            f"depth_variant={config.depth_variant!r} does not start with the outputs of the plain model; train the "
             "converted model before you use it.",
             stacklevel=3,
         )
@@ -442,7 +462,7 @@ def _some(names, limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "") or "none"
 
 
-# What a projection whose output is sharded has to be whole heads of.
+# Projections whose shards must consist of whole heads.
 _HEADS = {
     **dict.fromkeys(("q_proj", "q_b_proj", "kv_b_proj"), "num_attention_heads"),
     **dict.fromkeys(("k_proj", "v_proj"), "num_key_value_heads"),
@@ -450,11 +470,15 @@ _HEADS = {
 
 
 def _check_distribution(model: AttnResPreTrainedModel, distributed_config):
-    """transformers would only fail in the first forward pass, and say something else."""
+    """Checks a `DistributedConfig`; transformers would only fail in the first forward pass, with an unclear error.
+
+    Raises:
+        ValueError: it asks for a pipeline, or for a tensor-parallel size that does not divide the heads.
+    """
     if (distributed_config.pp_size or 1) > 1:
         raise ValueError(
-            f"pp_size={distributed_config.pp_size}: transformers' pipeline hands on one state, an AttnRes model needs "
-            "all sources. Use attnres.parallel.Pipeline."
+            f"pp_size={distributed_config.pp_size}: transformers' pipeline passes on one hidden state, but an AttnRes "
+            "model needs all sources. Use attnres.parallel.Pipeline."
         )
     tp_size = distributed_config.tp_size or 1
     override = distributed_config.tp_plan if isinstance(distributed_config.tp_plan, dict) else {}
@@ -463,13 +487,13 @@ def _check_distribution(model: AttnResPreTrainedModel, distributed_config):
         heads = getattr(model.config.backbone_config, key, None) if key else None
         if style == "colwise" and heads is not None and heads % tp_size:
             raise ValueError(
-                f"tp_size={tp_size} would cut an attention head in two: it must divide {key}={heads}, "
+                f"tp_size={tp_size} would split an attention head: it must divide {key}={heads}, "
                 f"as {name} is sharded by heads. Choose a tp_size that divides it."
             )
 
 
 def _check_loading(model: AttnResPreTrainedModel, source: str | os.PathLike, info: dict, ignore_mismatched_sizes: bool):
-    # transformers has warned of a new head.
+    # A new head is allowed; transformers has warned of it.
     kinds = {
         kind: {name for name in info[f"{kind}_keys"] if kind != "missing" or not name.startswith(HEADS)}
         for kind in ("missing", "unexpected")
@@ -484,17 +508,23 @@ def _check_loading(model: AttnResPreTrainedModel, source: str | os.PathLike, inf
         raise ValueError(
             f"checkpoint {source} does not have the tensors of this {type(model).__name__} "
             f"({model.config.backbone_config.model_type}, residual_mode={model.config.residual_mode}): "
-            f"{'; '.join(problems)}. Fix the checkpoint or its config.json, or pass strict=False to go on regardless."
+            f"{'; '.join(problems)}. Fix the checkpoint or its config.json, or pass strict=False to load it anyway."
         )
 
 
 def _check_depth_options(model: AttnResPreTrainedModel, source: str | os.PathLike, stored: dict):
-    """Other depth options are the same function while all pseudo-queries are zero, and another one afterwards."""
+    """Checks that depth options are those of the checkpoint, unless its pseudo-queries are zero.
+
+    With zero pseudo-queries all depth options give the same function.
+
+    Raises:
+        ValueError: the pseudo-queries were trained with other depth options.
+    """
     names = {"residual_mode": "block", "layers_per_block": None, "depth_variant": "attnres"}
     given = {name: getattr(model.config, name) for name in names}
     trained_for = {name: stored.get(name, default) for name, default in names.items()}
     if "block" != given["residual_mode"] == trained_for["residual_mode"]:
-        given["layers_per_block"] = trained_for["layers_per_block"]  # which is not read
+        given["layers_per_block"] = trained_for["layers_per_block"]  # only "block" mode reads it
     if given == trained_for:
         return
     if any(parameter.any() for name, parameter in model.named_parameters() if name.endswith("_norm.query")):
@@ -504,12 +534,19 @@ def _check_depth_options(model: AttnResPreTrainedModel, source: str | os.PathLik
 
         raise ValueError(
             f"checkpoint {source} has pseudo-queries trained for {text(trained_for)}, got {text(given)}. "
-            "Leave the options out, or pass strict=False to go on regardless."
+            "Leave out the options, or pass strict=False to load it anyway."
         )
 
 
 class AttnResModel(AttnResPreTrainedModel):
-    """A backbone without a head, with residual additions replaced by mixtures over depth (paper, section 3)."""
+    """A backbone whose residual additions are replaced by mixtures over depth, without a head (paper, section 3).
+
+    Its output has `depth_weights` beside the usual `last_hidden_state`, `past_key_values`, `hidden_states`,
+    `attentions` and `router_logits`.
+
+    Args:
+        config: the configuration; the weights are initialised as those of the plain model with the same seed.
+    """
 
     def __init__(self, config: AttnResConfig):
         super().__init__(config)
@@ -529,7 +566,7 @@ class AttnResModel(AttnResPreTrainedModel):
         self.depth_mixer = None
         if config.residual_mode != "standard":
             self.depth_mixer = DepthMixer(config.num_hidden_layers, config.hidden_size, config.depth_variant)
-        # What divides the tokens of a forward pass among devices, if they are divided: set by attnres.parallel.
+        # Set by attnres.parallel.shard_sequence: divides the tokens of a forward pass among devices.
         self.sequence_shards = None
         self.gradient_checkpointing = False
         self.post_init()
@@ -547,25 +584,30 @@ class AttnResModel(AttnResPreTrainedModel):
         output_depth_weights: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> AttnResModelOutputWithPast:
-        """Hidden states of the backbone with mixtures over depth.
+        """Computes the final hidden states `[B, T, D]`.
 
         Args:
-            input_ids: `[B, T]`, or `inputs_embeds`: `[B, T, D]`.
-            attention_mask: `[B, T]`, 1 for tokens and 0 for padding; or a mask prepared by `generate`.
-            position_ids: `[B, T]`; positions that start over mark packed sequences.
+            input_ids: `[B, T]`; either these or `inputs_embeds` must be given.
+            attention_mask: `[B, T]`, 1 for tokens and 0 for padding; or masks that `generate` has prepared.
+            position_ids: `[B, T]`; positions that restart mark packed sequences.
             past_key_values: the cache to read and extend.
-            use_cache: whether to return a cache. Default: as the backbone configuration says.
-            output_depth_weights: whether to return `depth_weights`: 2 L + 1 tensors `[B, T, n]`, float32, each row
-                summing to 1, in the order attention, MLP, attention, MLP, ..., output; sources in the order of depth,
-                the embedding first.
-            kwargs: `output_hidden_states` (what each decoder layer received, then the final normed state: L + 1 tensors
-                `[B, T, D]`), `output_attentions`, `output_router_logits`, and what the attention functions take.
+            inputs_embeds: `[B, T, D]`.
+            use_cache: whether to return a cache; defaults to the backbone's configuration.
+            output_depth_weights: whether to return `depth_weights`: 2 L + 1 tensors `[B, T, n]`, float32, with rows
+                that sum to 1, in the order attention, MLP, attention, MLP, ..., output. The n sources are in the order
+                of depth: the embedding first, the newest last.
+            kwargs: `output_hidden_states` (the input of each decoder layer, then the final normed state: L + 1 tensors
+                `[B, T, D]`), `output_attentions`, `output_router_logits`, and arguments of the attention functions.
+
+        Raises:
+            ValueError: not exactly one of `input_ids` and `inputs_embeds` is given, or depth weights are requested in
+                "standard" mode.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if output_depth_weights and self.depth_mixer is None:
             raise ValueError(
-                'output_depth_weights=True needs residual_mode "block" or "full": with "standard" nothing is mixed.'
+                'output_depth_weights=True needs residual_mode "block" or "full": "standard" has no depth weights.'
             )
         backbone = self.config.backbone_config
         if inputs_embeds is None:
@@ -598,7 +640,6 @@ class AttnResModel(AttnResPreTrainedModel):
             inputs_embeds = shards.own(inputs_embeds)
 
         every_input = bool(kwargs.pop("output_hidden_states", getattr(self.config, "output_hidden_states", False)))
-
         every_weight = bool(output_depth_weights)
         depth = Mixing.of(self.config).start(inputs_embeds)
         queries = None if self.depth_mixer is None else self.depth_mixer()
@@ -624,7 +665,7 @@ class AttnResModel(AttnResPreTrainedModel):
         return AttnResModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
     def _read_output(self, depth: DepthState, query, shards, output_depth_weights: bool, output_hidden_states: bool):
-        """The mixture that the model gives out, normed, `[B, T, D]`."""
+        """Reads the output's mixture and norms it, `[B, T, D]`."""
         norm = None
         if shards is None and depth.fuses_norm() and not (output_hidden_states or is_hooked(self.mixed_output)):
             offset = get_family(self.config.backbone_config).norm_offset
@@ -638,7 +679,7 @@ class AttnResModel(AttnResPreTrainedModel):
 
 
 def _indices(layers: Iterable[nn.Module]) -> list[int]:
-    """The places that decoder layers, or those in wrappers, were made for: some in between may have been dropped."""
+    """Returns the original indices of decoder layers, which may be wrapped; some in between may have been removed."""
 
     def index(place: int, layer: nn.Module) -> int:
         if isinstance(layer, AttnResDecoderLayer):
@@ -660,7 +701,11 @@ def _keep(hidden_states: torch.Tensor, positions: int | torch.Tensor) -> torch.T
 
 
 class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
-    """`AttnResModel` with a language-modelling head; what users load, fine-tune, generate with and evaluate."""
+    """`AttnResModel` with a language-modelling head, for fine-tuning, generation and evaluation.
+
+    Args:
+        config: the configuration; the weights are initialised as those of the plain model with the same seed.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -676,7 +721,7 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
 
     @property
     def depth_mixer(self) -> DepthMixer | None:
-        """The mixing over depth; `None` in `"standard"` mode."""
+        """The parameters of the mixing over depth; `None` in "standard" mode."""
         return self.model.depth_mixer
 
     @can_return_tuple
@@ -693,14 +738,15 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> AttnResCausalLMOutputWithPast:
-        """Logits and, with labels, the loss. Other arguments are those of `AttnResModel.forward`.
+        """Computes the logits and, with labels, the loss. The other arguments are those of `AttnResModel.forward`.
 
         Args:
-            labels: `[B, T]`, -100 where there is no loss; shifted here. `num_items_in_batch` in kwargs is the divisor.
-            output_router_logits: whether to return the routers' logits and, in families with one, to add the
-                load-balancing loss. Default: as the backbone configuration says.
-            logits_to_keep: positions to compute logits for; 0: all. A number of last ones, indices `[K]` or `[B, K]`:
-                logits `[B, K, V]`. A boolean mask `[B, T]`: logits `[number of True, V]`.
+            labels: `[B, T]`, -100 for tokens without a loss; they are shifted here. `num_items_in_batch` in kwargs is
+                the divisor of the loss.
+            output_router_logits: whether to return the routers' logits and, if the family has one, to add the
+                load-balancing loss; defaults to the backbone's configuration.
+            logits_to_keep: the positions to compute logits for: the number K of last ones (0: all) or indices `[K]` or
+                `[B, K]`, for logits `[B, K, V]`; or a boolean mask `[B, T]`, for logits `[number of True, V]`.
         """
         backbone = self.config.backbone_config
         if output_router_logits is None:
@@ -741,7 +787,7 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         key = get_family(self.config.backbone_config).cache_reset_length
         limit = getattr(self.config.backbone_config, key, None) if key else None
         if past_key_values and limit and past_key_values.get_seq_length() <= limit < input_ids.shape[1]:
-            # Beyond this length the rotary factors are others: all keys have to be computed again.
+            # Beyond this length the rotary factors change, and all keys have to be computed again.
             past_key_values = None
             kwargs["next_sequence_length"] = None
         return super().prepare_inputs_for_generation(
@@ -750,7 +796,7 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
 
 
 class AttnResForSequenceClassification(GenericForSequenceClassification, AttnResPreTrainedModel):
-    """A label, a score or a reward of a text, from its last token: `score`, a linear layer of `num_labels`."""
+    """`AttnResModel` with a linear layer `score` of `num_labels` on a text's last token: labels, scores or rewards."""
 
     def __init__(self, config: AttnResConfig):
         _start_head(self, config)
@@ -759,7 +805,7 @@ class AttnResForSequenceClassification(GenericForSequenceClassification, AttnRes
 
 
 class AttnResForTokenClassification(GenericForTokenClassification, AttnResPreTrainedModel):
-    """A label for every token: `score`, a linear layer of `num_labels`."""
+    """`AttnResModel` with a linear layer `score` of `num_labels` on every token."""
 
     def __init__(self, config: AttnResConfig):
         _start_head(self, config)
@@ -771,7 +817,7 @@ class AttnResForTokenClassification(GenericForTokenClassification, AttnResPreTra
 
 
 class AttnResForQuestionAnswering(GenericForQuestionAnswering, AttnResPreTrainedModel):
-    """Start and end of an answer in a text: `qa_outputs`, a linear layer of 2."""
+    """`AttnResModel` with a linear layer `qa_outputs` on every token, for the start and end of an answer."""
 
     def __init__(self, config: AttnResConfig):
         _start_head(self, config)
@@ -780,8 +826,11 @@ class AttnResForQuestionAnswering(GenericForQuestionAnswering, AttnResPreTrained
 
 
 def _start_head(model: AttnResPreTrainedModel, config: AttnResConfig):
-    """Instead of the constructors of transformers' heads: those get the base from `AutoModel`, which would ask to trust
-    the code of a folder once more and load it as another module."""
+    """Initialises a model with a head, in place of the constructors of transformers' heads.
+
+    These create the base model with `AutoModel`, which would ask again to trust the code of a folder and load it as
+    another module.
+    """
     AttnResPreTrainedModel.__init__(model, config)
     model.num_labels = config.num_labels
     model.model = AttnResModel(config)

@@ -1,7 +1,10 @@
-"""The text model of Kimi K3 with plain residuals, a backbone: transformers' Kimi Linear where the two are the same.
+"""Kimi K3's text model with plain residuals, as a backbone. It inherits from transformers' Kimi Linear.
 
-What is K3's own: SiTU, the lower bound of the decay, the full-rank gate of the linear attention, the output gate of the
-softmax attention, latent experts, and dense models. Shapes: B batch, T tokens, D hidden size, H heads.
+It adds SiTU, a lower bound of the decay, a full-rank gate of the linear attention, an output gate of the softmax
+attention, latent experts, and dense models.
+
+Shapes: B batch, T tokens, D hidden size, H heads, N tokens of all sequences, E experts, k experts per token, W width of
+the routed experts, M intermediate size.
 """
 
 from collections.abc import Callable
@@ -37,7 +40,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_kimi_k3 import SITU, KimiK3Config
 
-# Parts of a mixture of experts on disk, where it is called block_sparse_moe; a dense MLP is called mlp.
+# The parts of a mixture of experts, which is called block_sparse_moe on disk; a dense MLP is called mlp there.
 MOE_PARTS = (
     "gate",
     "experts",
@@ -49,9 +52,9 @@ MOE_PARTS = (
 
 
 class GatedActivation(nn.Module):
-    """What becomes of the gate and up projections: an activation of the gate times up, or SiTU of both.
+    """Combines the gate and up projections: act(gate) * up, or SiTU.
 
-    SiTU(gate, up) = beta tanh(gate / beta) sigmoid(gate) * linear_beta tanh(up / linear_beta), in float32 at least.
+    SiTU(gate, up) = beta tanh(gate / beta) sigmoid(gate) * linear_beta tanh(up / linear_beta), in float32 or wider.
     """
 
     def __init__(self, config: KimiK3Config):
@@ -88,7 +91,7 @@ class KimiK3MLP(nn.Module):
 
 @use_experts_implementation
 class KimiK3Experts(nn.Module):
-    """The routed experts, stacked: `gate_up_proj` `[E, 2 M, W]` and `down_proj` `[E, W, M]` at their width W."""
+    """The routed experts, stacked: `gate_up_proj` `[E, 2 M, W]` and `down_proj` `[E, W, M]`."""
 
     def __init__(self, config: KimiK3Config):
         super().__init__()
@@ -104,11 +107,11 @@ class KimiK3Experts(nn.Module):
         return self.act_fn(*gate_up.chunk(2, dim=-1))
 
     def forward(self, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
-        """The weighted sum of the chosen experts.
+        """Returns the weighted sum of each token's experts, `[N, W]`.
 
         Args:
             hidden_states: `[N, W]`.
-            top_k_index: `[N, k]`, indices of experts; those of other ranks are `num_experts`.
+            top_k_index: indices of the experts `[N, k]`; `num_experts` stands for experts on other ranks.
             top_k_weights: `[N, k]`.
         """
         output = torch.zeros_like(hidden_states)
@@ -121,17 +124,17 @@ class KimiK3Experts(nn.Module):
 
 
 class KimiK3TopkRouter(KimiLinearTopkRouter):
-    """Scores the experts in float32; a correction bias takes part in the choice only."""
+    """Scores and chooses the experts in float32; the correction bias affects the choice, but not the weights."""
 
     def __init__(self, config: KimiK3Config):
         super().__init__(config)
         self.softmax = config.moe_router_activation_func == "softmax"
-        # As in the official code a single expert keeps its score.
+        # As in the official code, the score of a single expert is not normalised to 1.
         self.renormalises = config.norm_topk_prob and config.num_experts_per_tok > 1
         self.grouped = config.n_group > 1 and config.n_group > config.topk_group
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits `[N, E]`, weights `[N, k]` and indices `[N, k]` of the chosen experts."""
+        """Returns logits `[N, E]`, and weights and indices `[N, k]` of the chosen experts."""
         hidden_states = hidden_states.reshape(-1, self.hidden_dim)
         logits = F.linear(hidden_states.float(), self.weight.float())
         scores = logits.softmax(-1) if self.softmax else logits.sigmoid()
@@ -150,7 +153,7 @@ class KimiK3TopkRouter(KimiLinearTopkRouter):
 
 
 class KimiK3MoE(nn.Module):
-    """Routed experts, at a width of their own if the configuration says so, and shared ones: `[B, T, D]` to it."""
+    """Routed experts, which may have a width of their own, and shared experts: `[B, T, D]` to `[B, T, D]`."""
 
     def __init__(self, config: KimiK3Config):
         super().__init__()
@@ -176,7 +179,7 @@ class KimiK3MoE(nn.Module):
 
 
 class KimiK3Attention(KimiLinearAttention):
-    """Multi-head latent attention without positions, and with a gate of its output if the configuration says so."""
+    """Multi-head latent attention without positions, with an optional gate of its output."""
 
     def __init__(self, config: KimiK3Config, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -191,7 +194,7 @@ class KimiK3Attention(KimiLinearAttention):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The attention's output `[B, T, D]` and, if they are computed, its weights `[B, H, T, S]`."""
+        """Returns the output `[B, T, D]` and the attention weights `[B, H, T, keys]` or `None`."""
         if self.g_proj is None:
             return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
         batch, length = hidden_states.shape[:2]
@@ -204,7 +207,7 @@ class KimiK3Attention(KimiLinearAttention):
             [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
         )
         latent, shared_key = self.kv_a_layernorm(latent).unsqueeze(1), shared_key.unsqueeze(1)
-        if past_key_values is not None:  # which keeps what is compressed
+        if past_key_values is not None:  # the cache holds the compressed states
             latent, shared_key = past_key_values.update(latent, shared_key, self.layer_idx)
         key, value = self.expand_kv(latent, shared_key)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -225,7 +228,7 @@ class KimiK3Attention(KimiLinearAttention):
 
 
 class KimiK3ForgetGate(KimiLinearForgetGate):
-    """Logarithm of the decay of every channel: `[B, T, D]` to `[B, T, H, head dim]`, float32."""
+    """Computes the logarithm of each channel's decay: `[B, T, D]` to `[B, T, H, head dim]`, float32."""
 
     def __init__(self, config: KimiK3Config):
         super().__init__(config)
@@ -242,11 +245,11 @@ class KimiK3ForgetGate(KimiLinearForgetGate):
 
 
 class KimiK3DeltaAttention(KimiLinearDeltaAttention):
-    """Kimi Delta Attention; its output gate is one matrix, `g_proj`, if the configuration says so."""
+    """Kimi Delta Attention, whose output gate can be one matrix, `g_proj`."""
 
     def __init__(self, config: KimiK3Config, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.activation = "silu"  # of the short convolutions, whatever that of the MLPs is
+        self.activation = "silu"  # of the short convolutions, independent of the MLPs'
         self.forget_gate = KimiK3ForgetGate(config)
         if config.linear_use_full_rank_gate:
             self.g_a_proj = nn.Identity()
@@ -255,12 +258,12 @@ class KimiK3DeltaAttention(KimiLinearDeltaAttention):
 
     @property
     def g_b_proj(self) -> nn.Module:
-        """What the inherited forward pass computes the output gate by, after `g_a_proj`."""
+        """The module that the inherited forward pass applies after `g_a_proj` to compute the output gate."""
         return self._modules["g_proj" if "g_proj" in self._modules else "g_b_proj"]
 
 
 class KimiK3DecoderLayer(KimiLinearDecoderLayer):
-    """The two sublayers with plain residuals, computed as in Kimi Linear."""
+    """A decoder layer with plain residuals, whose forward pass is that of Kimi Linear."""
 
     def __init__(self, config: KimiK3Config, layer_idx: int):
         nn.Module.__init__(self)
@@ -274,12 +277,12 @@ class KimiK3DecoderLayer(KimiLinearDecoderLayer):
 
 
 class KimiK3PreTrainedModel(KimiLinearPreTrainedModel):
-    """Initialisation and what is recorded."""
+    """Initialisation and recorded outputs."""
 
     config: KimiK3Config
     config_class = KimiK3Config
     _no_split_modules = ["KimiK3DecoderLayer"]
-    # What the release stores in float32 beside bfloat16 weights.
+    # The released checkpoint stores these in float32 and all others in bfloat16.
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "conv1d", "o_norm", "e_score_correction_bias"]
     _can_record_outputs = {
         "router_logits": OutputRecorder(KimiK3TopkRouter, index=0),
@@ -294,7 +297,7 @@ class KimiK3PreTrainedModel(KimiLinearPreTrainedModel):
             for weight in (module.gate_up_proj, module.down_proj):
                 init.normal_(weight, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, KimiK3ForgetGate) and module.lower_bound is not None:
-            # As flash-linear-attention does: other rates would saturate the sigmoid.
+            # As in flash-linear-attention: other rates would saturate the sigmoid.
             init.zeros_(module.A_log)
 
 
@@ -324,7 +327,7 @@ class KimiK3ForCausalLM(KimiK3PreTrainedModel, KimiLinearForCausalLM):
 
 
 def weight_conversions() -> list:
-    """transformers' converters between the tensors on disk and in memory: those of Kimi Linear, but for the MLPs."""
+    """Returns transformers' converters between tensors on disk and in memory: Kimi Linear's, except for the MLPs."""
     renamings = [
         WeightRenaming(source_patterns=rf"\.block_sparse_moe\.{part}\.", target_patterns=rf"\.mlp\.{part}\.")
         for part in MOE_PARTS

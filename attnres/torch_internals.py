@@ -7,8 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def in_function_transform() -> bool:
-    """Whether a transform of torch.func (vmap, grad, jvp, ...), forward-mode differentiation or a tracer of torch.jit
-    is active: custom operators have no rules for them."""
+    """Returns whether a transform of torch.func, forward-mode differentiation or torch.jit.trace is active.
+
+    Custom operators have no rules for these.
+    """
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
@@ -17,12 +19,12 @@ def in_function_transform() -> bool:
 
 
 def in_dispatch_mode() -> bool:
-    """Whether something looks at every operation: a counter of operations, a recorder, fake tensors."""
+    """Returns whether something observes every operation: a counter of operations, a recorder, fake tensors."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has a shape and no memory: nothing is computed, only planned."""
+    """Returns whether a tensor has a shape but no memory, because a computation is only being planned."""
     return isinstance(tensor, FakeTensor)
 
 

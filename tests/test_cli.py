@@ -14,7 +14,7 @@ from attnres import cli
 
 
 def error_of(capsys, *arguments: str) -> str:
-    """The single line on stderr of a command that ends with status 2."""
+    """Returns the single line on stderr of a command that ends with status 2."""
     assert cli.main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -54,7 +54,7 @@ def test_help_of_demo_shows_defaults(capsys):
         ("eval m --limit nan", "got nan"),
         ("eval m --limit inf", "got inf"),
         ("eval m --limit few", "got few"),
-        ("bench --num-blocks 2 --layers-per-block 2", "--num-blocks and --layers-per-block say the same"),
+        ("bench --num-blocks 2 --layers-per-block 2", "--num-blocks and --layers-per-block exclude each other"),
         ("bench --depth-shape 1,2,3", "'--depth-shape': must be four whole numbers of at least 1: L,S,T,D, got 1,2,3"),
         ("bench pipeline", "Got unexpected extra argument (pipeline)"),
         ("inspect m --text t --ablate 1", "'--ablate': must be a whole number of at least 2, got 1"),

@@ -1,4 +1,4 @@
-"""Clients that decide by class names and tables of model types: an AttnRes model is there as its backbone is."""
+"""Libraries that decide by class names and tables of model types treat an AttnRes model as its backbone."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ peft = pytest.importorskip("peft")
 
 
 def smoothed(model, tokens, tmp_path):
-    """The loss that Trainer computes with label smoothing, and the one by its definition."""
+    """Returns the loss that Trainer computes with label smoothing, and the loss by definition."""
     arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, report_to=[], use_cpu=True, disable_tqdm=True)
     trainer = Trainer(model, arguments, train_dataset=Dataset.from_dict({"input_ids": tokens.tolist()}))
     found = trainer.compute_loss(model, {"input_ids": tokens, "labels": tokens.clone()})
@@ -56,7 +56,7 @@ METHODS = {
 
 
 def adapted(model, method):
-    """The names that PEFT trains and the loss, or the error that it raises."""
+    """Returns the names of the parameters that PEFT trains and the loss, or the error that it raises."""
     import copy
 
     tokens = random_tokens(2, 9)

@@ -19,7 +19,7 @@ NOT_COMPILED_IN_TRAINING = {
 
 
 def cases(families, default):
-    """Every family, most of them in the slow suite: each compiles for several seconds."""
+    """All families; most are marked slow, because each compiles for several seconds."""
     return [pytest.param(family, marks=() if family in default else pytest.mark.slow) for family in families]
 
 

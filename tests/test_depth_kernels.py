@@ -1,4 +1,4 @@
-"""Which code mixes: how it is chosen, and what happens where kernels are missing, wrong or of another version."""
+"""The choice of the implementation, and the fallback where kernels are missing, wrong or of another version."""
 
 import copy
 import os
@@ -167,7 +167,7 @@ def test_kernels_that_fail_their_self_check_are_not_used(monkeypatch):
     from attnres.kernels import cpu_backend
 
     monkeypatch.setattr(cpu_backend, "problem", lambda device, dtype: "output is off by 3.0e-01")
-    check_falls_back("auto", 'mixes by "eager" instead: output is off')
+    check_falls_back("auto", 'falls back to "eager": output is off')
 
 
 def test_a_device_without_triton_kernels_mixes_by_eager(monkeypatch):
@@ -215,7 +215,7 @@ def test_eager_needs_no_kernels():
 
 
 def test_a_folder_of_another_abi_loads_as_remote_code_and_mixes_by_the_equation(tmp_path):
-    """An old folder and a newer package: its own files, the package's kernels."""
+    """An old folder brings its own files, but finds the kernels of a newer package."""
     model, tokens = random_attnres("llama"), random_tokens(1, 5)
     model.save_pretrained(tmp_path)
     files = {path.name for path in tmp_path.glob("*.py")}

@@ -13,7 +13,7 @@ MIXING = Mixing(EPS, layers_per_block=2)
 
 
 def mix_per_token(sources, query, gain, eps=EPS):
-    """float64, one token and one source at a time."""
+    """Mixes in float64, one token and one source at a time."""
     mixture = torch.empty_like(sources[0], dtype=torch.float64)
     weights = torch.empty(*sources[0].shape[:2], len(sources), dtype=torch.float64)
     for b in range(mixture.shape[0]):
@@ -171,7 +171,7 @@ def test_the_mixer_orders_its_queries_by_sublayer_and_starts_at_zero_and_one():
 
 
 def walked(per_block, layers):
-    """What decoder layers were given, by their indices, when each adds its index + 1."""
+    """Returns the inputs of the decoder layers by index, where each layer adds its index + 1."""
     seen = {}
     state = Mixing(EPS, per_block).start(torch.zeros(1, 2, 3))
 

@@ -27,7 +27,7 @@ def softmax(logits):
 
 
 def weights_of(name, values, query, extra):
-    """Of one token, by the definitions in docs/variants.md; values n numpy-like float64 rows."""
+    """Returns the depth weights of one token by the definitions in docs/variants.md, given n float64 rows."""
     n = len(values)
     logits = [float(query @ key(value)) for value in values]
     if name == "input_dependent_query":
@@ -214,7 +214,7 @@ def test_depth_weights_of_variants_come_with_the_output():
 @pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.initial is not None])
 @pytest.mark.filterwarnings("ignore:depth_variant=")
 def test_a_plain_checkpoint_on_disk_becomes_a_variant_with_its_initial_parameters(name, tmp_path):
-    """Not with whatever was in the memory: nothing in the file says what they are."""
+    """The file does not contain these parameters, which must not be left as uninitialised memory."""
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(short_config("qwen3", 5, hidden_size=D)).eval()
     plain.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Weights spread over memory and disk: accelerate's hooks see every decoder layer and the depth mixer."""
+"""Weights spread over memory and disk: accelerate's hooks apply to every decoder layer and the depth mixer."""
 
 import importlib
 
@@ -16,7 +16,7 @@ MODES = ("block", "full", "standard")
 
 
 def places(model, on_disk):
-    """A device map: the named modules on disk, all others in memory."""
+    """Returns a device map with the named modules on disk and all others in memory."""
     modules = ["model.embed_tokens", "model.norm", "lm_head", "model.depth_mixer"]
     modules += [f"model.layers.{index}" for index in range(model.config.num_hidden_layers)]
     if model.depth_mixer is None:
@@ -74,7 +74,7 @@ def test_a_model_whose_every_weight_is_offloaded_computes_the_same(tmp_path, mod
 
 
 def device_of(device_map, name):
-    """Where a parameter goes: the one entry whose module holds it."""
+    """Returns the device of a parameter: that of the only entry whose module contains it."""
     (entry,) = (module for module in device_map if module == "" or name.startswith(f"{module}."))
     return device_map[entry]
 

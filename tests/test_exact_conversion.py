@@ -22,8 +22,10 @@ def plain_model(family, size, seed):
 
 
 def error_of(family, logits, expected):
-    """Relative error; with experts the median over tokens, as a router that finds two of them within rounding of each
-    other may choose either."""
+    """Returns the relative error, or with experts the median over tokens.
+
+    A router may choose either of two experts whose scores differ by no more than rounding.
+    """
     if family not in MOE_FAMILIES:
         return relative_error(logits, expected)
     errors = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)

@@ -15,7 +15,7 @@ GREEDY = {"max_new_tokens": 7, "min_new_tokens": 7, "do_sample": False}
 
 
 def greedy_by_hand(model, input_ids, steps):
-    """What greedy decoding means: a full forward pass without a cache per token."""
+    """Decodes greedily with a full forward pass per token, without a cache."""
     for _ in range(steps):
         logits = model(input_ids, use_cache=False).logits[:, -1].clone()
         logits[:, model.config.eos_token_id] = -torch.inf  # as `min_new_tokens` does
@@ -137,7 +137,7 @@ def test_a_cache_is_returned_as_the_configuration_says(family):
 
 
 def test_a_cache_that_was_passed_is_filled_and_returned_even_without_use_cache():
-    """As the backbones do: passing one is asking for it."""
+    """The backbones do the same: a cache that is passed is used."""
     model = random_attnres("qwen3")
     cache = DynamicCache(config=model.config)
     output = model(random_tokens(1, 5), past_key_values=cache, use_cache=False)
@@ -207,7 +207,7 @@ def test_a_text_alone_and_in_a_batch_of_eight_gets_equal_greedy_tokens(family, m
 @pytest.mark.parametrize("family", ["kimi_linear", "qwen3_next"])
 @pytest.mark.parametrize("options", [{"assistant_model": True}, {"prompt_lookup_num_tokens": 2}])
 def test_drafts_are_refused_where_the_plain_model_refuses_them(family, options):
-    """A state that has been advanced by a refused draft cannot be taken back."""
+    """A recurrent state cannot be rolled back after a rejected draft."""
     plain = AutoModelForCausalLM.from_config(short_config(family)).eval()
     for model in (plain, random_attnres(family)):
         drafts = {"assistant_model": model} if "assistant_model" in options else options
@@ -218,7 +218,7 @@ def test_drafts_are_refused_where_the_plain_model_refuses_them(family, options):
 @pytest.mark.parametrize("mode", ["block", "full"])
 @pytest.mark.parametrize("family", ["llama", "kimi_linear", "qwen3_next"])
 def test_packed_sequences_without_a_mask_are_read_as_the_plain_model_reads_them(family, mode):
-    """By their position_ids: softmax attention keeps them apart, and what a linear attention does is the family's."""
+    """Softmax attention separates packed sequences by position_ids; linear attention does as in the plain model."""
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(short_config(family), attn_implementation="sdpa").eval()
     converted = AttnResForCausalLM.from_backbone(plain, residual_mode=mode).eval()

@@ -23,7 +23,7 @@ NAMES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny Llama of random weights as model.gguf."""
+    """Writes a tiny Llama with random weights as model.gguf."""
     folder = tmp_path_factory.mktemp("gguf")
     torch.manual_seed(0)
     config = short_config("llama")
@@ -67,5 +67,5 @@ def test_a_gguf_file_converts_to_what_the_plain_class_reads_from_it(folder, load
 
 
 def test_a_gguf_file_for_another_head_is_refused_in_one_line(folder):
-    with pytest.raises(ValueError, match="holds a language model: load it by AttnResForCausalLM"):
+    with pytest.raises(ValueError, match="is a language model: load it with AttnResForCausalLM"):
         AttnResForSequenceClassification.from_backbone(folder, gguf_file="model.gguf")

@@ -33,7 +33,7 @@ def attention_module(model):
 
 @pytest.fixture
 def warnings_of_transformers(caplog):
-    """What transformers logs, which pytest does not see by itself: its logger does not propagate."""
+    """Captures what transformers logs; its logger does not propagate, so pytest alone would not see it."""
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
     yield caplog
@@ -42,7 +42,7 @@ def warnings_of_transformers(caplog):
 
 @pytest.fixture
 def flex_uncompiled():
-    """Flex attention by its own formula: every family would compile for about ten seconds."""
+    """Replaces flex attention by its equation, because compiling it takes about ten seconds per family."""
     with torch.compiler.set_stance("force_eager"):
         yield
 

@@ -1,4 +1,4 @@
-"""The text model of Kimi K3: each feature and all of them against an oracle in float64, outputs and gradients."""
+"""Kimi K3's text model: outputs and gradients of each feature, and of all, against an oracle in float64."""
 
 import kimi_k3_reference
 import pytest
@@ -92,7 +92,7 @@ def released_config(**options):
 
 
 def randomised(model, seed):
-    """Nothing stays at zero or one, where a fault could hide."""
+    """Draws all parameters, as a fault could hide behind zeros and ones."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -120,7 +120,7 @@ def on_disk(model, tensors):
 
 
 def run_oracle(given, tensors, tokens, cotangent, dtype):
-    """Logits and gradients by name, float64; `dtype` is what the oracle computes in."""
+    """Returns logits and gradients by name in float64; `dtype` is the oracle's."""
     tensors = {name: tensor.detach().to(dtype, copy=True).requires_grad_(True) for name, tensor in tensors.items()}
     logits = torch.stack([kimi_k3_reference.logits(given, tensors, each) for each in tokens])
     logits.backward(cotangent.to(dtype))
@@ -132,7 +132,7 @@ def run_oracle(given, tensors, tokens, cotangent, dtype):
 @pytest.mark.parametrize("block_size", [None, 2])
 @pytest.mark.parametrize("feature", CASES)
 def test_output_and_gradients_are_those_of_the_oracle(feature, block_size):
-    """As far as float32 goes: in it, the oracle itself is off by some rounding, our logits may be by ten times that."""
+    """The error may be ten times the rounding error of the oracle in float32."""
     released = released_config(**CASES[feature])
     given = {**released, "attn_res_block_size": block_size}
     for seed in (0, 1):
@@ -157,7 +157,7 @@ def test_output_and_gradients_are_those_of_the_oracle(feature, block_size):
 
 
 def test_the_plain_features_are_those_of_transformers_kimi_linear():
-    """The control: without any feature of its own it computes what Kimi Linear does, from the same tensors."""
+    """Without any feature of its own, the model computes what Kimi Linear computes from the same tensors."""
     kimi_linear = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("kimi_linear", **released_config(routed_scaling_factor=1.0)), attn_implementation="eager"
     )
@@ -284,7 +284,7 @@ def test_bfloat16_keeps_what_the_release_has_in_float32(tmp_path):
 
 
 def test_it_learns():
-    """The mixture of experts trains, which the official code's does not."""
+    """The mixture of experts can be trained, unlike that of the official code."""
     model = built(released_config(**EVERYTHING), 2).train()
     tokens = random_tokens(4, 16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -1,4 +1,4 @@
-"""Decoder layers that users wrap, replace, drop or cut: the results of what is left, or one clear error."""
+"""Decoder layers that users wrap, replace or remove: the remaining layers compute the result, or one clear error."""
 
 import copy
 
@@ -13,7 +13,7 @@ MODES = ["block", "full", "standard"]
 
 
 class Wrapper(nn.Module):
-    """What an adapter or a profiler puts around a decoder layer."""
+    """A module that an adapter or a profiler puts around a decoder layer."""
 
     def __init__(self, inner):
         super().__init__()
@@ -24,7 +24,7 @@ class Wrapper(nn.Module):
 
 
 def cut(model, layers):
-    """The first layers of a model, made as a smaller model would be: from its own weights, without sharing code."""
+    """Builds a smaller model from the weights of the first layers, independently of the tested code."""
     config = copy.deepcopy(model.config)
     config.backbone_config.num_hidden_layers = layers
     if getattr(config.backbone_config, "layer_types", None):
@@ -137,7 +137,7 @@ def test_the_checkpointing_function_of_a_layer_can_be_set_and_deleted_as_in_any_
 
 @pytest.mark.parametrize("mode", ["block", "full", "standard"])
 def test_the_checkpointing_function_of_a_layer_can_be_wrapped(mode):
-    """As transformers' own model tests do: what was read is called by what is set in its place."""
+    """transformers' model tests do this: the function that is set calls the one that was read before."""
     tokens, gradients, calls = random_tokens(2, 7), [], []
     for wrapped in (False, True):
         model = random_attnres("llama", mode).train()

@@ -28,7 +28,7 @@ def relative_error(value, expected):
 
 
 def plain_model(family, seed):
-    """In float64, with experts that take it; embeddings of size 1."""
+    """Builds a float64 model with embeddings of size 1 and an implementation of experts for float64."""
     torch.manual_seed(seed)
     config = short_config(family, LAYERS, initializer_range=0.1)
     plain = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
@@ -45,7 +45,7 @@ def plain_model(family, seed):
 
 
 def random_depth_parameters(model, scale=1.5):
-    """Non-zero pseudo-queries and gains: depth weights far from uniform, so that a wrong wire shows."""
+    """Draws pseudo-queries and gains, so that depth weights are far from uniform and a wiring fault shows."""
     with torch.no_grad():
         for name, parameter in model.depth_mixer.named_parameters():
             noise = torch.randn_like(parameter)
@@ -53,7 +53,7 @@ def random_depth_parameters(model, scale=1.5):
 
 
 def oracle_of(plain, model, sublayers_per_block):
-    """The oracle over `plain` with leaf copies of the model's depth parameters, [2 * layers + 1, D] each."""
+    """Runs the oracle over `plain` with leaf copies of the model's depth parameters, [2 * layers + 1, D] each."""
     mixer = model.depth_mixer
 
     def ordered(name):

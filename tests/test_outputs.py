@@ -20,7 +20,7 @@ MODES = ("block", "full", "standard")
 
 
 def plain_and_converted(family, attn_implementation="eager", layers=5, **overrides):
-    """A plain backbone model and its conversion, which computes the same: zero pseudo-queries."""
+    """A plain model and its conversion, which computes the same because its pseudo-queries are zero."""
     torch.manual_seed(0)
     config = short_config(family, layers, **overrides)
     plain = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).eval()
@@ -172,7 +172,7 @@ def test_a_four_dimensional_mask_is_used_as_it_is():
 
 
 def layer_inputs(model):
-    """What each decoder layer received, caught where its first norm reads it, and what the head received."""
+    """Returns the input of each decoder layer's first norm, and the input of the head."""
     seen = []
     for layer in model.model.layers:
         layer.input_layernorm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -238,7 +238,7 @@ def test_depth_weights_have_one_column_per_source_and_sum_to_one(family, case):
 @torch.no_grad()
 @pytest.mark.parametrize("case", SOURCES)
 def test_depth_weights_are_softmaxes_over_normed_sources_and_mix_the_sublayers_inputs(case):
-    """Sources are rebuilt from what the sublayers returned, weights from the pseudo-queries and gains."""
+    """Rebuilds the sources from the sublayer outputs, and the weights from the pseudo-queries and gains."""
     mode, layers_per_block, _ = SOURCES[case]
     model = random_attnres("llama", mode, layers_per_block)
     outputs = []

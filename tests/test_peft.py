@@ -15,7 +15,7 @@ TARGETS = {"attention": ["q_proj", "v_proj"], "all": "all-linear"}
 
 
 def trained_adapter(model, **options):
-    """A LoRA adapter after two steps, so that it no longer is the identity."""
+    """A LoRA adapter after two steps, so that it is not the identity any more."""
     torch.manual_seed(1)
     peft_model = get_peft_model(model, LoraConfig(r=3, task_type="CAUSAL_LM", **options)).train()
     optimizer = torch.optim.SGD([p for p in peft_model.parameters() if p.requires_grad], lr=0.3)

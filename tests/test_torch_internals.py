@@ -1,4 +1,4 @@
-"""The private parts of torch in use: that they still are what they were."""
+"""The private parts of torch that the package uses still behave as expected."""
 
 import pytest
 import torch

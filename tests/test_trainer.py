@@ -114,7 +114,7 @@ def test_depth_parameters_get_no_weight_decay_and_the_rest_is_decayed_as_on_the_
 
 
 def test_weight_decay_alone_leaves_the_depth_mixer_where_it_is(tmp_path):
-    """Without gradients only decay moves weights."""
+    """Without gradients only weight decay changes the weights."""
     model = random_attnres("qwen3")
     trainer = trainer_of(model, tmp_path, weight_decay=0.5, learning_rate=0.1, optim="adamw_torch")
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -190,7 +190,7 @@ def test_gradient_checkpointing_trains_the_same(tmp_path, use_reentrant):
 
 
 def test_accumulated_batches_of_unequal_length_give_the_loss_of_one_batch(tmp_path):
-    """The loss is divided by the number of tokens of all batches, which `num_items_in_batch` carries."""
+    """The loss is divided by the number of tokens of all batches, `num_items_in_batch`."""
     data = examples(4)
     for example, padding in zip(data, (0, 3, 6, 8), strict=True):
         example["labels"][:padding] = -100

@@ -14,7 +14,7 @@ MODES = ("block", "full", "standard")
 
 
 def checkpointed(model, use_reentrant):
-    """A copy that recomputes its decoder layers in the backward pass."""
+    """Returns a copy that recomputes its decoder layers in the backward pass."""
     model = copy.deepcopy(model)
     options = {"use_reentrant": use_reentrant}
     if hasattr(model, "activation_checkpointing_enable"):  # the newer name, of transformers 5.20 or so
@@ -25,7 +25,7 @@ def checkpointed(model, use_reentrant):
 
 
 def gradients(model, tokens, **inputs):
-    """Loss and gradients of one training step; parameters without a gradient are left out."""
+    """Returns the loss and gradients of one training step, without parameters that have no gradient."""
     model.train()
     model.zero_grad()
     output = model(tokens, labels=tokens, use_cache=False, **inputs)
@@ -67,7 +67,7 @@ def test_activation_checkpointing_changes_no_gradient(family, mode, use_reentran
 
 @pytest.mark.parametrize("mode", MODES)
 def test_activation_checkpointing_runs_every_decoder_layer_twice(mode):
-    """Otherwise the equality above would say nothing."""
+    """Otherwise the test above would compare nothing."""
     model = checkpointed(random_attnres("llama", mode), use_reentrant=False)
     calls = []
     for index, layer in enumerate(model.model.layers):
@@ -90,7 +90,7 @@ def test_activation_checkpointing_with_a_frozen_backbone_trains_the_depth_mixer(
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_activation_checkpointing_with_inputs_that_require_gradients_changes_no_gradient(mode, use_reentrant):
-    """What adapters need: everything frozen but a few weights deep inside, gradients flow through the embeddings."""
+    """Adapters need this: all but a few weights are frozen, and gradients flow through the embeddings."""
     model = random_attnres("llama", mode)
     model.requires_grad_(False)
     trainable = "model.layers.1.self_attn.q_proj.weight"
@@ -135,7 +135,7 @@ def test_outputs_are_captured_once_with_activation_checkpointing(mode):
 @pytest.mark.parametrize("precision", ["bfloat16", "autocast"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision_stays_close_to_single_precision(family, precision):
-    """Experts may be chosen differently, and linear attention decays exponentially: a tight bound only without them."""
+    """The bound is tight only without experts, which may be chosen differently, and without linear attention."""
     model = random_attnres(family, layers=4, initializer_range=0.12)
     # Grouped experts want strides of 16 bytes in this precision, which the tiny sizes do not have.
     model.set_experts_implementation("eager")

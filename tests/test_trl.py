@@ -78,7 +78,7 @@ def preferences():
 
 
 def pair(auto_class=AutoModelForCausalLM, ours=AttnResForCausalLM, family="llama", **overrides):
-    """A plain model, and the same converted."""
+    """A plain model and its conversion."""
     torch.manual_seed(0)
     config = short_config(family, layers=2, initializer_range=0.02, pad_token_id=1, eos_token_id=3, **overrides)
     plain = auto_class.from_config(config)
@@ -86,7 +86,7 @@ def pair(auto_class=AutoModelForCausalLM, ours=AttnResForCausalLM, family="llama
 
 
 def first_losses(trainer_class, config_class, models, tokenizer, dataset, out, **options):
-    """Of the first of two training steps, for every model; all must have moved."""
+    """Returns the loss of the first of two training steps of each model, and checks that the weights changed."""
     losses, extra = [], {name: options.pop(name) for name in ("peft_config", "reward_funcs") if name in options}
     for model in models:
         before = [parameter.detach().clone() for parameter in model.parameters()]

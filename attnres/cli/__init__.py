@@ -1,6 +1,6 @@
-"""The `attnres` command. Progress goes to stderr, results to stdout.
+"""The `attnres` command. Progress goes to stderr and results go to stdout.
 
-One module per folder of the package holds its sub-commands, which import what is heavy when they run.
+Each module here holds the sub-commands of one folder of the package, and imports what is heavy only when they run.
 """
 
 import os
@@ -36,14 +36,17 @@ for _command in (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit status: 0, 1 if a row failed, 2 for a user error, 130 for Ctrl-C."""
+    """Runs the command line and returns the exit status.
+
+    The status is 0, 1 if a row failed, 2 for a user error, 130 after Ctrl-C, or 141 if the reader of stdout has gone.
+    """
     try:
         try:
             words = list(sys.argv[1:] if arguments is None else arguments)
             with attnres.make_context("attnres", words) as context:
                 return attnres.invoke(context) or 0
         finally:
-            sys.stdout.flush()  # so that a reader that has gone is met here and not when Python ends
+            sys.stdout.flush()  # raises BrokenPipeError here instead of when Python ends
     except click.exceptions.Exit as end:  # --help, --version
         sys.exit(end.exit_code)
     except click.UsageError as error:
@@ -53,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{path}: error: {message} ({path} --help)", file=sys.stderr)
         sys.exit(USER_ERROR)
     except BrokenPipeError:
-        # `attnres ... | head -1`: nobody reads any more. Python's own flush at the end must not fail again.
+        # `attnres ... | head -1`: the reader has gone. Python's own flush at the end must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except KeyboardInterrupt:
@@ -61,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except (CommandError, ValueError, OSError) as error:
         text = str(error)
-        if isinstance(error, OSError) and error.strerror and error.filename is not None:  # of the system itself
+        if isinstance(error, OSError) and error.strerror and error.filename is not None:  # raised by the system
             text = f"{error.filename}: {error.strerror}"
         say(f"error: {' '.join(text.split())}")
         return USER_ERROR

@@ -1,4 +1,4 @@
-"""What the sub-commands' options share: types with their rules, and options that take several values."""
+"""Option types and command classes that the sub-commands share."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import click
 
 
 class Parsed(click.ParamType):
-    """A value read by a function, whose ValueError says the rule and what was given."""
+    """A type whose values are parsed by a function, which raises ValueError with the rule and the value."""
 
     def __init__(self, name: str, parse: Callable[[str], object]):
         self.name = name
@@ -24,33 +24,32 @@ class Parsed(click.ParamType):
 
 
 class Several(click.Option):
-    """An option that takes one value or more: `--results A B`."""
+    """An option that takes one or more values: `--results A B`."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, multiple=True, **kwargs)
 
 
 class Maybe(click.Option):
-    """An option whose value may be left out."""
+    """An option whose value can be omitted."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, is_flag=False, **kwargs)
 
 
 class _Options:
-    """How both kinds of commands read their words: without taking the name of an option for a value."""
+    """Parses `Several` options, and refuses the name of an option as a value, which click would accept."""
 
     def parse_args(self, ctx, args):
         options = [each for each in self.get_params(ctx) if isinstance(each, click.Option)]
         names = {name for each in options for name in each.opts}
         several = {name for each in options if isinstance(each, Several) for name in each.opts}
-        # click would take the name of an option for a value.
         need = {name for each in options if not (each.is_flag or isinstance(each, Maybe)) for name in each.opts}
         result, option = [], None
         for word, following in zip_longest(args, args[1:]):
             if word in need and (following is None or following in names):
                 raise click.BadOptionUsage(word, f"Option {word!r} requires an argument.", ctx)
-            if word in several:  # `--results A B` as `--results A --results B`, which is what click reads
+            if word in several:  # rewrites `--results A B` to `--results A --results B`, which click can parse
                 option = word
             elif option is not None and not word.startswith("-"):
                 result += [option, word]
@@ -60,7 +59,7 @@ class _Options:
 
 
 class Command(_Options, click.Command):
-    """Registers AttnRes models before it runs, not for `--help`: with the registration comes torch."""
+    """A command that registers AttnRes models, which imports torch, when it runs but not for `--help`."""
 
     def invoke(self, ctx):
         register()
@@ -68,14 +67,20 @@ class Command(_Options, click.Command):
 
 
 class Group(_Options, click.Group):
-    """A command with sub-commands of its own."""
+    """A command that has sub-commands."""
 
 
 def register():
+    """Registers AttnRes models with transformers."""
     from .. import registration  # noqa: F401
 
 
 def whole(value: str, least: int, most: int | None, rule: str) -> int:
+    """Parses a whole number from `least` to `most`.
+
+    Raises:
+        ValueError: the value breaks the rule, which the message quotes.
+    """
     try:
         number = int(value)
     except ValueError:
@@ -86,18 +91,13 @@ def whole(value: str, least: int, most: int | None, rule: str) -> int:
 
 
 def at_least(least: int) -> Parsed:
+    """Returns the type of whole numbers with a lower bound."""
     return Parsed("integer", lambda value: whole(value, least, None, f"a whole number of at least {least}"))
 
 
 def _numbers(value: str) -> tuple[int, ...]:
     rule = "whole numbers of at least 1, joined by commas"
     return tuple(dict.fromkeys(whole(each, 1, None, rule) for each in value.split(",")))
-
-
-SEED = Parsed("integer", lambda value: whole(value, 0, 2**32 - 1, "a whole number from 0 to 2**32 - 1"))
-NAMES = Parsed("names", lambda value: tuple(dict.fromkeys(value.split(","))))
-NUMBERS = Parsed("integers", _numbers)
-DTYPE = click.Choice(["auto", "float32", "bfloat16", "float16"])
 
 
 def _limit(value: str) -> int | float:
@@ -110,7 +110,11 @@ def _limit(value: str) -> int | float:
     return int(limit) if limit >= 1 else limit
 
 
+SEED = Parsed("integer", lambda value: whole(value, 0, 2**32 - 1, "a whole number from 0 to 2**32 - 1"))
+NAMES = Parsed("names", lambda value: tuple(dict.fromkeys(value.split(","))))
+NUMBERS = Parsed("integers", _numbers)
 LIMIT = Parsed("limit", _limit)
+DTYPE = click.Choice(["auto", "float32", "bfloat16", "float16"])
 BATCH_SIZE = Parsed(
     "batch size",
     lambda value: value if value == "auto" else whole(value, 1, None, "a whole number of at least 1, or auto"),
@@ -118,7 +122,7 @@ BATCH_SIZE = Parsed(
 
 
 def exclusive(*names: str):
-    """Of options of the running command that say the same in different ways, one at most.
+    """Checks that at most one of several options of the running command is given.
 
     Raises:
         click.UsageError: two are given.
@@ -127,4 +131,4 @@ def exclusive(*names: str):
     given = [name for name in names if context.params.get(name) is not None]
     if len(given) > 1:
         flags = [f"--{name.replace('_', '-')}" for name in given]
-        raise click.UsageError(f"{' and '.join(flags)} say the same: leave one out.", context)
+        raise click.UsageError(f"{' and '.join(flags)} exclude each other; leave one out.", context)

@@ -1,6 +1,6 @@
-"""The fused operator `attnres::mix` and its back ends. They import nothing from the package; `depth_kernels` picks one.
+"""The fused operator `attnres::mix` and its back ends, which `depth_kernels` chooses from.
 
-Nothing is imported here: `triton_backend` needs Triton and `cpu_backend` numba, which not every platform has.
+Nothing is imported here: `triton_backend` needs Triton and `cpu_backend` needs numba, which not every platform has.
 """
 
-ABI = 3  # of the operator; `depth_kernels.KERNEL_ABI` must be the same
+ABI = 3  # the version of the operator's arguments and results, equal to `depth_kernels.KERNEL_ABI`

@@ -1,9 +1,9 @@
-"""Scores, mixes and norms the sources in one pass over them, with kernels that numba compiles for CPUs.
+"""The CPU back end of `attnres::mix`: calls kernels that numba compiles.
 
-All arithmetic is float32. For a number of threads, results repeat bit by bit, and those of a token do not depend on the
-others.
+All arithmetic is float32. With the same number of threads, results repeat bit by bit, and the results of a token do not
+depend on the other tokens.
 
-Shapes: B batch, T tokens, D hidden size, n sources, P parts of the tokens.
+Shapes: B batch, T tokens, D hidden size, n sources.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @functools.cache
 def _kernels(dtype: torch.dtype):
-    """The module, imported only now as not everyone has numba, and its two kernels."""
+    """Returns the module `cpu_kernels`, which needs numba, and its forward and backward kernels."""
     module = importlib.import_module("attnres.kernels.cpu_kernels")
     return module, *module.kernels(dtype)
 
@@ -31,9 +31,9 @@ def _struct(addresses: int) -> Struct:
 
 
 def _in_memory(*tensors: torch.Tensor) -> tuple[list[torch.Tensor] | tuple[torch.Tensor, ...], list[int]]:
-    """The tensors, copied if their numbers do not lie one after the other, and their addresses: all that kernels see.
+    """Returns the tensors with their elements in order in memory, copied if need be, and their addresses.
 
-    The memory of a negative view holds other numbers, and a zero tensor (address 0) has none.
+    The memory of a negative view holds other numbers, and a zero tensor (address 0) has no memory.
     """
     plain, negative = torch.Tensor.is_contiguous, torch.Tensor.is_neg
     addresses = [tensor.data_ptr() for tensor in tensors]
@@ -44,31 +44,23 @@ def _in_memory(*tensors: torch.Tensor) -> tuple[list[torch.Tensor] | tuple[torch
 
 
 def _run(module, kernel, parts: int, fields: tuple, addresses: list[int]):
-    # A string of bytes that the kernel counts its parts in: never shared between calls.
+    # The kernel counts its parts in this buffer, so no two calls can share one.
     table = ctypes.create_string_buffer(_struct(len(addresses)).pack(0, parts, *fields, *addresses))
     module.run(kernel, ctypes.addressof(table), parts)
 
 
-def forward(
-    sources: list[torch.Tensor],
-    query: torch.Tensor,
-    eps: float,
-    norm_weight: torch.Tensor | None,
-    norm_offset: float,
-    norm_eps: float,
-    scale: float,
-    keep_weights: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Output `[B, T, D]` in the dtype of the sources, rounded once, and depth weights `[B, T, n]`, float32, or `None`
-    where they are not kept.
+def forward(sources, query, eps, norm_weight, norm_offset, norm_eps, scale, keep_weights=True):
+    """Computes `attnres::mix`, whose arguments `operator` describes.
 
-    `query` is float32 and holds the gain of the key norm; the norm multiplies by `norm_weight + norm_offset`.
+    Returns:
+        The output `[B, T, D]` in the dtype of the sources, rounded once, and the depth weights `[B, T, n]`, float32, or
+        `None` without `keep_weights`.
     """
     first, count = sources[0], len(sources)
     shape, numbers = first.shape, first.numel()
     module, kernel, _ = _kernels(first.dtype)
     kept, addresses = _in_memory(query if norm_weight is None else norm_weight, query, *sources)
-    # Like something that is there: torch.empty would follow the default device, and takes longer.
+    # torch.empty would use the default device, and takes longer.
     output = torch.empty_like(kept[2])
     weights = kept[1].new_empty((*shape[:-1], count)) if keep_weights else None
     if not numbers:
@@ -83,20 +75,12 @@ def forward(
     return output, weights
 
 
-def backward(
-    grad_output: torch.Tensor | None,
-    grad_weights: torch.Tensor | None,
-    sources: list[torch.Tensor],
-    query: torch.Tensor,
-    eps: float,
-    weights: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    norm_offset: float,
-    norm_eps: float,
-    scale: float,
-    needs: list[bool],
-) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor | None]:
-    """Gradients of the sources (empty where `needs` is False), of the query, and of the norm weight if there is one."""
+def backward(grad_output, grad_weights, sources, query, eps, weights, norm_weight, norm_offset, norm_eps, scale, needs):
+    """Computes `attnres::mix_backward`, whose arguments `operator` describes.
+
+    Returns:
+        The gradients of the sources (empty where `needs` is False), of the query, and of the norm weight or `None`.
+    """
     first, count = sources[0], len(sources)
     size, numbers, dtype = first.shape[-1], first.numel(), first.dtype
     module, _, kernel = _kernels(dtype)
@@ -109,28 +93,21 @@ def backward(
     parts = module.parts((2 * count + 1) * numbers, tokens)
     sums = query.new_zeros(1 if norm_weight is None else 2, parts, size)
     if numbers:
-        fields = (
-            count,
-            size,
-            tokens,
-            query.data_ptr(),
-            0 if norm_weight is None else gain.data_ptr(),
-            given.data_ptr(),
-        )
-        fields += (weights.data_ptr(), 0 if changes is None else changes.data_ptr())
-        fields += (sums[0].data_ptr(), sums[-1].data_ptr(), eps, norm_offset, norm_eps, scale)
-        addresses = addresses[3:]
-        addresses += [gradient.data_ptr() if need else 0 for gradient, need in zip(gradients, needs, strict=True)]
-        _run(module, kernel, parts, fields, addresses)
-    of_query, *of_gain = (parts.sum(0) for parts in sums)  # apart: results of an operator must not share memory
-    return gradients, of_query, of_gain[0] if of_gain else None
+        of_query, of_weights, of_gain, *of_sources = addresses
+        fields = (count, size, tokens, of_query, 0 if norm_weight is None else of_gain, given.data_ptr(), of_weights)
+        fields += (0 if changes is None else changes.data_ptr(), sums[0].data_ptr(), sums[-1].data_ptr())
+        fields += (eps, norm_offset, norm_eps, scale)
+        of_gradients = [gradient.data_ptr() if need else 0 for gradient, need in zip(gradients, needs, strict=True)]
+        _run(module, kernel, parts, fields, of_sources + of_gradients)
+    by_query, *by_gain = (part.sum(0) for part in sums)  # separate, as results of an operator must not share memory
+    return gradients, by_query, by_gain[0] if by_gain else None
 
 
 @functools.cache
 def problem(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot be used there, in one line, or None.
+    """Returns why the kernels cannot be used, in one line, or `None` if they can.
 
-    The first call runs them on small random sources and compares results and gradients with the formula.
+    The first call runs them on small random sources and compares results and gradients with the equation.
     """
     if device.type != "cpu":
         return f"these kernels run on CPUs, not on {device.type}"
@@ -141,5 +118,5 @@ def problem(device: torch.device, dtype: torch.dtype) -> str | None:
     except ImportError as error:
         reason = " ".join(str(error).split())
         return f"mixing on the CPU is slower than it could be ({reason}); pip install 'attention-residuals[cpu]'"
-    except Exception as error:  # whatever a compiler raises
+    except Exception as error:  # compilers raise errors of many types
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

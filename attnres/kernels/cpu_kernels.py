@@ -1,23 +1,23 @@
-"""The CPU kernels of the mixing over depth, compiled by numba; `cpu_backend` calls them.
+"""The CPU kernels of the mixing over depth, compiled by numba and called by `cpu_backend`.
 
-Per token, with all sources of it in the cache after the first pass; all arithmetic is float32:
+They compute token by token, so that all sources of a token are in the cache after the first pass, in float32:
 
     r_i = 1 / sqrt(mean(v_i^2) + eps),   w = softmax_i(q . v_i r_i),   h = scale sum_i w_i v_i,
     y = (gain + offset) h / sqrt(mean(h^2) + norm_eps),  or y = h without a norm
 
-A kernel takes the address of a table of 64-bit numbers, as every further argument would take time. Its places are named
-below; after them follow the addresses of the n sources and, for the backward pass, those of their gradients (0: not
-wanted). Nothing is checked here.
+A kernel has one argument, because every argument takes time: the address of a table of 64-bit numbers. The constants
+below name its entries. They are followed by the addresses of the n sources and, for the backward pass, of their
+gradients (0: not needed). The caller has to check everything.
 
-Shapes: R tokens of all texts, D hidden size, n sources, P parts of the tokens.
+A state is one token's row of D numbers, in the dtype of the sources: float32, or bfloat16 as uint16.
+
+Shapes: R tokens of all sequences, D hidden size, n sources, P parts of the tokens.
 """
 
 import ctypes
 import math
-import os
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
@@ -28,10 +28,10 @@ from numba.extending import intrinsic, overload
 
 DTYPES = {torch.float32: types.float32, torch.bfloat16: types.uint16}
 
-NUMBERS_PER_THREAD = 1 << 17  # a thread for fewer would take longer to wake than they take
-PARTS_PER_THREAD = 4  # so that those that get on better can do more
+NUMBERS_PER_THREAD = 1 << 17  # waking a thread takes longer than computing with fewer numbers
+PARTS_PER_THREAD = 4  # faster threads take more parts
 
-NEXT_PART, PARTS = 0, 1  # parts of the tokens, taken by whichever thread is free
+NEXT_PART, PARTS = 0, 1  # each thread takes the next part of the tokens when it is free
 COUNT, SIZE, TOKENS = 2, 3, 4  # n, D, R
 QUERY, GAIN = 5, 6  # addresses: q [D] float32; the norm's weight [D], or 0
 RESULT, WEIGHTS = 7, 8  # y [R, D]; w [R, n] float32, or 0
@@ -41,15 +41,15 @@ EPS, OFFSET, NORM_EPS, SCALE = 12, 13, 14, 15  # float64
 SOURCES = 16
 LAYOUT = "12q4d"
 
-# Sums over D may be reordered, which makes them fast; infinite and undefined numbers stay what they are. The sum over
-# the sources keeps the order of a plain model's residual stream, so that a conversion rounds as the plain model does.
+# Sums over D may be reordered, which makes them fast; infinities and NaN are preserved. The sum over the sources keeps
+# the order of a plain model's residual stream, so that a converted model rounds as the plain model does.
 FAST = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}}
 EXACT = {"fastmath": {"contract", "nsz"}, "error_model": "numpy"}
 
 
 @intrinsic
 def _cast(typing_context, pointer, number):
-    """A pointer to other numbers."""
+    """Casts a pointer to another type of number."""
     target = types.CPointer(number.instance_type)
 
     def generate(context, builder, signature, arguments):
@@ -60,7 +60,7 @@ def _cast(typing_context, pointer, number):
 
 @intrinsic
 def _pointer(typing_context, address, like):
-    """An address as a pointer to what `like` points to."""
+    """Turns an address into a pointer of the type of `like`."""
 
     def generate(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
@@ -70,7 +70,7 @@ def _pointer(typing_context, address, like):
 
 @intrinsic
 def _at(typing_context, pointer, place):
-    """A pointer to a later number."""
+    """Advances a pointer by `place` numbers."""
 
     def generate(context, builder, signature, arguments):
         return builder.gep(arguments[0], [arguments[1]], source_etype=context.get_data_type(pointer.dtype))
@@ -80,7 +80,7 @@ def _at(typing_context, pointer, place):
 
 @intrinsic
 def _take(typing_context, pointer):
-    """The integer at a pointer, which is one more afterwards: no two threads get the same."""
+    """Returns the integer at a pointer and increments it atomically, so that no two threads get the same one."""
 
     def generate(context, builder, signature, arguments):
         return builder.atomic_rmw("add", arguments[0], ir.Constant(ir.IntType(64), 1), "monotonic")
@@ -89,7 +89,7 @@ def _take(typing_context, pointer):
 
 
 def _read(number):
-    """A number of a state as float32."""
+    """Converts a number of a state to float32."""
 
 
 @overload(_read)
@@ -100,7 +100,7 @@ def _(number):
 
 
 def _write(state, place, number):
-    """float32 as a number of a state, rounded to nearest, ties to even."""
+    """Stores a float32 number in a state, rounded to nearest, ties to even."""
 
 
 @overload(_write)
@@ -120,7 +120,7 @@ def _(state, place, number):
 
 
 def _softmax(weights):
-    """In place."""
+    """Replaces logits by their softmax, in place."""
 
 
 @overload(_softmax)
@@ -140,7 +140,7 @@ def _(weights):
 
 
 def _squares_and_product(state, query):
-    """v . v and v . q."""
+    """Returns v . v and v . q."""
 
 
 @overload(_squares_and_product, jit_options=FAST)
@@ -157,7 +157,7 @@ def _(state, query):
 
 
 def _dot(numbers, state):
-    """Of float32 numbers and a state."""
+    """Returns the dot product of float32 numbers and a state."""
 
 
 @overload(_dot, jit_options=FAST)
@@ -172,7 +172,7 @@ def _(numbers, state):
 
 
 def _open(states):
-    """The table at a pointer, its numbers that are float64, and a pointer to float32 numbers, no matter where."""
+    """Returns the table at a pointer as int64 and as float64, and any pointer to float32, which `_pointer` needs."""
 
 
 @overload(_open)
@@ -186,6 +186,7 @@ def _(states):
 
 
 def _mix(states):
+    """Computes y and w; `states` points to the table, and its type is that of a pointer to the sources' numbers."""
     table, numbers, floats = _open(states)
     count, size, tokens, parts, gain = table[COUNT], table[SIZE], table[TOKENS], table[PARTS], table[GAIN]
     query, gains = carray(_pointer(table[QUERY], floats), (size,)), carray(_pointer(gain, states), (size,))
@@ -206,7 +207,7 @@ def _mix(states):
                 weights[i] = product / np.float32(math.sqrt(square / np.float32(size) + eps))
             _softmax(weights)
 
-            # Four at a time: one by one, reading and writing the sum would take most of the time.
+            # Four sources at a time: with one, reading and writing the sum would take most of the time.
             first = (count - 1) % 4 + 1
             weight, state = scale * weights[0], carray(_at(_pointer(table[SOURCES], states), token * size), (size,))
             for j in range(size):
@@ -238,9 +239,11 @@ def _mix(states):
 
 
 def _mix_backward(states):
-    """With c_i = dh . v_i + the gradient of w_i, and the gradient of logit i, s_i = w_i (c_i - sum_j w_j c_j):
+    """Computes the gradients of the sources, the query and the norm's weight.
 
-    dv_i = w_i dh + s_i r_i (q - (q . v_i) r_i^2 v_i / D),    dq = sum_i s_i r_i v_i.
+    With c_i = dh . v_i + dw_i and the gradient of logit i, s_i = w_i (c_i - sum_j w_j c_j):
+
+        dv_i = w_i dh + s_i r_i (q - (q . v_i) r_i^2 v_i / D),    dq = sum_i s_i r_i v_i
     """
     table, numbers, floats = _open(states)
     count, size, tokens, parts, gain = table[COUNT], table[SIZE], table[TOKENS], table[PARTS], table[GAIN]
@@ -313,8 +316,10 @@ def _mix_backward(states):
 
 @lru_cache
 def kernels(dtype: torch.dtype) -> tuple[Callable[[int], None], Callable[[int], None]]:
-    """Forward and backward for sources of one of `DTYPES`, functions of the address of a table. Compiled once for a
-    machine, which takes seconds, then kept by numba."""
+    """Returns the forward and the backward kernel for a dtype of `DTYPES`, functions of the address of a table.
+
+    Compiling takes seconds. numba caches the result on disk.
+    """
     return _compile(_mix, DTYPES[dtype]), _compile(_mix_backward, DTYPES[dtype])
 
 
@@ -322,37 +327,35 @@ def _compile(function: Callable, states: types.Type) -> Callable[[int], None]:
     signature = types.void(types.CPointer(states))
     try:
         compiled = cfunc(signature, cache=True, **EXACT)(function)
-    except RuntimeError:  # no folder can be written to
+    except RuntimeError:  # there is no writable folder for the cache
         compiled = cfunc(signature, **EXACT)(function)
     kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
-    kernel.compiled = compiled  # which owns the code
+    kernel.compiled = compiled  # owns the code
     return kernel
 
 
 def parts(numbers: int, tokens: int) -> int:
-    """How many parts the tokens are to be taken in where that many numbers are read: 1 if they are few."""
+    """Returns into how many parts to divide the tokens of a call that reads this many numbers; 1 if they are few."""
     if numbers < 2 * NUMBERS_PER_THREAD or tokens < 2:
         return 1
     return min(tokens, PARTS_PER_THREAD * min(torch.get_num_threads(), numbers // NUMBERS_PER_THREAD))
 
 
 def run(kernel: Callable[[int], None], address: int, parts: int):
-    """Calls a kernel on one thread, or if there are several parts on as many as torch uses."""
+    """Calls a kernel on one thread or, if there are several parts and OpenMP, on as many threads as torch uses."""
     threads = min(parts, torch.get_num_threads()) if parts > 1 else 1
-    if threads == 1:
+    if threads == 1 or _OPENMP is None:
         kernel(address)
-    elif _OPENMP is not None:
-        _OPENMP(kernel.compiled.address, address, threads, 0)
     else:
-        others = [_threads().submit(kernel, address) for _ in range(threads - 1)]
-        kernel(address)
-        for other in others:
-            other.result()
+        _OPENMP(kernel.compiled.address, address, threads, 0)
 
 
 def _openmp() -> Callable[[int, int, int, int], None] | None:
-    """What calls a function on OpenMP's threads, where torch's builds for Linux have loaded it. Those are torch's own:
-    others would have to fight them for the cores, as they wait for their next work without sleeping."""
+    """Returns the function that runs another one on OpenMP's threads, which torch's builds for Linux load, or `None`.
+
+    torch uses the same threads. Other threads would compete with them for the cores, because OpenMP's threads wait for
+    work without sleeping.
+    """
     function = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if sys.platform == "linux" else None
     if function is not None:
         function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
@@ -361,12 +364,3 @@ def _openmp() -> Callable[[int, int, int, int], None] | None:
 
 
 _OPENMP = _openmp()
-
-
-@lru_cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), "attnres")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has none of its parent's threads

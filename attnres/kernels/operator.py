@@ -1,17 +1,26 @@
-"""The fused operator `attnres::mix`: scores the sources, mixes them, and norms the mixture, in one pass over them.
+"""The fused operator `attnres::mix`: scores the sources, mixes them and norms the mixture in one pass over the sources.
 
     r_i = 1 / sqrt(mean(v_i^2) + eps),   w = softmax_i(q . v_i r_i),   h = scale sum_i w_i v_i,
     y = (norm_weight + norm_offset) h / sqrt(mean(h^2) + norm_eps),  or y = h without a norm
 
+    mix(sources, query, eps, norm_weight, norm_offset, norm_eps, scale, backend) -> (y, w)
+
+The sources are n tensors `[B, T, D]`; `query`, `[D]` and float32, is the pseudo-query times the gain of its key norm;
+`norm_weight` is `[D]` or `None`. y is `[B, T, D]` in the dtype of the sources, and w is `[B, T, n]`, float32. In
+`mix_backward`, the gradients of y and w may be `None`, and `needs` selects the sources that need a gradient.
+
 torch.compile, torch.export and activation checkpointing (`torch.ops.attnres.mix.default` in a selective policy) see one
-operation. Saved for the backward pass: the sources by reference, and the depth weights.
+operation. It saves the sources by reference and the depth weights for its backward pass.
 
 Shapes: B batch, T tokens, D hidden size, n sources.
 """
 
+import functools
 import importlib
 
 import torch
+
+from .self_check import equation
 
 BACKENDS = {"cpu": "cpu_backend", "triton": "triton_backend"}
 DEVICES = ("CPU", "CUDA", "XPU")
@@ -30,7 +39,7 @@ _library.define(
 
 
 def problem(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a back end cannot mix tensors of a dtype on a device, in one line; `None` where it can."""
+    """Returns why a back end cannot mix tensors of a dtype on a device, in one line, or `None` if it can."""
     try:
         module = importlib.import_module(f"attnres.kernels.{BACKENDS[backend]}")
     except ImportError as error:
@@ -38,47 +47,20 @@ def problem(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     return module.problem(device, dtype)
 
 
+@functools.cache
 def _module(backend: str):
-    return _modules.get(backend) or _modules.setdefault(
-        backend, importlib.import_module(f"attnres.kernels.{BACKENDS[backend]}")
-    )
+    return importlib.import_module(f"attnres.kernels.{BACKENDS[backend]}")
 
 
-_modules: dict = {}
+def _mix(*arguments):
+    *arguments, backend = arguments
+    return _module(backend).forward(*arguments)
 
 
-def _mix(sources, query, eps, norm_weight, norm_offset, norm_eps, scale, backend):
-    return _module(backend).forward(sources, query, eps, norm_weight, norm_offset, norm_eps, scale)
-
-
-def _mix_backward(
-    output_gradient,
-    weights_gradient,
-    sources,
-    query,
-    eps,
-    weights,
-    norm_weight,
-    norm_offset,
-    norm_eps,
-    scale,
-    needs,
-    backend,
-):
-    by_sources, by_query, by_norm = _module(backend).backward(
-        output_gradient,
-        weights_gradient,
-        sources,
-        query,
-        eps,
-        weights,
-        norm_weight,
-        norm_offset,
-        norm_eps,
-        scale,
-        needs,
-    )
-    return by_sources, by_query, query.new_empty(0) if by_norm is None else by_norm
+def _mix_backward(*arguments):
+    *arguments, backend = arguments
+    by_sources, by_query, by_norm = _module(backend).backward(*arguments)
+    return by_sources, by_query, by_query.new_empty(0) if by_norm is None else by_norm
 
 
 for _device in DEVICES:
@@ -87,27 +69,15 @@ for _device in DEVICES:
 
 
 @torch.library.register_fake("attnres::mix", lib=_library)
-def _(sources, query, eps, norm_weight, norm_offset, norm_eps, scale, backend):
+def _(sources, *_):
     first = sources[0]
     output = torch.empty_like(first, memory_format=torch.contiguous_format)
     return output, first.new_empty((*first.shape[:-1], len(sources)), dtype=torch.float32)
 
 
 @torch.library.register_fake("attnres::mix_backward", lib=_library)
-def _(
-    output_gradient,
-    weights_gradient,
-    sources,
-    query,
-    eps,
-    weights,
-    norm_weight,
-    norm_offset,
-    norm_eps,
-    scale,
-    needs,
-    backend,
-):
+def _(output_gradient, weights_gradient, sources, query, eps, weights, norm_weight, *options):
+    *_, needs, _backend = options
     by_sources = [
         torch.empty_like(source, memory_format=torch.contiguous_format) if need else source.new_empty(0)
         for source, need in zip(sources, needs, strict=True)
@@ -117,7 +87,7 @@ def _(
 
 
 def _save(ctx, inputs, output):
-    sources, query, ctx.eps, norm_weight, ctx.norm_offset, ctx.norm_eps, ctx.scale, ctx.backend = inputs
+    sources, query, ctx.eps, norm_weight, *ctx.norm, ctx.backend = inputs  # norm: offset, epsilon, scale
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], query, norm_weight, *sources)
 
@@ -129,56 +99,27 @@ def _backward(ctx, output_gradient, weights_gradient):
     if torch.is_grad_enabled():
         return _differentiable_backward(ctx, output_gradient, weights_gradient)
     needs = list(ctx.needs_input_grad[0])
-    by_sources, by_query, by_norm = torch.ops.attnres.mix_backward(
-        output_gradient,
-        weights_gradient,
-        sources,
-        query,
-        ctx.eps,
-        weights,
-        norm_weight,
-        ctx.norm_offset,
-        ctx.norm_eps,
-        ctx.scale,
-        needs,
-        ctx.backend,
-    )
+    tensors = (output_gradient, weights_gradient, sources, query, ctx.eps, weights, norm_weight)
+    by_sources, by_query, by_norm = torch.ops.attnres.mix_backward(*tensors, *ctx.norm, needs, ctx.backend)
     by_sources = [by if need else None for by, need in zip(by_sources, needs, strict=True)]
     by_norm = None if norm_weight is None else by_norm.to(norm_weight.dtype)
     return by_sources, by_query.to(query.dtype), None, by_norm, None, None, None, None
 
 
 def _differentiable_backward(ctx, output_gradient, weights_gradient):
-    """Where gradients of gradients are wanted: the formula once more, differentiated by autograd."""
+    """Differentiates the equation by autograd, for gradients of gradients."""
     _, query, norm_weight, *sources = ctx.saved_tensors
-    sources = [source.view_as(source) for source in sources]  # one tensor may be several of them
+    sources = [source.view_as(source) for source in sources]  # the same tensor may be several sources
     inputs = [*sources, query, *([] if norm_weight is None else [norm_weight])]
-    output, weights = _formula(sources, query, ctx.eps, norm_weight, ctx.norm_offset, ctx.norm_eps, ctx.scale)
-    given = [(o, g) for o, g in ((output, output_gradient), (weights, weights_gradient)) if g is not None]
+    results = equation(sources, query, ctx.eps, norm_weight, *ctx.norm)
+    pairs = zip(results, (output_gradient, weights_gradient), strict=True)
+    given = [(result, gradient) for result, gradient in pairs if gradient is not None]
     wanted = [each for each in inputs if each.requires_grad]
-    gradients = iter(
-        torch.autograd.grad(
-            [output for output, _ in given],
-            wanted,
-            [gradient for _, gradient in given],
-            create_graph=True,
-            allow_unused=True,
-        )
-    )
-    gradients = [next(gradients) if each.requires_grad else None for each in inputs]
+    outputs, of_outputs = zip(*given, strict=True)
+    found = iter(torch.autograd.grad(outputs, wanted, of_outputs, create_graph=True, allow_unused=True))
+    gradients = [next(found) if each.requires_grad else None for each in inputs]
     by_norm = None if norm_weight is None else gradients.pop()
     return gradients[:-1], gradients[-1], None, by_norm, None, None, None, None
-
-
-def _formula(sources, query, eps, norm_weight, norm_offset, norm_eps, scale):
-    values = torch.stack(sources, dim=2).to(query.dtype)
-    keys = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
-    weights = torch.softmax((keys * query).sum(-1), dim=-1)
-    mixed = ((scale * weights).unsqueeze(-1) * values).sum(2)
-    if norm_weight is not None:
-        mixed = mixed * torch.rsqrt(mixed.square().mean(-1, keepdim=True) + norm_eps)
-        mixed = mixed * (norm_weight.to(mixed.dtype) + norm_offset)
-    return mixed.to(sources[0].dtype), weights
 
 
 torch.library.register_autograd("attnres::mix", _backward, setup_context=_save, lib=_library)

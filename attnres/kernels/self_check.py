@@ -1,4 +1,4 @@
-"""Compares a back end of `attnres::mix` with the formula in float64, once per process, device and dtype."""
+"""Compares a back end of `attnres::mix` with the equation in float64, once per process, device and dtype."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -8,11 +8,23 @@ import torch
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 
-def compare(forward: Callable, backward: Callable, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Which result on small random sources is off, in one line; `None` where all are right.
+def equation(sources, query, eps, norm_weight, norm_offset, norm_eps, scale):
+    """Computes `attnres::mix` in the dtype of the query by operations that autograd can differentiate."""
+    values = torch.stack(tuple(sources), dim=2).to(query.dtype)
+    keys = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
+    weights = torch.softmax((keys * query).sum(-1), dim=-1)
+    mixed = ((scale * weights).unsqueeze(-1) * values).sum(2)
+    if norm_weight is not None:
+        mixed = mixed * torch.rsqrt(mixed.square().mean(-1, keepdim=True) + norm_eps)
+        mixed = mixed * (norm_weight.to(mixed.dtype) + norm_offset)
+    return mixed.to(sources[0].dtype), weights
 
-    Runs on a thread of its own: what the caller's thread has switched on (inference mode, autocast, a default device,
-    a recorder of operations, activation checkpointing's saved-tensor hooks) neither changes the check nor sees it.
+
+def compare(forward: Callable, backward: Callable, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Returns which result on small random sources is wrong, in one line, or `None` if all are right.
+
+    The check runs in a thread of its own. It is then independent of what the caller's thread has switched on (inference
+    mode, autocast, a default device, a recorder of operations, the saved-tensor hooks of activation checkpointing).
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_compare, forward, backward, device, dtype).result()
@@ -29,11 +41,8 @@ def _compare(forward, backward, device, dtype):
     sides = random(*rows, size).to(dtype), random(*rows, n).float()
 
     *exact, q, g = (tensor.double().requires_grad_() for tensor in (*sources, query, gain))
-    values = torch.stack(exact, dim=2)
-    weights = torch.softmax((values * q).sum(-1) * torch.rsqrt(values.square().mean(-1) + eps), dim=-1)
-    mixture = scale * (weights.unsqueeze(-1) * values).sum(2)
-    output = (g + offset) * mixture * torch.rsqrt(mixture.square().mean(-1, keepdim=True) + norm_eps)
-    of_exact = torch.autograd.grad((output, weights), (*exact, q, g), [side.double() for side in sides])
+    wanted = equation(exact, q, eps, g, offset, norm_eps, scale)
+    of_exact = torch.autograd.grad(wanted, (*exact, q, g), [side.double() for side in sides])
 
     sources, query, gain = [source.to(device) for source in sources], query.to(device), gain.to(device)
     norm = gain, offset, norm_eps, scale
@@ -42,7 +51,7 @@ def _compare(forward, backward, device, dtype):
     of_sources, of_query, of_gain = backward(*sides, sources, query, eps, found[1], *norm, [True] * n)
     names = ["output", "weights", *(f"gradient of source {i}" for i in range(n))]
     names += ["gradient of the query", "gradient of the norm weight"]
-    found, exact = (*found, *of_sources, of_query, of_gain), (output, weights, *of_exact)
+    found, exact = (*found, *of_sources, of_query, of_gain), (*wanted, *of_exact)
     for name, value, truth in zip(names, found, exact, strict=True):
         error = ((value.cpu().double() - truth).abs().max() / truth.abs().max()).item()
         if not error < TOLERANCES[dtype]:

@@ -1,8 +1,6 @@
-"""Scores, mixes and norms the sources in one pass over them, with Triton kernels.
+"""The GPU back end of `attnres::mix`: launches Triton kernels.
 
-    logit_i = query . v_i / rms(v_i),    w = softmax(logit),    h = scale sum_i w_i v_i,    output = norm(h)
-
-All arithmetic is float32. Nothing is added atomically: results repeat bit by bit.
+All arithmetic is float32. There are no atomic additions, so results repeat bit by bit.
 
 Shapes: B batch, T tokens, R = B * T rows, D hidden size, n sources.
 """
@@ -16,29 +14,22 @@ from .self_check import compare
 from .triton_kernels import add_sources, mix_backward, mix_forward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEVICES = ("cuda", "xpu")  # "cuda" is AMD's name too
+DEVICES = ("cuda", "xpu")  # AMD GPUs are called "cuda" as well
 INTERPRETED = not isinstance(mix_forward, triton.JITFunction)  # TRITON_INTERPRET=1: runs on any device, slowly
 
-GROUP_SIZE = 16  # A kernel is compiled per number of sources in a launch; more than these take several launches.
-MAX_SIZE = 16384  # of a row, which a program holds in registers
+GROUP_SIZE = 16  # sources per launch; a kernel is compiled for each number of sources in a launch
+MAX_SIZE = 16384  # elements of a row, which a program holds in registers
 
-# Warps of the backward pass that a large GPU holds at once. A constant: the partial sums of the gradients of query and
-# norm weight, and with them the results, do not depend on the GPU.
+# Warps of the backward pass that a large GPU holds at once. It is a constant so that the partial sums of the gradients
+# of the query and the norm weight, and with them the results, do not depend on the GPU.
 RESIDENT_WARPS = 2048
 
 
-def forward(
-    sources: list[torch.Tensor],
-    query: torch.Tensor,
-    eps: float,
-    norm_weight: torch.Tensor | None,
-    norm_offset: float,
-    norm_eps: float,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output `[B, T, D]`, rounded once to the dtype of the sources, and depth weights `[B, T, n]`, float32.
+def forward(sources, query, eps, norm_weight, norm_offset, norm_eps, scale):
+    """Computes `attnres::mix`, whose arguments `operator` describes.
 
-    `query` is float32 and holds the gain of the key norm; the norm multiplies by `norm_weight + norm_offset`.
+    Returns:
+        The output `[B, T, D]` in the dtype of the sources, rounded once, and the depth weights `[B, T, n]`, float32.
     """
     sources, query, norm_weight = _contiguous(sources), query.contiguous(), _contiguous(norm_weight)
     n, shape = len(sources), sources[0].shape
@@ -46,7 +37,7 @@ def forward(
     output = torch.empty_like(sources[0])
     weights = query.new_empty((*shape[:-1], n))
     carry = query.new_empty(shape) if n > GROUP_SIZE else None
-    with torch.accelerator.device_index(query.device.index):  # where Triton launches
+    with torch.accelerator.device_index(query.device.index):  # where Triton launches kernels
         for start in range(0, n, GROUP_SIZE):
             group = tuple(sources[start : start + GROUP_SIZE])
             ends = {"FIRST": start == 0, "LAST": start + GROUP_SIZE >= n}
@@ -56,20 +47,12 @@ def forward(
     return output, weights
 
 
-def backward(
-    grad_output: torch.Tensor | None,
-    grad_weights: torch.Tensor | None,
-    sources: list[torch.Tensor],
-    query: torch.Tensor,
-    eps: float,
-    weights: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    norm_offset: float,
-    norm_eps: float,
-    scale: float,
-    needs: list[bool],
-) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor | None]:
-    """Gradients of the sources (empty where `needs` is False), of the query, and of the norm weight if there is one."""
+def backward(grad_output, grad_weights, sources, query, eps, weights, norm_weight, norm_offset, norm_eps, scale, needs):
+    """Computes `attnres::mix_backward`, whose arguments `operator` describes.
+
+    Returns:
+        The gradients of the sources (empty where `needs` is False), of the query, and of the norm weight or `None`.
+    """
     grad_output = torch.zeros_like(sources[0]) if grad_output is None else grad_output
     sources, query, norm_weight = _contiguous(sources), query.contiguous(), _contiguous(norm_weight)
     grad_output, grad_weights, weights = grad_output.contiguous(), _contiguous(grad_weights), weights.contiguous()
@@ -106,23 +89,23 @@ def _contiguous(tensors):
 
 
 def _layout(source):
-    """The number of rows, and how one of them lies in the registers of a program."""
+    """Returns the number of rows and the kernels' options for rows of this size."""
     size = source.shape[-1]
     if size > MAX_SIZE:
-        raise ValueError(f"the Triton kernels take a hidden size of at most {MAX_SIZE}, got {size}.")
+        raise ValueError(f"hidden_size for the Triton kernels must be at most {MAX_SIZE}, got {size}.")
     block = triton.next_power_of_2(size)
-    # 8 elements a thread: one load of a half-precision row, and the five rows of the backward pass fit the registers.
-    # AMD has no more than 16 warps; beyond 4096 elements registers spill. The numbers a Triton release contracts to
-    # fused multiply-adds by default differ; say it.
+    # 8 elements per thread: a thread reads its part of a half-precision row in one load, and the five rows of the
+    # backward pass fit the registers. AMD has at most 16 warps; registers spill beyond 4096 elements. The default of
+    # enable_fp_fusion differs between Triton releases.
     options = {"num_warps": min(16, max(1, block // 256)), "enable_fp_fusion": True}
     return source.numel() // size, {"D": size, "BLOCK": block, **options}
 
 
 @functools.cache
 def problem(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot be used there, in one line, or None.
+    """Returns why the kernels cannot be used, in one line, or `None` if they can.
 
-    The first call runs them on small random sources and compares results and gradients with the formula.
+    The first call runs them on small random sources and compares results and gradients with the equation.
     """
     if dtype not in DTYPES:
         return f"the Triton kernels take {', '.join(map(str, DTYPES))}, not {dtype}"
@@ -130,5 +113,5 @@ def problem(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the Triton kernels run on {' or '.join(DEVICES)}, not on {device.type}"
     try:
         return compare(forward, backward, device, dtype)
-    except Exception as error:  # whatever a driver or a compiler raises
+    except Exception as error:  # drivers and compilers raise errors of many types
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

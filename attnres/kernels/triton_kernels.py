@@ -1,10 +1,10 @@
-"""The Triton kernels of the mixing over depth; `triton_backend` launches them.
+"""The Triton kernels of the mixing over depth, launched by `triton_backend`.
 
-A row is a token of a sequence. One program holds a whole row of D elements in registers, padded to BLOCK, and takes the
-sources one after the other. They are a tuple of pointers, unrolled at compile time; a launch takes one group of them.
+A row is a token of a sequence. One program holds a whole row of D elements in registers, padded to BLOCK, and reads the
+sources one after the other. They are a tuple of pointers, unrolled at compile time; one launch takes one group of them.
 
-Registers are what limits the kernels. Hence the brackets in `row * D + offsets`, one index for all sources, and the
-32-bit count of rows: with others, compilers keep an address per source.
+The kernels are limited by registers. This is why `row * D + offsets` is in parentheses (one index for all sources) and
+why the row count has 32 bits: otherwise compilers keep an address per source.
 
 Shapes: R rows, D hidden size, n sources.
 """
@@ -14,12 +14,12 @@ Shapes: R rows, D hidden size, n sources.
 import triton
 import triton.language as tl
 
-NORMAL = tl.constexpr("")  # eviction policy
+NORMAL = tl.constexpr("")  # the default eviction policy
 
 
 @triton.jit
 def _load(pointer, row, offsets, D: tl.constexpr, EVICTION: tl.constexpr = NORMAL):
-    """A row of `[R, D]` as it is stored, zero beyond the end."""
+    """Loads a row of `[R, D]` in its own dtype, padded with zeros."""
     return tl.load(pointer + (row * D + offsets), mask=offsets < D, other=0.0, eviction_policy=EVICTION)
 
 
@@ -30,7 +30,7 @@ def _store(pointer, row, offsets, value, D: tl.constexpr):
 
 @triton.jit
 def _sums(first, second):
-    """Two sums over a row, with the synchronisation between warps that one takes."""
+    """Returns two sums over a row at the cost of one synchronization between warps."""
     return tl.split(tl.sum(tl.join(first, second), axis=0))
 
 
@@ -43,7 +43,7 @@ def _inverse_rms(value, eps, D: tl.constexpr):
 def _add_weighted(total, sources, weights, scale, row, offsets, D: tl.constexpr):
     """Adds the scaled sources of a group to a row; `weights` points to the weight of the first."""
     for i in tl.static_range(len(sources)):
-        # Read once more later. Were the policies equal, the compiler might keep sources in registers instead.
+        # The sources are read once more later. With equal policies the compiler might keep them in registers instead.
         value = _load(sources[i], row, offsets, D, "evict_last")
         total += scale * tl.load(weights + i) * value.to(tl.float32)
     return total
@@ -55,8 +55,8 @@ def mix_forward(
     query,  # [D] float32
     norm_weight,  # [D] or None
     output,  # [R, D], written by the last group
-    weights,  # [R, n] float32: logits until the last group has been seen
-    carry,  # [R, D] float32: the mixture of the earlier groups; None where there is one group
+    weights,  # [R, n] float32: logits until the last group is done
+    carry,  # [R, D] float32: the mixture of the earlier groups; None if there is one group
     start,  # index of the group's first source
     n,
     eps,
@@ -69,7 +69,7 @@ def mix_forward(
     BLOCK: tl.constexpr,  # power of two, at least D
     WIDTH: tl.constexpr,  # power of two, at least n
 ):
-    """Softmax over depth with a running maximum: each source is read once."""
+    """Mixes and norms by a softmax with a running maximum, which reads each source once."""
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     columns = tl.arange(0, WIDTH)
@@ -90,7 +90,7 @@ def mix_forward(
     following = _load(sources[0], row, offsets, D)
     for i in tl.static_range(len(sources)):
         value = following.to(tl.float32)
-        if i + 1 < len(sources):  # on its way while this one is reduced
+        if i + 1 < len(sources):  # is loaded while this one is reduced
             following = _load(sources[i + 1], row, offsets, D)
         dot, square = _sums(pseudo_query * value, value * value)
         logit = dot * tl.rsqrt(square / D + eps)
@@ -130,7 +130,7 @@ def add_sources(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The mixture of more sources than one launch takes, which every launch of `mix_backward` needs."""
+    """Computes the mixture of more sources than one launch takes, for the launches of `mix_backward`."""
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     mixed = tl.zeros((BLOCK,), tl.float32) if FIRST else _load(mixture, row, offsets, D)
@@ -141,15 +141,15 @@ def add_sources(
 @triton.jit(do_not_specialize=["start", "n", "num_rows"])
 def mix_backward(
     sources,  # of this group, [R, D] each
-    gradients,  # of these sources, [R, D] each; None for a source that needs none
+    gradients,  # of these sources, [R, D] each; None for a source without a gradient
     query,  # [D] float32
     norm_weight,  # [D] or None
     weights,  # [R, n] float32
-    mixture,  # [R, D] float32; None where there is one group, which mixes its sources itself
+    mixture,  # [R, D] float32; None if there is one group, which mixes its sources itself
     output_gradient,  # [R, D]
     weights_gradient,  # [R, n] float32 or None
-    query_parts,  # [programs, D] float32: each program sums over its rows
-    norm_parts,  # the same for the norm's weight, by every group; None without a norm
+    query_parts,  # [programs, D] float32: the sum over each program's rows
+    norm_parts,  # the same for the norm's weight, rewritten by every group; None without a norm
     start,
     n,
     num_rows,
@@ -161,6 +161,7 @@ def mix_backward(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
+    """Computes the gradients of a group's sources, and parts of those of the query and the norm's weight."""
     offsets = tl.arange(0, BLOCK)
     columns = tl.arange(0, WIDTH)
     pseudo_query = _load(query, 0, offsets, D)
@@ -168,7 +169,7 @@ def mix_backward(
     norm_sum = tl.zeros((BLOCK,), tl.float32)
 
     index = tl.program_id(0)
-    while index < num_rows:  # not `range`: the interpreter of Triton 3.6 cannot, with a recent numpy
+    while index < num_rows:  # the interpreter of Triton 3.6 fails on `range` with a recent numpy
         row = index.to(tl.int64)
         own_weights = weights + row * n
         if mixture is None:
@@ -177,7 +178,7 @@ def mix_backward(
         else:
             mixed = _load(mixture, row, offsets, D)
 
-        gradient = _load(output_gradient, row, offsets, D).to(tl.float32)  # becomes the mixture's
+        gradient = _load(output_gradient, row, offsets, D).to(tl.float32)  # of the output, then of the mixture
         if norm_weight is not None:
             inverse_rms = _inverse_rms(mixed, norm_eps, D)
             normed = mixed * inverse_rms
@@ -185,7 +186,7 @@ def mix_backward(
             gradient *= _load(norm_weight, 0, offsets, D).to(tl.float32) + norm_offset
             gradient = inverse_rms * (gradient - normed * (tl.sum(gradient * normed, axis=0) / D))
 
-        # sum_j w_j c_j, where c_j is the gradient of weight j: gradient . v_j, summed over j, is gradient . mixture
+        # sum_j w_j c_j, where c_j is the gradient of weight j: the part of gradient . v_j sums to gradient . mixture
         mean_change = tl.sum(gradient * mixed, axis=0)
         gradient *= scale
         if weights_gradient is not None:
@@ -194,7 +195,7 @@ def mix_backward(
             mean_change += tl.sum(weight * tl.load(own_gradients + columns, mask=columns < n, other=0.0), axis=0)
 
         following = _load(sources[len(sources) - 1], row, offsets, D, "evict_first")
-        for i in tl.static_range(len(sources) - 1, -1, -1):  # what was read last is most likely still cached
+        for i in tl.static_range(len(sources) - 1, -1, -1):  # the sources read last are most likely still cached
             value = following.to(tl.float32)
             if i > 0:
                 following = _load(sources[i - 1], row, offsets, D, "evict_first")

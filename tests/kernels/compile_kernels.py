@@ -1,4 +1,4 @@
-"""Compiles every variant of the kernels for a Hopper and for an MI300 GPU, neither needed; prints the kinds of code."""
+"""Compiles all variants of the kernels for Hopper and MI300 GPUs, without these GPUs, and prints their kinds."""
 
 import importlib.util
 from pathlib import Path
@@ -19,7 +19,7 @@ NUMBERS |= dict.fromkeys(("eps", "norm_offset", "norm_eps", "scale"), "fp32")
 
 
 def compile_kernel(kernel, types, **constants):
-    """`types`: per argument a type, a tuple of types, or None for an argument that is None."""
+    """Compiles a kernel; `types` has a type, a tuple of types, or None per argument."""
     constants = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
     signature = {}
     for index, argument in enumerate(kernel.arg_names):

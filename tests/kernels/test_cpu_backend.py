@@ -1,4 +1,4 @@
-"""The CPU kernels against the equation in float64, and what must not change a result."""
+"""The CPU kernels against the equation in float64, and under conditions that must not change a result."""
 
 import os
 import subprocess
@@ -6,21 +6,12 @@ import sys
 
 import pytest
 import torch
+from mix_reference import mix
 
 from attnres.kernels import cpu_backend
 
 EPS, NORM_EPS = 1e-5, 1e-6
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
-
-
-def formula(sources, query, gain, offset, scale):
-    """Output and weights in the dtype of the query; without a norm where there is no gain."""
-    values = torch.stack(sources, dim=2)
-    weights = torch.softmax((values * query).sum(-1) * torch.rsqrt(values.square().mean(-1) + EPS), dim=-1)
-    mixed = scale * (weights.unsqueeze(-1) * values).sum(2)
-    if gain is not None:
-        mixed = mixed * torch.rsqrt(mixed.square().mean(-1, keepdim=True) + NORM_EPS) * (gain + offset)
-    return mixed, weights
 
 
 def random_case(count, size, dtype, normed, seed, tokens=(2, 5)):
@@ -43,7 +34,7 @@ def test_outputs_and_every_gradient_are_those_of_the_equation(count, size, dtype
     sources, query, gain = random_case(count, size, dtype, normed, seed)
     offset, scale = float(seed % 2), [1.0, float(count), 0.5][seed]
     exact = [each.double().requires_grad_() for each in (*sources, query, *([gain] if normed else []))]
-    expected = formula(exact[:count], exact[count], exact[count + 1] if normed else None, offset, scale)
+    expected = mix(exact[:count], exact[count], EPS, exact[count + 1] if normed else None, offset, NORM_EPS, scale)
     sides = torch.randn(expected[0].shape).to(dtype), torch.randn(expected[1].shape)
     norm = gain, offset, NORM_EPS, scale
     found = cpu_backend.forward(sources, query, EPS, *norm)
@@ -150,7 +141,7 @@ def test_gradients_repeat_bit_by_bit_and_many_tokens_add_up(dtype):
     sources, query, gain = random_case(4, 131, dtype, True, 0, (2, 1500))
     norm = gain, 1.0, NORM_EPS, 1.0
     exact = [each.double().requires_grad_() for each in (*sources, query, gain)]
-    expected, _ = formula(exact[:4], exact[4], exact[5], 1.0, 1.0)
+    expected, _ = mix(exact[:4], exact[4], EPS, exact[5], 1.0, NORM_EPS, 1.0)
     side = torch.randn_like(sources[0])
     wanted = torch.autograd.grad(expected, exact, side.double())
     threads = torch.get_num_threads()
@@ -194,7 +185,7 @@ def test_huge_and_tiny_sources_are_mixed(size, dtype):
     sources, query, _ = random_case(3, 37, dtype, False, 0)
     sources = [(each * size).to(dtype) for each in sources]
     output, _ = cpu_backend.forward(sources, query, EPS, None, 0.0, 0.0, 1.0)
-    expected, _ = formula([each.double() for each in sources], query.double(), None, 0.0, 1.0)
+    expected, _ = mix([each.double() for each in sources], query.double(), EPS, None, 0.0, 0.0, 1.0)
     close(output / size, expected / size, dtype)
 
 
@@ -203,7 +194,7 @@ def test_extreme_logits_neither_overflow_nor_vanish(sign):
     sources, query, _ = random_case(5, 37, torch.float32, False, 0)
     query = sign * 1000 * query  # far beyond what exp can take
     _, weights = cpu_backend.forward(sources, query, EPS, None, 0.0, 0.0, 1.0)
-    _, expected = formula([each.double() for each in sources], query.double(), None, 0.0, 1.0)
+    _, expected = mix([each.double() for each in sources], query.double(), EPS, None, 0.0, 0.0, 1.0)
     torch.testing.assert_close(weights.double(), expected, atol=1e-3, rtol=0)
 
 

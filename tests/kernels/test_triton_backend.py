@@ -46,7 +46,7 @@ class Case:
 
 
 def random_case(n, shape, norm_offset=0.0, dtype=torch.float32, device=CPU):
-    """`norm_offset` None: without a norm. Logits have a standard deviation of about 2."""
+    """Draws a case, without a norm if `norm_offset` is None. Logits have a standard deviation of about 2."""
     return Case(
         sources=[torch.randn(shape).to(device, dtype) for _ in range(n)],
         query=(torch.randn(shape[-1]) * 2 / shape[-1] ** 0.5).to(device),
@@ -58,7 +58,7 @@ def random_case(n, shape, norm_offset=0.0, dtype=torch.float32, device=CPU):
 
 
 def per_token_loop(sources, query, norm_weight, norm_offset):
-    """The oracle: one token at a time, nothing but sums and products."""
+    """Computes the expected results one token at a time, by sums and products only."""
     batch, tokens, size = sources[0].shape
     outputs, all_weights = [], []
     for b in range(batch):
@@ -77,7 +77,7 @@ def per_token_loop(sources, query, norm_weight, norm_offset):
 
 
 def run(case, needs=None):
-    """Output, weights, the gradients of the sources, of the query and, with a norm, of its weight."""
+    """Returns output, weights, and the gradients of the sources, of the query and, with a norm, of its weight."""
     norm = (case.norm_weight, case.norm_offset, NORM_EPS, SCALE)
     needs = needs or [True] * len(case.sources)
     output, weights = backend.forward(case.sources, case.query, EPS, *norm)
@@ -255,7 +255,7 @@ def test_the_problem_names_a_dtype_or_device_without_kernels():
 
 
 def shifted(function, result):
-    """`function` with 0.1 added to one of its results, of which a list counts as one."""
+    """Wraps a function so that 0.1 is added to one of its results, where a list counts as one result."""
 
     def call(*args):
         results = list(function(*args))
@@ -326,7 +326,7 @@ def test_rows_beyond_two_to_the_31_elements_are_addressed():
 
 
 def test_kernels_compile_for_nvidia_and_amd_without_either(tmp_path):
-    """The interpreter takes more Python than the compiler does."""
+    """The interpreter accepts more of Python than the compiler does."""
     script = Path(__file__).with_name("compile_kernels.py")
     environment = {"PYTHONPATH": ":".join(sys.path), "TRITON_CACHE_DIR": str(tmp_path), "HOME": str(tmp_path)}
     compiled = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)

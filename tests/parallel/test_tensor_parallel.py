@@ -115,7 +115,7 @@ def test_tp_plan_auto_shards_by_the_plan_of_the_backbone_and_leaves_the_depth_mi
         ("heads of latent attention", "must divide num_attention_heads=5"),
         ("pipeline", "Use attnres.parallel.Pipeline"),
         ("world", "world_size"),
-        ("from_backbone", "from_pretrained with the same distributed_config"),
+        ("from_backbone", "from_pretrained and the same distributed_config"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(ranks, refused, says):
