@@ -37,8 +37,11 @@ class Maybe(click.Option):
         super().__init__(*args, is_flag=False, **kwargs)
 
 
-class _Options:
-    """Parses `Several` options, and refuses the name of an option as a value, which click would accept."""
+class Command(click.Command):
+    """A command that parses `Several` options, refuses the name of an option as a value, and registers AttnRes models.
+
+    The models are registered, which imports torch, when the command runs but not for `--help`.
+    """
 
     def parse_args(self, ctx, args):
         options = [each for each in self.get_params(ctx) if isinstance(each, click.Option)]
@@ -57,22 +60,10 @@ class _Options:
                 result, option = [*result, word], None
         return super().parse_args(ctx, result)
 
-
-class Command(_Options, click.Command):
-    """A command that registers AttnRes models, which imports torch, when it runs but not for `--help`."""
-
     def invoke(self, ctx):
-        register()
+        from .. import registration  # noqa: F401
+
         return super().invoke(ctx)
-
-
-class Group(_Options, click.Group):
-    """A command that has sub-commands."""
-
-
-def register():
-    """Registers AttnRes models with transformers."""
-    from .. import registration  # noqa: F401
 
 
 def whole(value: str, least: int, most: int | None, rule: str) -> int:
