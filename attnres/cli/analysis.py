@@ -8,7 +8,7 @@ from .options import DTYPE, Command, Maybe, at_least
 from .process import local_folder, require, wrote
 
 
-@click.command("inspect", cls=Command, short_help="which earlier outputs each sublayer reads, over a text")
+@click.command("inspect", cls=Command, short_help="show which earlier outputs each sublayer reads, over a text")
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option("--text", metavar="FILE", required=True, help="text in UTF-8, or - for standard input")
 @click.option("--out", metavar="DIR", default="inspect-out", help="folder for the results")
@@ -57,7 +57,7 @@ def inspect(models, text, out, **options):
     wrote(written, out)
 
 
-@click.command("dynamics", cls=Command, short_help="loss, outputs and gradients over depth of training runs")
+@click.command("dynamics", cls=Command, short_help="draw loss, outputs and gradients over depth of training runs")
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
 @click.option("--step", metavar="N", type=at_least(1), help="use the last measurement up to step N (default: the last)")
 @click.option("--out", metavar="DIR", default="dynamics-out", help="folder for the results")

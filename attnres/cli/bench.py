@@ -82,7 +82,7 @@ def _depth_shape(value: str) -> DepthShape:
 @click.option(
     "--new-tokens", metavar="N", type=at_least(1), help=f"tokens that decode and generate add {_default('new_tokens')}"
 )
-@click.option("--dtype", "dtypes", metavar="NAMES", type=NAMES, help=f"of {', '.join(DTYPES)} {_default('dtypes')}")
+@click.option("--dtype", "dtypes", metavar="NAMES", type=NAMES, help=f"{', '.join(DTYPES)} {_default('dtypes')}")
 @click.option(
     "--depth-shape",
     metavar="L,S,T,D",

@@ -94,7 +94,7 @@ def convert(source, result, to, **options):
         print(serving_text(options["engine"], str(outcome.result), outcome.to_layout))
 
 
-@click.command("inspect-checkpoint", cls=Command, short_help="contents of a checkpoint folder, from its headers alone")
+@click.command("inspect-checkpoint", cls=Command, short_help="describe a checkpoint folder from its headers alone")
 @click.argument("path", metavar="PATH")
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 def inspect_checkpoint(path, as_json):

@@ -9,7 +9,7 @@ from .options import BATCH_SIZE, DTYPE, LIMIT, SEED, Command, at_least
 from .process import SOME_FAILED, CommandError, is_first, require, wrote
 
 
-@click.command("eval", cls=Command, short_help="the paper's benchmark table on any causal language model")
+@click.command("eval", cls=Command, short_help="run the paper's benchmarks on any causal language model")
 @click.argument("model", metavar="[MODEL]", required=False)
 @click.option(
     "--suite",
