@@ -25,8 +25,8 @@ def run_ranks(function: Callable, ranks: int, *arguments, threads: int = 1) -> l
 def _run_rank(rank: int, ranks: int, folder: str, threads: int, function: Callable, arguments: tuple):
     torch.set_num_threads(threads)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))  # as torchrun does
-    store, timeout = f"file://{folder}/store", timedelta(minutes=5)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timeout)
+    store = dist.FileStore(f"{folder}/store", ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=5))
     Path(folder, str(rank)).write_bytes(pickle.dumps(function(*arguments)))
     dist.barrier()  # a rank that ends closes connections that others may still read from
     dist.destroy_process_group()

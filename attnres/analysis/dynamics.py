@@ -109,6 +109,7 @@ class _MeasuredStep:
         self.loss_scale = loss_scale  # factor of the loss in the backward pass
         self.num_layers = len(decoder.layers)
         self.mixer = getattr(decoder, "depth_mixer", None)
+        self.is_full = getattr(getattr(decoder, "config", None), "residual_mode", None) == "full"
         self._training_pass = False
         self._sizes: dict[int, int] = defaultdict(int)
         self._outputs: dict[int, list[torch.Tensor]] = defaultdict(list)
@@ -166,7 +167,7 @@ class _MeasuredStep:
     def _see_output(self, index: int, layer: nn.Module, args: tuple, output):
         if not isinstance(output, torch.Tensor):
             # "full" returns the outputs of attention and MLP; some plain layers return hidden states and more.
-            output = output[-1] if getattr(layer, "residual_mode", None) == "full" else output[0]
+            output = output[-1] if self.is_full else output[0]
         if self._training_pass:  # activation checkpointing runs a layer twice, which leaves the mean as it is
             self._sizes[index] += output.numel()
             self._outputs[index].append(_norm(output.detach()))

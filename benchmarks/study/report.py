@@ -20,6 +20,7 @@ from matplotlib import pyplot as plt
 T_975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 1.96]
 T_80 = [1.376, 1.061, 0.978, 0.941, 0.920, 0.906, 0.896, 0.889, 0.883, 0.879, 0.842]
 RESAMPLES = 1000
+SCALED = "plain, scaled init"  # the second baseline, which block is compared to as well
 
 
 def quantile(table: list[float], freedom: int) -> float:
@@ -174,6 +175,11 @@ def report(results: list[dict]) -> str:
         others = ", ".join(f"{name}: {rate}" for name, rate in used.items() if rate != used["plain"])
         heading += f"{used['plain']} ({others})." if others else f"{used['plain']}."
         lines += ["", heading, "", *table(arms)]
+        lines += [
+            f"\n{name} less {SCALED}, same batches (95 %): {mean_difference(arms[name], arms[SCALED])} nats/token."
+            for name in ("block", "block, scaled init")
+            if {name, SCALED} <= arms.keys()
+        ]
         if seen := smallest_difference(arms):
             lines += ["", f"Power: with {seen[1]} seeds this design sees a difference of {seen[0]:.3f} nats/token "]
             lines[-1] += "four times in five (p = 0.05, paired by seed, variance pooled over the models)."

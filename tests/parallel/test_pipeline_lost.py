@@ -17,7 +17,7 @@ from attnres.parallel import Pipeline
 def train(rank: int, folder: str, way: signal.Signals, seconds: int):
     """Steps until rank 1 is gone, in the middle of one; rank 0 notes its error."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     group = dist.new_group(timeout=timedelta(seconds=seconds))
     pipeline = Pipeline(random_attnres("llama", layers=2), group, micro_batches=2)
     batch = random_tokens(2, 9)
