@@ -11,9 +11,14 @@ def one_line(error: BaseException | str, limit: int = 200) -> str:
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
+def is_first() -> bool:
+    """Returns whether this process is rank 0, or the only process."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(line: str):
-    """Prints a line about progress to stderr, on rank 0 only."""
-    if os.environ.get("RANK", "0") == "0":
+    """Prints a line to stderr, on rank 0 only."""
+    if is_first():
         print(f"attnres: {line}", file=sys.stderr, flush=True)
 
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import click
 
 from .. import __version__
+from ..messages import is_first, say
 from . import analysis, bench, conversion, demo, eval, hub_card, training
-from .process import INTERRUPTED, PIPE_CLOSED, SOME_FAILED, USER_ERROR, CommandError, is_first, say
+from .process import INTERRUPTED, PIPE_CLOSED, SOME_FAILED, USER_ERROR, CommandError
 
 
 @click.group(no_args_is_help=False, context_settings={"show_default": True, "max_content_width": 100})

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import click
 
+from ..messages import is_first
 from .options import BATCH_SIZE, DTYPE, LIMIT, SEED, Command, at_least
-from .process import SOME_FAILED, CommandError, is_first, require, wrote
+from .process import SOME_FAILED, CommandError, require, wrote
 
 
 @click.command("eval", cls=Command, short_help="run the paper's benchmarks on any causal language model")

@@ -1,9 +1,10 @@
 """Exit statuses, messages on stderr and checks that the sub-commands share."""
 
-import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+
+from ..messages import one_line
 
 USER_ERROR = 2
 SOME_FAILED = 1
@@ -14,17 +15,6 @@ OTHER_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onn
 
 class CommandError(Exception):
     """A mistake of the user, or something missing on the machine, which is shown as one line."""
-
-
-def say(line: str):
-    """Prints a line about the end of a command to stderr, on rank 0 only, as every rank gets there."""
-    if is_first():
-        print(f"attnres: {line}", file=sys.stderr)
-
-
-def is_first() -> bool:
-    """Returns whether this process is rank 0, or the only process."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def wrote(paths, folder: str):
@@ -57,5 +47,5 @@ def local_folder(name: str) -> str:
     try:
         return snapshot_download(name, ignore_patterns=OTHER_FORMATS)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise CommandError(f"{name}: no such folder, and it cannot be downloaded from the Hub ({reason})") from None

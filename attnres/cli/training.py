@@ -2,8 +2,9 @@
 
 import click
 
+from ..messages import say
 from .options import Command
-from .process import SOME_FAILED, require, say
+from .process import SOME_FAILED, require
 
 
 @click.command(

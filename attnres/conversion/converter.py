@@ -62,7 +62,7 @@ def convert(
     source: str | os.PathLike,
     result: str | os.PathLike,
     *,
-    to: str = ATTNRES,
+    to: str | None = None,
     from_layout: str | None = None,
     verify: str = "auto",
     link: bool = False,
@@ -78,7 +78,7 @@ def convert(
     Args:
         source: folder with safetensors weights, or with the shards that FSDP saved. It is not changed.
         result: folder to create.
-        to: layout of the result, `"attnres"`, `"prenorm"` or `"kimi-k3"`.
+        to: layout of the result, `"attnres"` (default), `"prenorm"` or `"kimi-k3"`.
         from_layout: layout that `source` must have; by default the one that its configuration describes.
         verify: `"auto"`, `"full"` or `"none"`, see `verification.verify_conversion`.
         link: make hard links to unchanged weight files instead of copies: fast, but saving over the result changes the
@@ -98,7 +98,9 @@ def convert(
             the source computes.
         OSError: the result cannot be written, or exists and `overwrite` is false.
     """
-    source, result = Path(source), Path(result)
+    source, result, to = Path(source), Path(result), to or ATTNRES
+    if to not in (ATTNRES, PRENORM, KIMI_K3):
+        raise CheckpointError(f"--to must be {ATTNRES}, {PRENORM} or {KIMI_K3}, got {to!r}.")
     _check_places(source, result)
     if find_shards(source):
         others = {"to": to != ATTNRES, "from_layout": from_layout, "link": link, "reinit_depth": reinit_depth}

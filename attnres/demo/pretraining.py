@@ -74,7 +74,15 @@ def build_scratch(settings: Settings, eos_token_id: int) -> AttnResForCausalLM:
 def run_in(folder: Path, settings: Settings) -> dict:
     """Runs the demo in `folder` and returns what `results.json` holds."""
     # Operations of this size gain nothing from more threads, and become many times slower on a busy machine.
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(2, threads))
+    try:
+        return _run(folder, settings)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(folder: Path, settings: Settings) -> dict:
     data = prepare_data(settings, folder)
     histories, lossless = _train_models(data, settings, folder)
     results = _evaluate_models(data, histories, settings, folder) | {"lossless_start": lossless}

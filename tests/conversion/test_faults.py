@@ -194,6 +194,14 @@ def test_an_existing_result_needs_overwrite_and_survives_a_failure(plain, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["attnres", "plain"]
 
 
+def test_an_unknown_layout_is_refused_and_none_is_the_default(plain, tmp_path):
+    with pytest.raises(CheckpointError, match="--to must be attnres, prenorm or kimi-k3, got 'plain'"):
+        convert(plain, tmp_path / "other", to="plain", verify="none")
+    assert not (tmp_path / "other").exists()
+    assert convert(plain, tmp_path / "default", to=None, verify="none").to_layout == "attnres"
+    AttnResForCausalLM.from_pretrained(tmp_path / "default")
+
+
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two-renames"])
 def test_a_folder_is_replaced_as_a_whole(exchange, tmp_path, monkeypatch):
     if not exchange:
