@@ -52,10 +52,11 @@ def expand(grid: dict) -> list[dict]:
 
 
 def tuned_rate(size: str, arm: str, runs: list[dict], results: list[dict]) -> float | None:
-    """The learning rate of the lowest validation loss at a size, of the model itself where the grid sweeps it and else
-    of the plain one; `None` until the sweep is complete."""
+    """The learning rate of the lowest validation loss at a size: of the model itself where the grid sweeps it, else of
+    the plain one, with scaled initialisation where only that is swept; `None` until the sweep is complete."""
     sweeps = [run for run in runs if run["sweep"] and run["size"] == size]
-    swept = arm if any(run["arm"] == arm for run in sweeps) else "plain"
+    swept_arms = {run["arm"] for run in sweeps}
+    swept = next((name for name in (arm, "plain", "plain, scaled init") if name in swept_arms), None)
     wanted = {key(run) for run in sweeps if run["arm"] == swept}
     found = [result for result in results if result["sweep"] and key(result) in wanted]
     if not wanted or len(found) < len(wanted):
