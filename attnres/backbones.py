@@ -128,11 +128,7 @@ REFUSED = {
 
 
 def check_supported(backbone: PreTrainedConfig | str):
-    """Checks that a family, given by a configuration or a `model_type`, can be the backbone of an AttnRes model.
-
-    Raises:
-        ValueError: the family is not supported; the message gives the reason.
-    """
+    """Checks that a family, given by a configuration or a `model_type`, can be the backbone of an AttnRes model."""
     model_type = backbone if isinstance(backbone, str) else backbone.model_type
     if model_type in FAMILIES:
         return

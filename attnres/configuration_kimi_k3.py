@@ -42,6 +42,14 @@ KIMI_K3 = {
 }
 KIMI_K3_LAYERS_PER_BLOCK = 12
 
+# Keys of a released linear_attn_config and the names of the options here, in Kimi Linear too or in Kimi K3 only.
+LINEAR_KEYS = {
+    "num_heads": "linear_num_heads",
+    "head_dim": "linear_head_dim",
+    "short_conv_kernel_size": "linear_conv_kernel_dim",
+}
+OWN_LINEAR_KEYS = {"use_full_rank_gate": "linear_use_full_rank_gate", "gate_lower_bound": "linear_gate_lower_bound"}
+
 
 @strict
 class KimiK3Config(KimiLinearConfig):
@@ -112,13 +120,7 @@ class KimiK3Config(KimiLinearConfig):
             raise ValueError("mla_use_nope must be true, got False: Kimi K3 has no rotary attention.")
         if (method := kwargs.pop("topk_method", "noaux_tc")) != "noaux_tc":
             raise ValueError(f"topk_method must be 'noaux_tc', got {method!r}.")
-        for name, key in (
-            ("linear_num_heads", "num_heads"),
-            ("linear_head_dim", "head_dim"),
-            ("linear_conv_kernel_dim", "short_conv_kernel_size"),
-            ("linear_use_full_rank_gate", "use_full_rank_gate"),
-            ("linear_gate_lower_bound", "gate_lower_bound"),
-        ):
+        for key, name in {**LINEAR_KEYS, **OWN_LINEAR_KEYS}.items():
             if key in released:
                 setattr(self, name, released[key])
         layers = range(self.num_hidden_layers)

@@ -132,8 +132,6 @@ class Mixing(NamedTuple):
     # Whether a mixture of n sources is multiplied by n. With zero queries it is then their sum, as in the plain model,
     # and the RMSNorm that follows has the plain model's epsilon: RMSNorm(n h; eps) = RMSNorm(h; eps / n^2).
     scale_norm_eps: bool = False
-    # A device and the back end of the fused operator there, chosen once per forward pass instead of once per layer.
-    chosen: tuple[torch.device, str | None] | None = None
 
     @classmethod
     def of(cls, config) -> "Mixing":
@@ -147,8 +145,6 @@ class Mixing(NamedTuple):
     def start(self, embedding: torch.Tensor) -> "DepthState":
         """Returns the state before the first decoder layer, given the embedding `[B, T, D]`."""
         if self.layers_per_block is not None:
-            if VARIANTS[self.variant].mixture is None:
-                self = self._replace(chosen=(embedding.device, fused_backend(self.implementation, embedding)))
             return DepthState(self, (embedding,))
         streams = VARIANTS[self.variant].streams
         return DepthState(self, partial=embedding.unsqueeze(2).expand(-1, -1, streams, -1) if streams else embedding)
@@ -210,7 +206,8 @@ class DepthState:
             return mixture.to(first.dtype), weights
         scale = variant.lossless(len(sources)) if mixing.scale_norm_eps and variant.lossless is not None else 1.0
         if variant.mixture is not None:
-            mixture, weights = variant.mixture(sources, query.query, query.extra, mixing.eps)
+            values = torch.stack(sources, dim=2).to(query.query.dtype)
+            mixture, weights = variant.mixture(values, query.query, query.extra, mixing.eps)
             mixture = mixture * scale
         elif self._fused_backend():
             return fused_mixture(self._backend, sources, query.query, mixing.eps, norm, scale, keep_weights)
@@ -234,10 +231,7 @@ class DepthState:
 
     def _fused_backend(self) -> str | None:
         if self._backend is False:
-            first, chosen = self._first, self.mixing.chosen
-            # Within a layer that is compiled by itself the model's choice does not hold.
-            known = chosen is not None and chosen[0] == first.device and not torch.compiler.is_compiling()
-            self._backend = chosen[1] if known else fused_backend(self.mixing.implementation, first)
+            self._backend = fused_backend(self.mixing.implementation, self._first)
         return self._backend
 
     def add(self, output: torch.Tensor):
@@ -251,7 +245,9 @@ class DepthState:
             self.complete()
 
     def complete(self):
-        """Turns the partial sum into the representation of its block, a source of all later blocks."""
+        """Turns the partial sum, if any, into the representation of its block, a source of all later blocks."""
+        if self.partial is None:
+            return
         complete = VARIANTS[self.mixing.variant].complete
         source = self.partial if complete is None else complete(self.partial, self.mixing.eps)
         self.sources, self.partial = (*self.sources, source), None
@@ -273,16 +269,12 @@ class DepthState:
         per_block = self.mixing.layers_per_block
         for index, layer in layers:
             if per_block and self._block not in (None, index // per_block):
-                self._complete_open()
+                self.complete()
             self._take(call_layer(index, layer, self.partial, *self.sources), index)
             if per_block:
                 self._block = index // per_block
                 if (index + 1) % per_block == 0:
-                    self._complete_open()
-
-    def _complete_open(self):
-        if self.partial is not None:
-            self.complete()
+                    self.complete()
 
     def _take(self, new: torch.Tensor | tuple[torch.Tensor, ...], layer: int):
         expected = 2 if self.mixing.layers_per_block == 0 else 1

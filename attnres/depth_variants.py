@@ -1,14 +1,14 @@
 """Variants of the mixing over depth: the paper's ablations and related methods, one function each.
 
-A variant takes the n sources of a sublayer `[B, T, D]`, its pseudo-query times the gain of its key norm `[D]`, the
-variant's own parameters for this sublayer (`extra`, or `None`) and the epsilon of the key norm. It returns the mixture
-`[B, T, D]` and the depth weights `[B, T, n]`, both in the dtype of the query. The functions are plain torch, written to
-be read and compared rather than to be fast.
+A variant takes the n sources v of a sublayer, stacked to `[B, T, n, D]`, its pseudo-query times the gain of its key
+norm `[D]`, the variant's own parameters for this sublayer (`extra`, or `None`) and the epsilon of the key norm. It
+returns the mixture `[B, T, D]` and the depth weights `[B, T, n]`. All are float32 or wider. The functions are plain
+torch, written to be read and compared rather than to be fast.
 
 Shapes: B batch, T tokens, D hidden size, n sources, H heads, R = 2 L + 1 (two sublayers per decoder layer, the output).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +20,6 @@ STREAMS = 4  # residual streams of "mhc"
 SINKHORN_STEPS = 20
 
 Mixture = tuple[torch.Tensor, torch.Tensor]
-
-
-def _values(sources: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Stacks the sources to `[B, T, n, D]`."""
-    return torch.stack(tuple(sources), dim=2).to(dtype)
 
 
 def rms_norm(values: torch.Tensor, eps: float) -> torch.Tensor:
@@ -41,78 +36,63 @@ def _mix(weights: torch.Tensor, values: torch.Tensor) -> Mixture:
     return (weights.unsqueeze(-1) * values).sum(2), weights
 
 
-def attention(sources, query, extra, eps) -> Mixture:
-    """a = softmax_i(w . RMSNorm(v_i)), as in `attention_residual`: the variant changes the sources instead."""
-    values = _values(sources, query.dtype)
-    return _mix(torch.softmax(_logits(values, query, eps), dim=-1), values)
-
-
-def input_dependent_query(sources, query, extra, eps) -> Mixture:
+def input_dependent_query(values, query, extra, eps) -> Mixture:
     """a = softmax_i((w + W x) . RMSNorm(v_i)), where x is the newest source, normed, and W `[D, D]` starts at zero."""
-    values = _values(sources, query.dtype)
     keys = rms_norm(values, eps)
     queries = query + torch.einsum("...d,ed->...e", keys[:, :, -1], extra.to(query.dtype))
     return _mix(torch.softmax((keys * queries.unsqueeze(2)).sum(-1), dim=-1), values)
 
 
-def static(sources, query, extra, eps) -> Mixture:
+def static(values, query, extra, eps) -> Mixture:
     """a = softmax_i(b_i) with learned scalars b `[R]`, the same for all tokens."""
-    values = _values(sources, query.dtype)
-    weights = torch.softmax(extra[: len(sources)].to(query.dtype), dim=-1)
+    weights = torch.softmax(extra[: values.shape[2]].to(query.dtype), dim=-1)
     return _mix(weights.expand(values.shape[:-1]), values)
 
 
-def sigmoid(sources, query, extra, eps) -> Mixture:
+def sigmoid(values, query, extra, eps) -> Mixture:
     """a_i = sigmoid(w . RMSNorm(v_i)): the weights do not compete and do not sum to 1."""
-    values = _values(sources, query.dtype)
     return _mix(torch.sigmoid(_logits(values, query, eps)), values)
 
 
-def no_key_norm(sources, query, extra, eps) -> Mixture:
+def no_key_norm(values, query, extra, eps) -> Mixture:
     """a = softmax_i(w . v_i): sources with a large norm get large weights."""
-    values = _values(sources, query.dtype)
     return _mix(torch.softmax((values * query).sum(-1), dim=-1), values)
 
 
-def sliding_window(sources, query, extra, eps) -> Mixture:
+def sliding_window(values, query, extra, eps) -> Mixture:
     """Attends to the embedding and the last 8 sources only; the other weights are 0."""
-    values = _values(sources, query.dtype)
-    place = torch.arange(len(sources), device=values.device)
-    outside = (place > 0) & (place < len(sources) - WINDOW)
+    place = torch.arange(values.shape[2], device=values.device)
+    outside = (place > 0) & (place < len(place) - WINDOW)
     logits = _logits(values, query, eps).masked_fill(outside, float("-inf"))
     return _mix(torch.softmax(logits, dim=-1), values)
 
 
-def multi_head(sources, query, extra, eps) -> Mixture:
+def multi_head(values, query, extra, eps) -> Mixture:
     """Splits the channels into 16 heads, each with weights from its own part of query and keys; returns their mean."""
-    values = _values(sources, query.dtype)
     products = (rms_norm(values, eps) * query).unflatten(-1, (HEADS, -1))
     weights = torch.softmax(products.sum(-1), dim=2)  # [B, T, n, H]
     mixture = (weights.unsqueeze(-1) * values.unflatten(-1, (HEADS, -1))).sum(2).flatten(-2)
     return mixture, weights.mean(-1)
 
 
-def denseformer(sources, query, extra, eps) -> Mixture:
+def denseformer(values, query, extra, eps) -> Mixture:
     """a_i = b_i with learned scalars b `[R]` of either sign that start at 1, as plain residuals."""
-    values = _values(sources, query.dtype)
-    return _mix(extra[: len(sources)].to(query.dtype).expand(values.shape[:-1]), values)
+    return _mix(extra[: values.shape[2]].to(query.dtype).expand(values.shape[:-1]), values)
 
 
-def null_source(sources, query, extra, eps) -> Mixture:
+def null_source(values, query, extra, eps) -> Mixture:
     """Adds one logit, 0, for a source of zeros to the softmax, so that a sublayer can attend to nothing."""
-    values = _values(sources, query.dtype)
     weights = torch.softmax(F.pad(_logits(values, query, eps), (0, 1)), dim=-1)
     return _mix(weights[..., :-1], values)
 
 
-def delta(sources, query, extra, eps) -> Mixture:
+def delta(values, query, extra, eps) -> Mixture:
     """h = sum_i v_i + g sum_i a_i v_i: the residual stream plus attention behind a learned scalar g that starts at 0.
 
     The attention leaves out the embedding, whose weight is 0.
     """
-    values = _values(sources, query.dtype)
     logits = _logits(values, query, eps)
-    if len(sources) == 1:
+    if values.shape[2] == 1:
         return values[:, :, 0] + 0 * logits, torch.zeros_like(logits)
     first = torch.zeros_like(logits[..., :1])
     weights = torch.cat([first, torch.softmax(logits[..., 1:], dim=-1)], dim=-1)
@@ -175,7 +155,7 @@ class Variant:
 
     # The publication it comes from.
     source: str
-    # The function; `None` for residual streams and for "attnres", which has `attention_residual` and fused kernels.
+    # The function; `None` for residual streams and for the paper's mixture, which has `attention_residual` and kernels.
     mixture: Callable[..., Mixture] | None = None
     # Returns the initial values `[R, ...]` of the variant's own parameters, given R and D.
     initial: Callable[[int, int], torch.Tensor] | None = None
@@ -203,7 +183,7 @@ VARIANTS = {
     "sliding_window": Variant("paper, table 4: embedding and last 8", sliding_window, lossless=None),
     "multi_head": Variant("paper, table 4: 16 heads over channels", multi_head),
     "denseformer": Variant("Pagliardini et al., arXiv 2402.02622", denseformer, _square(1.0), lambda n: 1.0),
-    "rms_block": Variant("public replications: normed block outputs", attention, lossless=None, complete=rms_norm),
+    "rms_block": Variant("public replications: normed block outputs", lossless=None, complete=rms_norm),
     "null_source": Variant("public replications: softmax with an extra zero", null_source, lossless=lambda n: n + 1.0),
     "delta": Variant("public replications", delta, lambda rows, size: torch.zeros(rows), lambda n: 1.0),
     "mhc": Variant("Xie et al., arXiv 2512.24880", None, _stream_maps, lambda n: 1.0, streams=STREAMS),
@@ -211,11 +191,7 @@ VARIANTS = {
 
 
 def check_variant(variant: str, hidden_size: int):
-    """Checks that a variant exists and fits the hidden size.
-
-    Raises:
-        ValueError: there is no such variant, or it needs another hidden size.
-    """
+    """Checks that a variant exists and fits the hidden size."""
     if variant not in VARIANTS:
         raise ValueError(f"depth_variant must be one of {', '.join(VARIANTS)}, got {variant!r}.")
     if variant == "multi_head" and hidden_size % HEADS:

@@ -63,7 +63,8 @@ def replaced_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        _sync(temporary)
+        for path in (*temporary.rglob("*"), temporary):
+            _wait_for_disk(path)
         _put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -79,7 +80,7 @@ def _put_in_place(temporary: Path, folder: Path):
         folder.rename(old)
         temporary.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
-    _fsync(folder.parent)
+    _wait_for_disk(folder.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -99,13 +100,7 @@ def _remove_leftovers(folder: Path):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _sync(folder: Path):
-    """Waits until a folder with everything in it is on the disk."""
-    for path in (*folder.rglob("*"), folder):
-        _fsync(path)
-
-
-def _fsync(path: Path):
+def _wait_for_disk(path: Path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -44,7 +44,7 @@ from .backbones import (
     scale_logits,
     types_of_layers,
 )
-from .checkpoint_names import names_in_memory, weight_conversions
+from .checkpoint_names import PER_LAYER_NAMES, names_in_memory, weight_conversions
 from .configuration_attnres import DEPTH_OPTIONS, AttnResConfig
 from .decoder_layer import (
     AttnResDecoderLayer,
@@ -231,8 +231,9 @@ class AttnResPreTrainedModel(PreTrainedModel):
                 "only the last layers of a model can be removed; set num_hidden_layers to the number of those left."
             )
         state_dict = dict(self.state_dict() if state_dict is None else state_dict)
-        for name in ("attention_norm.query", "attention_norm.weight", "mlp_norm.query", "mlp_norm.weight"):
-            name = _depth_name(self, name)
+        prefix = "" if base is self else f"{self.base_model_prefix}."
+        for name in PER_LAYER_NAMES.values():
+            name = f"{prefix}depth_mixer.{name}"
             state_dict[name] = state_dict[name][: len(layers)]
         return state_dict
 
@@ -324,16 +325,12 @@ class AttnResPreTrainedModel(PreTrainedModel):
             source = source.base_model
         prefix = f"{cls.base_model_prefix}." if source.base_model is source and model.base_model is not model else ""
         state = {prefix + name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
-        mixer = model.base_model.depth_mixer
-        if mixer is not None:
-            fresh = DepthMixer(len(mixer.mlp_norm.weight), mixer.mlp_norm.weight.shape[-1], mixer.variant)
-            for name, value in fresh.to(source.device, source.dtype).state_dict().items():
-                state[_depth_name(model, name)] = value
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-        missing = set(missing) - set(model.all_tied_weights_keys)
-        new_head = {name for name in missing if name.startswith(HEADS)}
+        new = set(missing) - set(model.all_tied_weights_keys)
+        new_head = {name for name in new if name.startswith(HEADS)}
+        missing = {name for name in new - new_head if not _is_depth_name(name)}
         unexpected = [name for name in unexpected if not (new_head and name.startswith(HEADS))]
-        if missing - new_head or unexpected:
+        if missing or unexpected:
             raise ValueError(
                 f"the tensors of this {type(source).__name__} are not those of {cls.__name__}: "
                 f"missing {_some(missing)}, unexpected {_some(unexpected)}."
@@ -343,8 +340,8 @@ class AttnResPreTrainedModel(PreTrainedModel):
                 f"{type(source).__name__} has no {', '.join(sorted(new_head))}: newly initialized. "
                 "You should probably train this model on a downstream task before you use it."
             )
-            for head in {name.rpartition(".")[0] for name in new_head}:
-                model._init_weights(model.get_submodule(head).to(source.dtype))
+        for module in {name.rpartition(".")[0] for name in new}:
+            model._init_weights(model.get_submodule(module).to(source.device, source.dtype))
         model.tie_weights()
         model.to(source.device)
         if model.can_generate() and source.can_generate():
@@ -413,7 +410,6 @@ class AttnResPreTrainedModel(PreTrainedModel):
                 f"checkpoint {pretrained_model_name_or_path} has packed weights (quantization_config: {PACKED}), which "
                 "cannot be loaded: attnres convert SRC DST unpacks them."
             )
-        stored = stored if overrides and strict else None
         if is_deepspeed_zero3_enabled():
             # DeepSpeed breaks the decorators of classes that are defined while it partitions, so import them before.
             config = kwargs.get("config")
@@ -431,7 +427,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
             )
         if strict:
             _check_loading(model, pretrained_model_name_or_path, info, ignore_mismatched_sizes)
-        if stored is not None and stored.get("model_type") == AttnResConfig.model_type:
+        if strict and overrides and stored.get("model_type") == AttnResConfig.model_type:
             _check_depth_options(model, pretrained_model_name_or_path, stored)
         return (model, info) if with_info else model
 
@@ -441,11 +437,6 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "r
 
 def _is_depth_name(name: str) -> bool:
     return "depth_mixer." in name
-
-
-def _depth_name(model: AttnResPreTrainedModel, name: str) -> str:
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    return f"{prefix}depth_mixer.{name}"
 
 
 def _warn_if_lossy(config: AttnResConfig):
@@ -470,11 +461,7 @@ _HEADS = {
 
 
 def _check_distribution(model: AttnResPreTrainedModel, distributed_config):
-    """Checks a `DistributedConfig`; transformers would only fail in the first forward pass, with an unclear error.
-
-    Raises:
-        ValueError: it asks for a pipeline, or for a tensor-parallel size that does not divide the heads.
-    """
+    """Checks a `DistributedConfig`; transformers would only fail in the first forward pass, with an unclear error."""
     if (distributed_config.pp_size or 1) > 1:
         raise ValueError(
             f"pp_size={distributed_config.pp_size}: transformers' pipeline passes on one hidden state, but an AttnRes "
@@ -493,17 +480,14 @@ def _check_distribution(model: AttnResPreTrainedModel, distributed_config):
 
 
 def _check_loading(model: AttnResPreTrainedModel, source: str | os.PathLike, info: dict, ignore_mismatched_sizes: bool):
-    # A new head is allowed; transformers has warned of it.
-    kinds = {
-        kind: {name for name in info[f"{kind}_keys"] if kind != "missing" or not name.startswith(HEADS)}
-        for kind in ("missing", "unexpected")
+    mismatched = [] if ignore_mismatched_sizes else info["mismatched_keys"]
+    found = {
+        # A new head is allowed; transformers has warned of it.
+        "missing": [name for name in info["missing_keys"] if not name.startswith(HEADS)],
+        "unexpected": info["unexpected_keys"],
+        "misshapen": [f"{name} {list(stored)} instead of {list(expected)}" for name, stored, expected in mismatched],
     }
-    problems = [f"{kind} {_some(names)}" for kind, names in kinds.items() if names]
-    if info["mismatched_keys"] and not ignore_mismatched_sizes:
-        misshapen = (
-            f"{name} {list(stored)} instead of {list(expected)}" for name, stored, expected in info["mismatched_keys"]
-        )
-        problems.append(f"misshapen {_some(misshapen)}")
+    problems = [f"{kind} {_some(names)}" for kind, names in found.items() if names]
     if problems:
         raise ValueError(
             f"checkpoint {source} does not have the tensors of this {type(model).__name__} "
@@ -516,24 +500,17 @@ def _check_depth_options(model: AttnResPreTrainedModel, source: str | os.PathLik
     """Checks that depth options are those of the checkpoint, unless its pseudo-queries are zero.
 
     With zero pseudo-queries all depth options give the same function.
-
-    Raises:
-        ValueError: the pseudo-queries were trained with other depth options.
     """
     names = {"residual_mode": "block", "layers_per_block": None, "depth_variant": "attnres"}
     given = {name: getattr(model.config, name) for name in names}
     trained_for = {name: stored.get(name, default) for name, default in names.items()}
     if "block" != given["residual_mode"] == trained_for["residual_mode"]:
         given["layers_per_block"] = trained_for["layers_per_block"]  # only "block" mode reads it
-    if given == trained_for:
-        return
-    if any(parameter.any() for name, parameter in model.named_parameters() if name.endswith("_norm.query")):
-
-        def text(options: dict) -> str:
-            return ", ".join(f"{name}={value}" for name, value in options.items())
-
+    queries = (parameter for name, parameter in model.named_parameters() if name.endswith("_norm.query"))
+    if given != trained_for and any(query.any() for query in queries):
+        texts = [", ".join(f"{name}={value}" for name, value in each.items()) for each in (trained_for, given)]
         raise ValueError(
-            f"checkpoint {source} has pseudo-queries trained for {text(trained_for)}, got {text(given)}. "
+            f"checkpoint {source} has pseudo-queries trained for {texts[0]}, got {texts[1]}. "
             "Leave out the options, or pass strict=False to load it anyway."
         )
 

@@ -45,9 +45,7 @@ MOE_PARTS = (
     "gate",
     "experts",
     "shared_experts",
-    "routed_expert_down_proj",
-    "routed_expert_norm",
-    "routed_expert_up_proj",
+    *(f"routed_expert_{part}" for part in ("down_proj", "norm", "up_proj")),
 )
 
 
@@ -326,22 +324,14 @@ class KimiK3ForCausalLM(KimiK3PreTrainedModel, KimiLinearForCausalLM):
         self.post_init()
 
 
-def weight_conversions() -> list:
-    """Returns transformers' converters between tensors on disk and in memory: Kimi Linear's, except for the MLPs."""
-    renamings = [
-        WeightRenaming(source_patterns=rf"\.block_sparse_moe\.{part}\.", target_patterns=rf"\.mlp\.{part}\.")
-        for part in MOE_PARTS
-    ]
-    inherited = get_checkpoint_conversion_mapping("kimi_linear")
-    place = next(
-        place
-        for place, conversion in enumerate(inherited)
-        if isinstance(conversion, WeightRenaming) and "block_sparse_moe" in conversion.source_patterns[0]
-    )
-    return inherited[:place] + renamings + inherited[place + 1 :]
-
-
-register_checkpoint_conversion_mapping(KimiK3Config.model_type, weight_conversions(), overwrite=True)
+# The converters of Kimi Linear between tensors on disk and in memory, but dense MLPs keep their names.
+_conversions = []
+for _conversion in get_checkpoint_conversion_mapping("kimi_linear"):
+    if isinstance(_conversion, WeightRenaming) and "block_sparse_moe" in _conversion.source_patterns[0]:
+        _conversions += [WeightRenaming(rf"\.block_sparse_moe\.{part}\.", rf"\.mlp\.{part}\.") for part in MOE_PARTS]
+    else:
+        _conversions.append(_conversion)
+register_checkpoint_conversion_mapping(KimiK3Config.model_type, _conversions, overwrite=True)
 
 
 __all__ = ["KimiK3ForCausalLM", "KimiK3Model", "KimiK3PreTrainedModel"]

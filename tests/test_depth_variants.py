@@ -78,7 +78,7 @@ def test_a_variant_is_its_definition(name, count, seed):
     torch.manual_seed(seed)
     sources = [torch.randn(2, 3, D, dtype=torch.float64) for _ in range(count)]
     query, extra = torch.randn(D, dtype=torch.float64) / 3, extra_of(name)
-    mixture, weights = VARIANTS[name].mixture(sources, query, extra, EPS)
+    mixture, weights = VARIANTS[name].mixture(torch.stack(sources, dim=2), query, extra, EPS)
     for b in range(2):
         for t in range(3):
             expected, expected_weights = mix_token(name, [source[b, t] for source in sources], query, extra)
@@ -94,7 +94,8 @@ def test_gradients_of_a_variant_are_those_of_finite_differences(name):
     leaves = [query, *sources] + ([] if extra is None else [extra.requires_grad_()])
 
     def mixture(query, *others):
-        return VARIANTS[name].mixture(others[:3], query, others[3] if extra is not None else None, EPS)
+        values = torch.stack(others[:3], dim=2)
+        return VARIANTS[name].mixture(values, query, others[3] if extra is not None else None, EPS)
 
     assert torch.autograd.gradcheck(mixture, leaves, fast_mode=True)
 

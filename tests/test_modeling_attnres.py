@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM
 from attnres import AttnResForCausalLM
 
 MODES = {
-    "block1": ({"layers_per_block": 1}, 2),
-    "block3": ({"layers_per_block": 3}, 6),
-    "block5": ({"layers_per_block": 5}, 10),
-    "full": ({"residual_mode": "full"}, None),
+    "block1": ({"layers_per_block": 1, "scale_norm_eps": False}, 2),
+    "block3": ({"layers_per_block": 3, "scale_norm_eps": False}, 6),
+    "block5": ({"layers_per_block": 5, "scale_norm_eps": False}, 10),
+    "full": ({"residual_mode": "full", "scale_norm_eps": False}, None),
+    "block3 scaled": ({"layers_per_block": 3}, 6),
+    "full scaled": ({"residual_mode": "full"}, None),
 }
 # Relative, in float64; the families' own norms round to float32 on the way, in the model and in the oracle alike. Where
 # the two meet a rounding from different sides, that number differs by 6e-8, and what it makes of it is the model's.
@@ -27,9 +29,8 @@ def relative_error(value, expected):
     return ((value - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
-def plain_model(family, seed):
+def plain_model(family):
     """Builds a float64 model with embeddings of size 1 and an implementation of experts for float64."""
-    torch.manual_seed(seed)
     config = short_config(family, LAYERS, initializer_range=0.1)
     plain = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
     if any(hasattr(module, "num_experts") for module in plain.modules()):
@@ -67,13 +68,12 @@ def oracle_of(plain, model, sublayers_per_block):
     return Oracle(plain, ordered("query"), ordered("weight"), sublayers_per_block, scaled)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_all_gradients_equal_the_stacking_oracle(family, mode, seed):
+def test_logits_and_all_gradients_equal_the_stacking_oracle(family, mode):
     options, sublayers_per_block = MODES[mode]
-    plain = plain_model(family, seed)
-    model = AttnResForCausalLM.from_backbone(plain, **options, scale_norm_eps=seed == 1)
+    plain = plain_model(family)
+    model = AttnResForCausalLM.from_backbone(plain, **options)
     random_depth_parameters(model)
     oracle = oracle_of(plain, model, sublayers_per_block)
     input_ids = torch.randint(3, 97, (2, 7))

@@ -111,9 +111,8 @@ def ablate(
     return Ablation(name, token_ids[:, 1:].numel(), whole, source_names(config)[0], without, control, weights)
 
 
-def _masked(sources, query, extra, eps):
+def _masked(values, query, extra, eps):
     """Attends over the sources without those where `extra` is true."""
-    values = torch.stack(tuple(sources), dim=2).to(query.dtype)
     logits = (rms_norm(values, eps) * query).sum(-1)
     if extra is not None:
         logits = logits.masked_fill(extra.to(logits.device), float("-inf"))

@@ -73,11 +73,7 @@ def byte_size(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def read_json(path: Path) -> dict:
-    """Reads the JSON object in a file of a checkpoint.
-
-    Raises:
-        CheckpointError: the file is too large, is not valid JSON, or holds something else than an object.
-    """
+    """Reads the JSON object in a file of a checkpoint."""
     if path.stat().st_size > MAX_JSON_BYTES:
         raise CheckpointError(f"{path}: is larger than {MAX_JSON_BYTES} bytes, so it is no JSON file of a checkpoint.")
     try:

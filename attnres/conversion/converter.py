@@ -1,8 +1,8 @@
 """Converts a checkpoint folder without loading the model.
 
 Weight files are copied unchanged. What changes is the configuration, the index, and one small file with the depth
-tensors. The header of a weight file is rewritten, and its data copied tensor by tensor, only where a tensor has another
-name or shape in the layout of the result.
+tensors. A weight file is written anew, tensor by tensor, only where a tensor has another name or shape in the layout of
+the result.
 """
 
 import json
@@ -22,8 +22,7 @@ from ..messages import say
 from ..modeling_attnres import AUTO_MAP, AttnResForCausalLM
 from . import kimi_k3
 from .checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, CheckpointError, inside, read_checkpoint
-from .companions import write_companions
-from .files import copy_file
+from .files import copy_file, write_companions
 from .layouts import ATTNRES, KIMI_K3, PRENORM, Source, new_depth_tensors, understand
 from .pieces import TORCH_DTYPES, Piece, write_pieces
 from .sharded import find_shards, join_shards

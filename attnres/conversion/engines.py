@@ -78,11 +78,7 @@ def insists(engine: str | None, feature: str) -> bool:
 
 
 def check_engine(name: str, config: PreTrainedConfig):
-    """Checks that an engine computes what a backbone computes.
-
-    Raises:
-        CheckpointError: the backbone has an activation or a feature that the engine does not have.
-    """
+    """Checks that an engine computes what a backbone computes."""
     if config.hidden_act not in ("silu", "situ"):
         raise CheckpointError(f"--for {name} needs hidden_act silu or situ, got {config.hidden_act!r}.")
     is_sparse = "sparse" in config.mlp_layer_types

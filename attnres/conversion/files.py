@@ -1,32 +1,35 @@
-"""Copies and links large files."""
+"""Copies and links the files of a checkpoint: weights, and what lies beside them."""
 
-import errno
 import os
+import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
-COPY_CHUNK = 64 * 2**20  # bytes between two reports of progress
+from .checkpoint import CONFIG_NAME, inside
+
+# Tokenizer, generation configuration, licence, documentation; never weights or model code. A tokenizer's own code runs
+# only where the user passes trust_remote_code.
+COMPANIONS = (
+    *("tokenizer*.json", "*vocab*.json", "*vocab*.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("*.tiktoken", "*.model", "tokenization_*.py", "chat_template*", "*.jinja"),
+    *("generation_config.json", "preprocessor_config.json"),
+    *("LICENSE*", "LICENCE*", "NOTICE*", "README*", "*.md"),
+)
 
 
-def copy_range(source: int, target: int, offset: int, count: int, progress: Callable[[int], None]):
-    """Appends a range of one file descriptor to another, inside the kernel, where the file system may share blocks."""
-    while count:
-        try:
-            done = os.copy_file_range(source, target, min(count, COPY_CHUNK), offset_src=offset)
-        except (AttributeError, OSError):  # not on this system or between these file systems: copied through memory
-            done = os.write(target, os.pread(source, min(count, 2**20), offset))
-        if done == 0:
-            raise OSError(errno.EIO, "file became shorter while it was copied")
-        offset, count = offset + done, count - done
-        progress(done)
-
-
-def copy_file(source: Path, target: Path, link: bool, progress: Callable[[int], None]):
-    """Copies a file, or makes a hard link to it; `progress` is called with the number of bytes of each piece."""
-    size = source.stat().st_size
+def copy_file(source: Path, target: Path, link: bool, progress: Callable[[int], object]):
+    """Copies a file, or makes a hard link to it, and calls `progress` with its size."""
     if link:
         os.link(source.resolve(), target)
-        progress(size)
-        return
-    with source.open("rb") as reader, target.open("xb") as writer:
-        copy_range(reader.fileno(), writer.fileno(), 0, size, progress)
+    else:
+        shutil.copyfile(source, target)
+    progress(target.stat().st_size)
+
+
+def write_companions(source: Path, folder: Path):
+    """Copies the companion files of a checkpoint to another folder."""
+    for path in sorted(source.iterdir()):
+        is_companion = any(fnmatch(path.name, pattern) for pattern in COMPANIONS) and path.name != CONFIG_NAME
+        if is_companion and inside(source, path.name).is_file():
+            shutil.copyfile(path, folder / path.name)

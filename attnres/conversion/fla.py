@@ -23,11 +23,7 @@ RENAMINGS = (
 
 
 def read_config(checkpoint: Checkpoint) -> AttnResConfig:
-    """Returns the AttnRes configuration of a checkpoint, with the backbone that computes the same.
-
-    Raises:
-        CheckpointError: the model is not a `transformer`, or no supported family computes the same.
-    """
+    """Returns the AttnRes configuration of a checkpoint, with the backbone that computes the same."""
     folder, config = checkpoint.folder, checkpoint.config
     if config.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
@@ -79,19 +75,13 @@ def _family(checkpoint: Checkpoint) -> dict:
             f"{folder}: norm_eps must be {QK_NORM_EPS:g} with qk_norm, got {config.get('norm_eps', 1e-6)!r}: the norms "
             "of queries and keys have that epsilon, and in the qwen3 family all norms have the same."
         )
-    families = {
-        (False, False, False): {"model_type": "llama"},
-        (True, False, False): {"model_type": "qwen2"},
-        (False, True, False): {"model_type": "qwen3"},
-        (False, False, True): {"model_type": "mistral", "sliding_window": window},
-    }
-    found = families.get((bool(has_bias), bool(has_norm), bool(window)))
-    if found is None:
+    families = [name for name, has in {"qwen2": has_bias, "qwen3": has_norm, "mistral": window}.items() if has]
+    if len(families) > 1:
         raise CheckpointError(
             f"{folder}: no supported family has the attention of qkv_bias={bool(has_bias)}, qk_norm={bool(has_norm)}, "
             f"window_size={window!r}."
         )
-    return found
+    return {"model_type": families[0] if families else "llama", **({"sliding_window": window} if window else {})}
 
 
 def own_name(name: str) -> str:

@@ -11,11 +11,7 @@ ROUTED_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k")
 
 
 def inspect_checkpoint(folder: str | os.PathLike) -> dict:
-    """Returns the family, layout, layers, blocks, dtypes, parameters, files and depth tensors of a checkpoint folder.
-
-    Raises:
-        CheckpointError: the folder is not a checkpoint that can be read.
-    """
+    """Returns family, layout, layers, blocks, dtypes, parameters, files and depth tensors of a checkpoint folder."""
     source = understand(read_checkpoint(folder))
     config, checkpoint = source.config, source.checkpoint
     elements = {name: prod(shape) for name, shape in source.shapes.items()}
@@ -58,14 +54,12 @@ def shown_size(size: int) -> str:
 
 
 def inspection_table(facts: dict) -> str:
-    """Returns the facts as a table for the terminal; large numbers are also shown rounded."""
+    """Returns the facts as a table for the terminal."""
 
-    def shown(key, value) -> str:
-        if key.endswith("parameters"):
-            return f"{value:,}" + (f" ({value / 1e9:.2f} B)" if value >= 1e7 else "")
-        if key == "bytes":
-            return f"{value:,} ({shown_size(value)})"
-        return ", ".join(value) if isinstance(value, list) else "-" if value is None else str(value)
+    def shown(value) -> str:
+        if isinstance(value, int):
+            return f"{value:,}"
+        return ", ".join(value) if isinstance(value, list) else value or "-"
 
     width = max(map(len, facts))
-    return "\n".join(f"{key.replace('_', ' '):<{width}}  {shown(key, value)}" for key, value in facts.items())
+    return "\n".join(f"{key.replace('_', ' '):<{width}}  {shown(value)}" for key, value in facts.items())

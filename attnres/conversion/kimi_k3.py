@@ -5,7 +5,7 @@ import re
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..configuration_attnres import AttnResConfig
-from ..configuration_kimi_k3 import SITU, KimiK3Config
+from ..configuration_kimi_k3 import LINEAR_KEYS, OWN_LINEAR_KEYS, SITU, KimiK3Config
 from . import engines
 from .checkpoint import Checkpoint, CheckpointError
 from .mxfp4 import FORMAT, PACKED, SCALE
@@ -30,19 +30,11 @@ OWN_KEYS = (
     *("activation_situ_beta", "activation_situ_linear_beta", "mla_use_output_gate"),
     *("routed_expert_hidden_size", "latent_moe_use_norm", "moe_router_activation_func"),
 )
-# Keys of the release's linear_attn_config, and their names in the backbones.
-LINEAR_KEYS = {
-    "num_heads": "linear_num_heads",
-    "head_dim": "linear_head_dim",
-    "short_conv_kernel_size": "linear_conv_kernel_dim",
-}
-OWN_LINEAR_KEYS = {"use_full_rank_gate": "linear_use_full_rank_gate", "gate_lower_bound": "linear_gate_lower_bound"}
 # Keys of the whole checkpoint, and keys without effect, because Kimi K3 has no rotary embedding.
 NOT_OF_THE_BACKBONE = {
     *("model_type", "architectures", "auto_map", "quantization_config", "transformers_version", BLOCK_SIZE),
     *("rope_theta", "rope_scaling", "rope_parameters", "head_dim", "num_nextn_predict_layers"),
 }
-DRAFTERS = ("eagle", "medusa", "dspark", "dflash", "draft", "mtp")  # models for speculative decoding
 
 
 def is_k3(config: dict) -> bool:
@@ -57,17 +49,8 @@ def text_config(config: dict) -> dict:
 
 
 def read_config(checkpoint: Checkpoint) -> AttnResConfig:
-    """Returns the AttnRes configuration of the text model.
-
-    Raises:
-        CheckpointError: the checkpoint is a drafter, has layers for multi-token prediction, has no Kimi K3 text model,
-            or is quantised other than by MXFP4.
-    """
+    """Returns the AttnRes configuration of the text model."""
     folder, text = checkpoint.folder, text_config(checkpoint.config)
-    kinds = [str(part.get(key)) for part in (checkpoint.config, text) for key in ("architectures", "model_type")]
-    drafter = next((kind for kind in kinds if any(word in kind.lower() for word in DRAFTERS)), None)
-    if drafter is not None:
-        raise CheckpointError(f"{folder}: is a drafter for speculative decoding ({drafter}), not a language model.")
     if text.get("model_type") not in (TEXT_TYPE, ROOT_TYPE):
         raise CheckpointError(
             f"{folder}: its text model has model_type {text.get('model_type')!r}; only {TEXT_TYPE} is converted."
@@ -115,11 +98,7 @@ def quantisation(config: dict) -> dict | None:
 
 
 def packed_pairs(checkpoint: Checkpoint, names: dict[str, str]) -> dict[str, tuple[str, str]]:
-    """Returns, by the canonical name of each packed weight, the names on disk of its codes and its scales.
-
-    Raises:
-        CheckpointError: a packed weight has no scales, or the two do not have the dtypes and shapes of MXFP4.
-    """
+    """Returns, by the canonical name of each packed weight, the names on disk of its codes and its scales."""
     pairs = {}
     for weight in [name.removesuffix(PACKED) for name in names if name.endswith(PACKED)]:
         if weight + SCALE not in names:
@@ -137,11 +116,7 @@ def packed_pairs(checkpoint: Checkpoint, names: dict[str, str]) -> dict[str, tup
 
 
 def own_names(checkpoint: Checkpoint, config: AttnResConfig) -> tuple[dict[str, str], list[str]]:
-    """Returns the text model's tensor names without prefix, with their names on disk, and the names of other tensors.
-
-    Raises:
-        CheckpointError: a tensor belongs to a layer for multi-token prediction.
-    """
+    """Returns the text model's tensor names without prefix, with those on disk, and the names of other tensors."""
     names, left_out = {name: name for name in checkpoint.tensors}, []
     if any(name.startswith(PREFIX) for name in names):
         left_out = sorted(name for name in names if not name.startswith(PREFIX))
@@ -190,11 +165,7 @@ def is_multimodal(backbone: PreTrainedConfig, engine: str | None) -> bool:
 
 
 def write_config(config: AttnResConfig, engine: str | None = None, quantised: dict | None = None) -> dict:
-    """Returns the `config.json` of a model, in the form that an engine loads; `quantised` describes packed weights.
-
-    Raises:
-        CheckpointError: the layout or the engine has no such model.
-    """
+    """Returns the `config.json` of a model, in the form that an engine loads; `quantised` describes packed weights."""
     backbone = config.backbone_config
     is_linear = backbone.model_type == "kimi_linear"
     if backbone.model_type not in BACKBONES:

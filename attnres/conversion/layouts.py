@@ -56,11 +56,7 @@ class Source:
         return names if VARIANTS[self.config.depth_variant].initial is None else names | {VARIANT_NAME}
 
     def depth_is_zero(self) -> bool:
-        """Returns whether the pseudo-queries are exactly zero and what the depth variant learns is as at the start.
-
-        Raises:
-            CheckpointError: a depth tensor is missing or has NaN or Inf.
-        """
+        """Returns whether the pseudo-queries are exactly zero and what the depth variant learns is as at the start."""
         zero, folder = True, self.checkpoint.folder
         for name in sorted(self.depth_names):
             if name not in self.stored_names:
@@ -184,11 +180,7 @@ def _initial_extras(config: AttnResConfig) -> torch.Tensor | None:
 
 
 def understand(checkpoint: Checkpoint, layout: str | None = None) -> Source:
-    """Recognises the layout of a checkpoint, which must be `layout` if it is given, and reads its configuration.
-
-    Raises:
-        CheckpointError: the checkpoint has another layout, or its configuration is invalid or of an unsupported model.
-    """
+    """Recognises the layout of a checkpoint, which must be `layout` if it is given, and reads its configuration."""
     config, place = checkpoint.config, checkpoint.folder / CONFIG_NAME
     model_type = kimi_k3.text_config(config).get("model_type")
     if not isinstance(model_type, str):

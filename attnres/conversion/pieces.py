@@ -8,9 +8,9 @@ from math import prod
 from pathlib import Path
 
 import torch
+from torch.nn.functional import pad
 
-from .checkpoint import Checkpoint, byte_size, inside
-from .files import copy_range
+from .checkpoint import Checkpoint, byte_size
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
 
@@ -41,36 +41,23 @@ class Piece:
         parts = [checkpoint.read(name) for name in self.stored]
         if self.make is not None:
             return self.make(*parts).to(TORCH_DTYPES[self.dtype])
-        flat, count = parts[0].flatten(), prod(self.shape)
-        return torch.cat([flat, flat.new_zeros(max(0, count - len(flat)))])[:count].view(self.shape)
+        flat = parts[0].flatten()
+        missing = prod(self.shape) - len(flat)
+        return (pad(flat, (0, missing)) if missing else flat).view(self.shape)  # a negative number cuts
 
 
-def write_pieces(checkpoint: Checkpoint, pieces: list[Piece], target: Path, progress: Callable[[int], None]):
-    """Writes a weight file from the file of the source that has the first stored tensor of every piece.
-
-    Copied data is not loaded; memory holds one computed tensor at a time.
-    """
-    shard = checkpoint.tensors[pieces[0].stored[0]].shard
-    with inside(checkpoint.folder, shard).open("rb") as reader, target.open("xb") as writer:
-        (length,) = struct.unpack("<Q", reader.read(8))
-        header = json.loads(reader.read(length))
-        pieces = sorted(pieces, key=lambda piece: header[piece.stored[0]]["data_offsets"])
-        new_header, position = {"__metadata__": header.get("__metadata__", {"format": "pt"})}, 0
-        for piece in pieces:
-            offsets = [position, position + piece.bytes]
-            new_header[piece.name] = {"dtype": piece.dtype, "shape": list(piece.shape), "data_offsets": offsets}
-            position += piece.bytes
-        encoded = json.dumps(new_header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
+def write_pieces(checkpoint: Checkpoint, pieces: list[Piece], target: Path, progress: Callable[[int], object]):
+    """Writes a weight file; memory holds one tensor at a time, which `safetensors.torch.save_file` cannot do."""
+    pieces = sorted(pieces, key=lambda piece: byte_size(piece.dtype, (8,)), reverse=True)  # so that all are aligned
+    header, position = {"__metadata__": {"format": "pt"}}, 0
+    for piece in pieces:
+        offsets = [position, position + piece.bytes]
+        header[piece.name] = {"dtype": piece.dtype, "shape": list(piece.shape), "data_offsets": offsets}
+        position += piece.bytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with target.open("xb") as writer:
         writer.write(struct.pack("<Q", len(encoded)) + encoded)
         for piece in pieces:
-            if piece.make is None:
-                begin, end = header[piece.stored[0]]["data_offsets"]
-                count = min(end - begin, piece.bytes)
-                writer.flush()  # what follows writes to the descriptor directly
-                copy_range(reader.fileno(), writer.fileno(), 8 + length + begin, count, progress)
-                writer.write(bytes(piece.bytes - count))
-            else:
-                data = piece.tensor(checkpoint).contiguous().view(torch.uint8).numpy()
-                writer.write(data.tobytes())
-                progress(piece.bytes)
+            writer.write(piece.tensor(checkpoint).contiguous().flatten().view(torch.uint8).numpy())
+            progress(piece.bytes)

@@ -19,7 +19,7 @@ from ..configuration_attnres import AttnResConfig
 from ..messages import one_line
 from ..modeling_attnres import AttnResForCausalLM
 from .checkpoint import CONFIG_NAME, CheckpointError, inside, read_json
-from .companions import write_companions
+from .files import write_companions
 from .structure import check_tensors
 
 METADATA_NAME = ".metadata"
@@ -58,9 +58,6 @@ def join_shards(source: Path, folder: Path) -> AttnResConfig:
 
     Returns:
         The model's configuration.
-
-    Raises:
-        CheckpointError: a file is missing, damaged or not safe to read, or the tensors are not those of the model.
     """
     shards = find_shards(source)
     homes = (shards, shards.resolve().parent, shards.resolve().parent.parent)
@@ -88,21 +85,13 @@ def join_shards(source: Path, folder: Path) -> AttnResConfig:
 
 
 def read_metadata(shards: Path) -> Metadata:
-    """Reads the description of the saved tensors.
-
-    Raises:
-        CheckpointError: the file is no such description, names a file elsewhere, or contains other objects.
-    """
+    """Reads the description of the saved tensors."""
     path = inside(shards, METADATA_NAME)
     try:
         with path.open("rb") as file:
             metadata = _Unpickler(file, path).load()
         for entry in metadata.storage_data.values():
             inside(shards, entry.relative_path)
-            if entry.transform_descriptors:
-                raise CheckpointError(
-                    f"{path}: has shards in the form {entry.transform_descriptors}, which are not read."
-                )
         names = metadata.state_dict_metadata.items()
         opaque = sorted(name for name, tensor in names if not isinstance(tensor, TensorStorageMetadata))
     except CheckpointError:

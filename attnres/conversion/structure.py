@@ -24,11 +24,7 @@ def meta_model(origin: Source) -> PreTrainedModel:
 
 
 def check_structure(origin: Source):
-    """Checks the names and shapes of all tensors against the model that `config.json` describes.
-
-    Raises:
-        CheckpointError: the model cannot be built, or a tensor is missing, surplus or has another shape.
-    """
+    """Checks the names and shapes of all tensors against the model that `config.json` describes."""
     folder, backbone = origin.checkpoint.folder, origin.config.backbone_config
     try:
         model = meta_model(origin)
@@ -56,11 +52,7 @@ def check_structure(origin: Source):
 
 
 def check_tensors(folder: Path, expected: dict[str, tuple], found: dict[str, tuple], tied: set[str]):
-    """Checks the names and shapes of tensors; those that are tied to others may be missing or surplus.
-
-    Raises:
-        CheckpointError: a tensor is missing, surplus or has another shape.
-    """
+    """Checks the names and shapes of tensors; those that are tied to others may be missing or surplus."""
     faults = {
         "missing": sorted(expected.keys() - found.keys() - tied),
         "surplus": sorted(found.keys() - expected.keys() - tied),

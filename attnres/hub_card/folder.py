@@ -15,8 +15,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from ..configuration_attnres import AttnResConfig
 from ..conversion.checkpoint import INDEX_NAME, Checkpoint, inside, read_checkpoint
-from ..conversion.companions import COMPANIONS
-from ..conversion.files import copy_file
+from ..conversion.files import COMPANIONS, copy_file
 from ..conversion.inspection import inspect_checkpoint
 from ..conversion.layouts import ATTNRES, understand
 from ..eval.identity import checkpoint_identity

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conversion.disk import assert_same_tensors
 from families import tiny_config
 from helpers import random_attnres, random_tokens, relative_error
 from safetensors import safe_open
@@ -92,45 +93,51 @@ def names_on_disk(folder):
     return {name for path in Path(folder).glob("*.safetensors") for name in safe_open(path, "pt").keys()}  # noqa: SIM118
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@torch.no_grad()
 @pytest.mark.parametrize("feature", CASES)
-def test_the_tensors_are_those_that_the_engine_looks_for_and_the_function_is_the_same(engine, feature, tmp_path):
+def test_the_tensors_are_those_that_each_engine_looks_for_and_the_function_is_the_same(feature, tmp_path):
     options = dict(CASES[feature])
     linear = {"num_heads": 3} if feature != "fewer heads in linear attention" else {}
     options["linear_attn_config"] = {**linear, **options.get("linear_attn_config", {})}
-    model = built(released_config(**options), 2)
-    model.save_pretrained(tmp_path / "ours")
-    reason = REFUSED.get((engine, feature))
-    if reason is not None:
-        with pytest.raises(CheckpointError, match=f"^{engine} .* does not compute .*{reason}"):
-            convert(tmp_path / "ours", tmp_path / "k3", to="kimi-k3", engine=engine, verify="none")
-        assert not (tmp_path / "k3").exists()
-        return
-    convert(tmp_path / "ours", tmp_path / "k3", to="kimi-k3", engine=engine, verify="none")
-    assert names_on_disk(tmp_path / "k3") == looked_for(engine, options)
-    config = json.loads((tmp_path / "k3" / "config.json").read_text())
-    assert config["architectures"] == [ARCHITECTURES[engine]]
-    text = config.get("text_config", config)
-    assert ("text_config" in config) == (engine in WITH_PREFIX) and text["model_type"] == "kimi_linear"
-    if engine in ("llama.cpp", "mlx"):
-        assert text["hidden_act"] == "situ" and text["activation_situ_beta"] and text["activation_situ_linear_beta"]
-    if engine != "mlx":
-        assert text["tie_word_embeddings"] is False
-    convert(tmp_path / "k3", tmp_path / "back", verify="none")
-    tokens = random_tokens(2, 11)
-    again = AttnResForCausalLM.from_pretrained(tmp_path / "back")
-    assert relative_error(again(tokens).logits, model(tokens).logits) < 1e-4
+    model, tokens = built(released_config(**options), 2), random_tokens(2, 11)
+    expected, ours = model(tokens).logits, tmp_path / "ours"
+    model.save_pretrained(ours)
+    for engine in ENGINES:
+        result = tmp_path / engine
+        reason = REFUSED.get((engine, feature))
+        if reason is not None:
+            with pytest.raises(CheckpointError, match=f"^{engine} .* does not compute .*{reason}"):
+                convert(ours, result, to="kimi-k3", engine=engine, verify="none")
+            assert not result.exists()
+            continue
+        convert(ours, result, to="kimi-k3", engine=engine, verify="none")
+        assert names_on_disk(result) == looked_for(engine, options)
+        config = json.loads((result / "config.json").read_text())
+        assert config["architectures"] == [ARCHITECTURES[engine]]
+        text = config.get("text_config", config)
+        assert ("text_config" in config) == (engine in WITH_PREFIX) and text["model_type"] == "kimi_linear"
+        if engine in ("llama.cpp", "mlx"):
+            assert text["hidden_act"] == "situ" and text["activation_situ_beta"] and text["activation_situ_linear_beta"]
+        if engine != "mlx":
+            assert text["tie_word_embeddings"] is False
+        if engine == "sglang":
+            assert_same_tensors(result, tmp_path / "vllm")
+            continue
+        convert(result, tmp_path / f"back-{engine}", verify="none")
+        again = AttnResForCausalLM.from_pretrained(tmp_path / f"back-{engine}")
+        assert relative_error(again(tokens).logits, expected) < 1e-4, engine
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_the_command_line_prints_what_serves_the_result(engine, tmp_path, capsys):
+def test_the_command_line_prints_what_serves_the_result(tmp_path, capsys):
     options = {**EVERYTHING, "linear_attn_config": {**EVERYTHING["linear_attn_config"], "num_heads": 3}}
     built(released_config(**options), 2).save_pretrained(tmp_path / "ours")
-    command = ["convert", str(tmp_path / "ours"), str(tmp_path / "k3"), "--to", "kimi-k3", "--for", engine]
-    assert main([*command, "--verify", "none"]) == 0
-    printed = capsys.readouterr().out
-    assert f"to serve it with {engine} ({ENGINES[engine].version}):" in printed
-    assert all(line.format(folder=tmp_path / "k3") in printed for line in ENGINES[engine].commands)
+    for name, engine in ENGINES.items():
+        result = tmp_path / name
+        command = ["convert", str(tmp_path / "ours"), str(result), "--to", "kimi-k3", "--for", name]
+        assert main([*command, "--verify", "none"]) == 0
+        printed = capsys.readouterr().out
+        assert f"to serve it with {name} ({engine.version}):" in printed
+        assert all(line.format(folder=result) in printed for line in engine.commands)
 
 
 def test_an_engine_needs_the_layout_that_it_loads(tmp_path, capsys):

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from attnres import AttnResForCausalLM, folders
-from attnres.conversion import CheckpointError, convert, files
+from attnres.conversion import CheckpointError, convert
 from attnres.conversion.checkpoint import read_checkpoint
 from attnres.conversion.inspection import inspect_checkpoint
 
@@ -223,17 +223,6 @@ def test_space_that_runs_out_half_way_leaves_nothing_behind(plain, tmp_path, mon
     with pytest.raises(OSError, match="No space left"):
         convert(plain, tmp_path / "attnres", verify="none")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain"]
-
-
-def test_copying_through_memory_equals_copying_in_the_kernel(tmp_path, monkeypatch):
-    content = random.Random(0).randbytes(3_000_017)
-    (tmp_path / "source").write_bytes(content)
-    reported = []
-    files.copy_file(tmp_path / "source", tmp_path / "kernel", False, reported.append)
-    monkeypatch.delattr(files.os, "copy_file_range")
-    files.copy_file(tmp_path / "source", tmp_path / "memory", False, reported.append)
-    assert (tmp_path / "kernel").read_bytes() == (tmp_path / "memory").read_bytes() == content
-    assert sum(reported) == 2 * len(content)
 
 
 # Converts in a forked child per line of standard input, so that twenty of them cost one start of the interpreter.
