@@ -1,7 +1,6 @@
 """Saving, loading and converting in memory: names on disk, sharding, faults, remote code."""
 
 import json
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import FAMILIES, tiny_config
-from helpers import random_attnres
+from helpers import random_attnres, short_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -61,7 +60,7 @@ def assert_same_tensors(first, second):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_save_and_load_keep_every_bit_and_the_family_names_on_disk(family, tmp_path):
-    model = deep_attnres(family, layers_per_block=5)
+    model = random_attnres(family, attn_implementation=None)
     AutoModelForCausalLM.from_config(model.config.backbone_config).save_pretrained(tmp_path / "plain")
     with torch.no_grad():
         expected = model(INPUT_IDS).logits
@@ -69,7 +68,7 @@ def test_save_and_load_keep_every_bit_and_the_family_names_on_disk(family, tmp_p
     model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
     for folder in ("whole", "sharded"):
-        assert names_on_disk(tmp_path / folder) == names_on_disk(tmp_path / "plain") | depth_names(12)
+        assert names_on_disk(tmp_path / folder) == names_on_disk(tmp_path / "plain") | depth_names(5)
         loaded = AttnResForCausalLM.from_pretrained(tmp_path / folder)
         assert_same_tensors(loaded, model)
         with torch.no_grad():  # how a weight lies in memory can change a matrix product's last bit, as in any model
@@ -81,19 +80,19 @@ def test_save_and_load_keep_every_bit_and_the_family_names_on_disk(family, tmp_p
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_plain_checkpoint_folder_loads_as_the_lossless_start_and_keeps_its_names_when_saved(family, tmp_path):
     torch.manual_seed(3)
-    plain = AutoModelForCausalLM.from_config(tiny_config(family)).eval()
+    plain = AutoModelForCausalLM.from_config(short_config(family)).eval()
     plain.save_pretrained(tmp_path / "plain")
-    loaded = AttnResForCausalLM.from_pretrained(tmp_path / "plain", layers_per_block=5)
-    from_path = AttnResForCausalLM.from_backbone(str(tmp_path / "plain"), layers_per_block=5)
-    in_memory = AttnResForCausalLM.from_backbone(plain, layers_per_block=5)
-    assert loaded.config.layers_per_block == 5
+    loaded = AttnResForCausalLM.from_pretrained(tmp_path / "plain", layers_per_block=2)
+    from_path = AttnResForCausalLM.from_backbone(str(tmp_path / "plain"), layers_per_block=2)
+    in_memory = AttnResForCausalLM.from_backbone(plain, layers_per_block=2)
+    assert loaded.config.layers_per_block == 2
     with torch.no_grad():
         logits = loaded(INPUT_IDS).logits
         assert_same_tensors(loaded, from_path)
         assert_same_tensors(loaded, in_memory)
         torch.testing.assert_close(logits, plain(INPUT_IDS).logits, rtol=1e-4, atol=1e-3)
     loaded.save_pretrained(tmp_path / "attnres")
-    assert names_on_disk(tmp_path / "attnres") == names_on_disk(tmp_path / "plain") | depth_names(12)
+    assert names_on_disk(tmp_path / "attnres") == names_on_disk(tmp_path / "plain") | depth_names(5)
 
 
 def test_depth_tensors_on_disk_have_the_published_shapes_and_follow_the_layers(tmp_path):
@@ -279,40 +278,39 @@ REMOTE = """
         sys.exit("attnres is importable: the test proves nothing")
     except ImportError:
         pass
-    folder, again, logits = sys.argv[1:]
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    expected = torch.load(logits, weights_only=True)
-    with torch.no_grad():
-        assert torch.equal(model(expected["input_ids"]).logits, expected["logits"])
-    assert AutoConfig.from_pretrained(folder, trust_remote_code=True).layers_per_block == 5
-    assert type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__ == "AttnResModel"
-    model.generate(expected["input_ids"], max_new_tokens=3, do_sample=False)
-    model.save_pretrained(again)
-    AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
+    for folder in sys.argv[1:]:
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        expected = torch.load(folder + "/logits.pt", weights_only=True)
+        with torch.no_grad():
+            assert torch.equal(model(expected["input_ids"]).logits, expected["logits"])
+        assert AutoConfig.from_pretrained(folder, trust_remote_code=True).layers_per_block == 2
+        assert type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__ == "AttnResModel"
+        model.generate(expected["input_ids"], max_new_tokens=3, do_sample=False)
+        model.save_pretrained(folder + "-again")
+        AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=True)
 """
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "kimi_linear", "kimi_k3"])
-def test_a_saved_folder_loads_as_remote_code_where_the_package_is_not_installed(family, tmp_path):
-    model = deep_attnres(family, layers_per_block=5)
-    model.save_pretrained(tmp_path / "model")
-    auto_map = json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"]
-    heads = {f"AutoModelFor{task}" for task in ("SequenceClassification", "TokenClassification", "QuestionAnswering")}
-    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM", *heads}
-    model.set_depth_implementation("eager")  # the kernels come with the package
-    with torch.no_grad():
-        torch.save({"input_ids": INPUT_IDS, "logits": model(INPUT_IDS).logits}, tmp_path / "logits.pt")
+def test_saved_folders_load_as_remote_code_where_the_package_is_not_installed(tmp_path):
+    families = ("qwen3_moe", "kimi_linear", "kimi_k3")
+    for family in families:
+        model = random_attnres(family, attn_implementation=None)
+        model.save_pretrained(tmp_path / family)
+        auto_map = json.loads((tmp_path / family / "config.json").read_text())["auto_map"]
+        tasks = ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
+        assert set(auto_map) == {"AutoConfig", "AutoModel", *(f"AutoModelFor{task}" for task in tasks)}
+        model.set_depth_implementation("eager")  # the kernels come with the package
+        with torch.no_grad():
+            torch.save({"input_ids": INPUT_IDS, "logits": model(INPUT_IDS).logits}, tmp_path / family / "logits.pt")
     # -I: neither PYTHONPATH nor the current directory; an installed (editable) package is blocked by an import hook.
     block = "import sys; sys.modules['attnres'] = None\n"
     script = tmp_path / "remote.py"
     script.write_text(block + textwrap.dedent(REMOTE))
-    arguments = [tmp_path / "model", tmp_path / "again", tmp_path / "logits.pt"]
     result = subprocess.run(
-        [sys.executable, "-I", script, *arguments],
+        [sys.executable, "-I", script, *(tmp_path / family for family in families)],
         capture_output=True,
         text=True,
         env={"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())},
         cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    shutil.rmtree(tmp_path / "again")

@@ -11,7 +11,8 @@ from attnres import AttnResForCausalLM
 # float32, relative. A perturbation grows up to a hundredfold through these random models; a wrong wire gives above 0.1.
 TOLERANCE = 1e-3
 MODES = ("block", "full", "standard")
-GREEDY = {"max_new_tokens": 7, "min_new_tokens": 7, "do_sample": False}
+STEPS = 5
+GREEDY = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False}
 
 
 def greedy_by_hand(model, input_ids, steps):
@@ -29,20 +30,18 @@ def greedy_by_hand(model, input_ids, steps):
 def test_greedy_generation_with_the_cache_equals_full_forward_passes(family, mode):
     model = random_attnres(family, mode)
     prompt = random_tokens(2, 9)
-    expected = greedy_by_hand(model, prompt, 7)
+    expected = greedy_by_hand(model, prompt, STEPS)
     assert torch.equal(model.generate(prompt, **GREEDY), expected)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt_oss", *LINEAR_FAMILIES])
-@pytest.mark.parametrize("strategy", ["greedy", "sample", "beam", "beam_sample"])
+@pytest.mark.parametrize("strategy", ["sample", "beam"])
 def test_generation_with_and_without_the_cache_are_equal(family, strategy):
     model = random_attnres(family)
     prompt = random_tokens(2, 6)
     options = {
-        "greedy": {},
         "sample": {"do_sample": True, "top_k": 20, "temperature": 1.3},
         "beam": {"num_beams": 3, "num_return_sequences": 2},
-        "beam_sample": {"num_beams": 3, "do_sample": True},
     }[strategy]
     options = {"do_sample": False, "max_new_tokens": 8, **options}
     generated = []
@@ -174,7 +173,7 @@ def test_phi3_computes_its_keys_again_when_generation_crosses_the_length_where_i
         rope_parameters={"rope_theta": 10000.0, "original_max_position_embeddings": 10, **factors},
     )
     prompt = random_tokens(1, 8)
-    assert torch.equal(model.generate(prompt, **GREEDY), greedy_by_hand(model, prompt, 7))
+    assert torch.equal(model.generate(prompt, **GREEDY), greedy_by_hand(model, prompt, STEPS))
 
 
 def test_generation_reports_scores_and_hidden_states_per_step():

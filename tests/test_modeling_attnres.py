@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from families import FAMILIES, tiny_config
+from families import FAMILIES
 from helpers import short_config
 from reference import Oracle
 from transformers import AutoModelForCausalLM
@@ -108,7 +108,7 @@ def test_logits_and_all_gradients_equal_the_stacking_oracle(family, mode):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_standard_mode_is_the_plain_backbone_to_the_bit(family):
     torch.manual_seed(5)
-    plain = AutoModelForCausalLM.from_config(tiny_config(family)).eval()
+    plain = AutoModelForCausalLM.from_config(short_config(family)).eval()
     model = AttnResForCausalLM.from_backbone(plain, residual_mode="standard")
     input_ids = torch.randint(3, 97, (2, 13))
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_standard_mode_is_the_plain_backbone_to_the_bit(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_initialisation_gives_the_backbone_the_weights_of_its_family_and_the_mixer_zeros_and_ones(family):
-    config = tiny_config(family)
+    config = short_config(family)
     torch.manual_seed(7)
     plain = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     torch.manual_seed(7)

@@ -2,6 +2,7 @@
 
 import ast
 import email
+import importlib
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import attnres
+from attnres import registration
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "attnres"
@@ -260,11 +262,11 @@ def test_the_wheel_says_that_it_is_typed(distributions):
     assert "attnres/py.typed" in distributions[0].namelist()
 
 
-def test_another_package_of_the_same_module_is_not_silent(tmp_path):
+def test_another_package_of_the_same_module_is_not_silent(tmp_path, monkeypatch):
     info = tmp_path / "fast_attnres-2.1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fast-attnres\nVersion: 2.1.0\n")
     (info / "RECORD").write_text("attnres/__init__.py,,\n")
-    code = f"import sys; sys.path.append({str(tmp_path)!r}); import attnres"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert "fast-attnres is installed too, and both put files in attnres/" in done.stderr
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.warns(UserWarning, match="fast-attnres is installed too, and both put files in attnres/"):
+        importlib.reload(registration)

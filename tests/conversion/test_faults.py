@@ -225,7 +225,7 @@ def test_space_that_runs_out_half_way_leaves_nothing_behind(plain, tmp_path, mon
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain"]
 
 
-# Converts in a forked child per line of standard input, so that twenty of them cost one start of the interpreter.
+# Converts in a forked child per line of standard input, so that all of them cost one start of the interpreter.
 KILLED = """
 import os, sys, time
 import attnres.conversion.converter as module
@@ -247,7 +247,8 @@ for line in sys.stdin:
 
 
 def test_a_killed_conversion_leaves_the_result_absent_or_complete(plain, tmp_path):
-    """Sends SIGKILL at twenty random points; half of the conversions replace an old result."""
+    """Sends SIGKILL at twelve random points; half of the conversions replace an old result."""
+    attempts = 12
     before = bytes_of(plain)
     started = time.monotonic()
     convert(plain, tmp_path / "reference", verify="none")
@@ -268,7 +269,7 @@ def test_a_killed_conversion_leaves_the_result_absent_or_complete(plain, tmp_pat
     )
     states = []
     with server:
-        for attempt in range(20):
+        for attempt in range(attempts):
             place = places / f"attnres{attempt}"
             if attempt % 2:
                 place.mkdir()
@@ -286,10 +287,12 @@ def test_a_killed_conversion_leaves_the_result_absent_or_complete(plain, tmp_pat
             assert bytes_of(plain) == before
         server.stdin.close()
     assert not all(states)
-    for attempt in range(20):
+    for attempt in range(attempts):
         convert(plain, places / f"attnres{attempt}", verify="none", overwrite=True)
         assert bytes_of(places / f"attnres{attempt}") == complete
-    assert len(list(places.iterdir())) == 20, "what a killed conversion leaves is cleared by the next to that place"
+    assert len(list(places.iterdir())) == attempts, (
+        "what a killed conversion leaves is cleared by the next to that place"
+    )
 
 
 JSON = st.recursive(

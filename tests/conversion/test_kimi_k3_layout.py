@@ -53,13 +53,13 @@ def pack(tensors, seed=0):
         scales = torch.randint(122, 126, (rows, columns // 32), generator=generator, dtype=torch.uint8)
         packed[name.replace(".weight", ".weight_packed")] = codes
         packed[name.replace(".weight", ".weight_scale")] = scales
-        values = torch.empty(rows, columns)
-        for row in range(rows):
+        values = []
+        for row_codes, row_scales in zip(codes.tolist(), scales.tolist(), strict=True):
             for column in range(columns):
-                code = codes[row, column // 2].item() >> (4 * (column % 2)) & 15
+                code = row_codes[column // 2] >> (4 * (column % 2)) & 15
                 sign = -1 if code & 8 else 1
-                values[row, column] = sign * CODES[code & 7] * 2.0 ** (scales[row, column // 32].item() - 127)
-        unpacked[name] = values.to(torch.bfloat16)
+                values.append(sign * CODES[code & 7] * 2.0 ** (row_scales[column // 32] - 127))
+        unpacked[name] = torch.tensor(values, dtype=torch.bfloat16).view(rows, columns)
     return packed, unpacked
 
 
@@ -84,11 +84,16 @@ def write_release(folder, tensors, text, shards=3, **root):
     return folder
 
 
+@pytest.fixture(scope="module")
+def packed_and_unpacked():
+    """Returns the tensors of a tiny release with every feature, as they are packed and what they stand for."""
+    return pack(as_released(built(released_config(**ALL), 2)))
+
+
 @pytest.fixture
-def released(tmp_path):
+def released(packed_and_unpacked, tmp_path):
     """Writes a tiny release with every feature; returns folder, text configuration and unpacked tensors."""
-    model = built(released_config(**ALL), 2)
-    packed, unpacked = pack(as_released(model))
+    packed, unpacked = packed_and_unpacked
     text = {**released_config(**ALL), "attn_res_block_size": 2, "dtype": "bfloat16", "quantization_config": MXFP4}
     return write_release(tmp_path / "released", packed, text), text, unpacked
 
@@ -209,8 +214,8 @@ def test_packed_experts_are_found_by_their_tensors_whatever_the_configuration_sa
 def test_every_feature_comes_back_from_the_released_layout(feature, tmp_path):
     model = built(released_config(**FEATURES[feature]), 2)
     model.save_pretrained(tmp_path / "ours")
-    convert(tmp_path / "ours", tmp_path / "k3", to="kimi-k3", verify="full")
-    convert(tmp_path / "k3", tmp_path / "back", verify="full")
+    convert(tmp_path / "ours", tmp_path / "k3", to="kimi-k3", verify="none")
+    convert(tmp_path / "k3", tmp_path / "back", verify="none")
     tokens = random_tokens(2, 11)
     again = AttnResForCausalLM.from_pretrained(tmp_path / "back")
     # Where transformers' own Kimi Linear computes the same, that is the backbone.
@@ -249,8 +254,8 @@ def test_layers_for_multi_token_prediction_are_refused_by_their_tensors(name, tm
 
 
 @pytest.mark.parametrize("damage", ["scale missing", "another dtype", "another group"])
-def test_a_damaged_pair_is_refused_by_its_name(damage, tmp_path):
-    packed, _ = pack(as_released(built(released_config(**ALL), 2)))
+def test_a_damaged_pair_is_refused_by_its_name(damage, packed_and_unpacked, tmp_path):
+    packed = dict(packed_and_unpacked[0])
     name = "model.layers.2.block_sparse_moe.experts.3.w2.weight_packed"
     scale = name.replace("_packed", "_scale")
     if damage == "scale missing":
