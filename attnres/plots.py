@@ -2,16 +2,14 @@
 
 import os
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import CenteredNorm, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 DPI = 150
 # Okabe and Ito's palette, distinct with every kind of colour vision; dashes keep the lines apart in black and white.
@@ -19,6 +17,8 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 DASHES = ("-", "--", "-.", ":", "-", "--")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 COLOUR_MAP = "cividis"
+# A folder's name may hold a dollar sign, which would start a formula.
+TITLE = {"fontsize": 10, "parse_math": False}
 
 
 def loss_curves(
@@ -61,47 +61,6 @@ def loss_curves(
     _save(figure, path)
 
 
-def depth_weights(
-    path: str | PathLike,
-    panels: Mapping[str, Sequence[Sequence[float]]],
-    row_labels: Sequence[str],
-    column_labels: Sequence[str],
-    partial_columns: Sequence[int | None],
-):
-    """Draws mean depth weights as heatmaps side by side, with a row per mixture and a column per source.
-
-    Args:
-        path: PNG to write.
-        panels: by title, one row of weights per mixture; a row may end before the last column.
-        row_labels: names of the mixtures, from the first sublayer to the output.
-        column_labels: names of the sources, from the embedding on.
-        partial_columns: per row, the column whose source is a partial sum, which is outlined; or None.
-
-    Raises:
-        ValueError: a panel has another number of rows, or more columns, than there are labels.
-    """
-    width = max(7.5, 2.2 + len(panels) * max(4.0, 0.85 * len(column_labels)))
-    figure = Figure(figsize=(width, 1.9 + 0.27 * len(row_labels)), layout="constrained")
-    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (title, rows) in zip(all_axes, panels.items(), strict=True):
-        matrix = _matrix(title, rows, row_labels, column_labels)
-        image = axes.imshow(matrix, cmap=COLOUR_MAP, vmin=0, vmax=1, aspect="auto")
-        _write_cells(axes, matrix, "{:.2f}", 7, lambda weight: "black" if weight > 0.5 else "white")
-        for row, column in enumerate(partial_columns):
-            if column is not None:
-                style = {"fill": False, "edgecolor": COLOURS[2], "linewidth": 1.3}
-                axes.add_patch(Rectangle((column - 0.46, row - 0.43), 0.92, 0.86, **style))
-        axes.set(title=title, xlabel="source")
-        axes.set_xticks(range(len(column_labels)), column_labels, fontsize=8)
-        axes.set_yticks(range(len(row_labels)), row_labels, fontsize=8)
-        axes.spines[:].set_visible(False)
-    all_axes[0].set_ylabel("sublayer that mixes")
-    figure.colorbar(image, ax=all_axes, label="mean depth weight", fraction=0.03)
-    heading = "Which sources each sublayer mixes: depth weights, mean over tokens; each row sums to 1"
-    figure.suptitle(f"{heading}\noutlined: the partial sum of the sublayer's own block", fontsize=10)
-    _save(figure, path)
-
-
 def depth_panels(path: str | PathLike, models: Sequence[Mapping]):
     """Draws mean depth weights as the paper does: per model, before attention and before MLP, and the output below.
 
@@ -121,7 +80,7 @@ def depth_panels(path: str | PathLike, models: Sequence[Mapping]):
     parts = figure.subfigures(len(models), 1, height_ratios=[height + 1.9 for height in heights], squeeze=False)[:, 0]
     for part, model in zip(parts, models, strict=True):
         style = {"cmap": COLOUR_MAP, "norm": PowerNorm(0.5, vmin=0, vmax=1)}
-        bar = _heatmaps(part, model, style, "{:.2f}", lambda weight: "black" if weight > 0.25 else "white")
+        bar = _heatmaps(part, model, style, "{:.2f}")
         bar.set_label("mean depth weight")
         bar.set_ticks([0, 0.05, 0.2, 0.5, 1])
     _save(figure, path)
@@ -140,10 +99,7 @@ def source_effects(path: str | PathLike, effects: Mapping):
     rows = [*effects["attention"], *effects["mlp"], effects["output"]]
     largest = max((abs(change) for row in rows for change in row if change is not None), default=0) or 1.0
     figure = Figure(figsize=(13, 2.4 + _inches(effects["rows"])), layout="constrained")
-    style = {"cmap": "PuOr_r", "norm": CenteredNorm(0, largest)}
-    bar = _heatmaps(
-        figure, effects, style, "{:+.3f}", lambda change: "white" if abs(change) > 0.6 * largest else "black"
-    )
+    bar = _heatmaps(figure, effects, {"cmap": "PuOr_r", "norm": CenteredNorm(0, largest)}, "{:+.3f}")
     bar.set_label("change of the loss, nats per token")
     _save(figure, path)
 
@@ -195,8 +151,7 @@ def forest(
     axes.annotate(note_title, (1.02, 1.01), xycoords="axes fraction", va="bottom", color="0.35", **style)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     lines = [line for text in (title, warning) for line in textwrap.wrap(text, 95)]
-    # A folder's name may hold a dollar sign, which would start a formula.
-    figure.suptitle("\n".join(lines), fontsize=10, color=COLOURS[0], parse_math=False)
+    figure.suptitle("\n".join(lines), **TITLE)
     _save(figure, path)
 
 
@@ -234,7 +189,7 @@ def overhead(path: str | PathLike, panels: Sequence[Mapping], title: str):
         axes_of_row[0].set_ylabel("overhead (%)")
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
     heading = "Time over plain residuals: median and quartiles of the ratios within each round"
-    figure.suptitle(f"{heading}\n{title}", fontsize=10, parse_math=False)
+    figure.suptitle(f"{heading}\n{title}", **TITLE)
     _save(figure, path)
 
 
@@ -280,7 +235,7 @@ def _inches(rows: Sequence[str]) -> float:
     return max(2.6, min(9.0, 0.24 * len(rows)))
 
 
-def _heatmaps(part, model: Mapping, style: Mapping, number: str, text_colour: Callable[[float], str]) -> Colorbar:
+def _heatmaps(part, model: Mapping, style: Mapping, number: str) -> Colorbar:
     """Draws the heatmaps before attention and before MLP and the row of the output below; returns the colour bar.
 
     `model` is as in `depth_panels`; an empty name in its `columns` ends the sources.
@@ -289,8 +244,8 @@ def _heatmaps(part, model: Mapping, style: Mapping, number: str, text_colour: Ca
     mosaic, ratios = [["attention", "mlp"], ["output", "output"]], [height, max(0.3, height / len(rows))]
     all_axes = part.subplot_mosaic(mosaic, height_ratios=ratios)
     for kind, axes in all_axes.items():
-        labels = [""] if kind == "output" else rows
-        matrix = _matrix(model["title"], [model[kind]] if kind == "output" else model[kind], labels, columns)
+        labels, values = ([""], [model[kind]]) if kind == "output" else (rows, model[kind])
+        matrix = _matrix(model["title"], values, labels, columns)
         image = axes.imshow(matrix, aspect="auto", interpolation="nearest", **style)
         axes.patch.set(hatch="////", edgecolor="0.85", facecolor="white")  # where there is no source yet
         axes.set_title({"attention": "before attention", "mlp": "before MLP"}.get(kind, kind), fontsize=10)
@@ -302,11 +257,14 @@ def _heatmaps(part, model: Mapping, style: Mapping, number: str, text_colour: Ca
         axes.set_yticks(range(0, len(labels), down), labels[::down], fontsize=8)
         axes.spines[:].set_visible(False)
         if len(columns) <= 18 and height / len(labels) >= 0.16:
-            _write_cells(axes, matrix, number, 6.5, text_colour)
+            for (row, column), value in np.ma.ndenumerate(matrix):
+                brightness = np.dot(image.to_rgba(value), [0.3, 0.6, 0.1, 0])
+                colour = "black" if brightness > 0.5 else "white"
+                axes.text(column, row, number.format(value), ha="center", va="center", fontsize=6.5, color=colour)
     all_axes["attention"].set_ylabel("decoder layer")
     all_axes["output"].tick_params(axis="y", length=0)
     all_axes["output"].set_xlabel("source" if "" not in columns else "source that is left out")
-    part.suptitle("\n".join(textwrap.wrap(model["title"], 120)), fontsize=11, parse_math=False)
+    part.suptitle("\n".join(textwrap.wrap(model["title"], 120)), **TITLE)
     return part.colorbar(image, ax=list(all_axes.values()), fraction=0.03, pad=0.01)
 
 
@@ -321,12 +279,6 @@ def _matrix(title: str, rows, row_labels: Sequence[str], column_labels: Sequence
     for row, values in enumerate(rows):
         matrix[row, : len(values)] = np.asarray(values, dtype=float)  # None becomes NaN
     return np.ma.masked_invalid(matrix)
-
-
-def _write_cells(axes, matrix: np.ma.MaskedArray, number: str, size: float, text_colour: Callable[[float], str]):
-    for (row, column), value in np.ma.ndenumerate(matrix):
-        style = {"ha": "center", "va": "center", "fontsize": size, "color": text_colour(value)}
-        axes.text(column, row, number.format(value), **style)
 
 
 def _line_style(index: int) -> dict:
@@ -349,8 +301,7 @@ def _save(figure: Figure, path: str | PathLike):
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        # A canvas of its own, because pyplot would keep every figure of the process alive.
-        FigureCanvasAgg(figure).print_figure(partial, dpi=DPI, format="png")
+        figure.savefig(partial, dpi=DPI, format="png")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -63,7 +63,6 @@ def _data(weights: DepthWeights, effect: Ablation | None) -> dict:
         mixtures.append(row)
     return {
         "sources": weights.sources,
-        "tokens": [visible(token.text) for token in weights.tokens],
         "mixtures": mixtures,
         "tokenWeights": [[_rounded(row) for row in kept] for kept in weights.token_weights],
     }

@@ -30,18 +30,12 @@ first. Each row sums to 1. Colours follow the square root of the weight, so that
 <section class="model">
 <h2>{{ weights.model }}</h2>
 <p class="hint">{{ weights.description }}, {{ "{:,}".format(weights.context) }} at a time ({{ weights.family }})</p>
-{% if weights.tokens %}
-<div class="tokens" role="radiogroup" aria-label="which token's weights to show">
-<label><input type="radio" name="{{ loop.index0 }}" value="-1" autocomplete="off" checked><span>mean</span></label>
-{% set model_number = loop.index0 %}
+<label>Weights of <select autocomplete="off">
+<option value="-1">the mean over all {{ "{:,}".format(weights.num_tokens) }} tokens</option>
 {% for token in weights.tokens %}
-<label title="token {{ loop.index0 }}, id {{ token.id }}"><input type="radio" name="{{ model_number }}" value="{{
-loop.index0 }}" autocomplete="off"><span><bdi>{{ token.text | visible }}</bdi></span></label>
+<option value="{{ loop.index0 }}">token {{ loop.index0 }}: {{ token.text | visible }}</option>
 {% endfor %}
-</div>
-<p class="hint">The first {{ weights.tokens | length }} tokens: choose one to see its own weights.</p>
-{% endif %}
-<p class="showing" aria-live="polite">Showing the mean over all {{ "{:,}".format(weights.num_tokens) }} tokens.</p>
+</select></label>
 <div class="panels">
 {% for kind in ("attention", "mlp", "output") %}
 <figure class="{{ kind }}"><figcaption>{{ titles[kind] }}</figcaption><div class="heatmap" data-panel="{{ kind }}"
@@ -104,17 +98,11 @@ body { margin: 0 auto; padding: 1rem 1.25rem 3rem; max-width: 1500px; background
 h2 { padding-top: 1rem; border-top: 1px solid var(--line); }
 p { margin: .3rem 0; max-width: 100ch; }
 .hint { color: var(--soft); }
-.showing, figcaption { font-weight: 600; }
+figcaption { font-weight: 600; }
+select { max-width: 100%; margin-bottom: .5rem; font: inherit; }
 .scale { display: flex; justify-content: space-between; width: 320px; max-width: 100%; padding-top: 14px;
   font-size: .8rem; background: top / 100% 14px no-repeat; }
-.tokens { display: flex; flex-wrap: wrap; gap: 3px; max-height: 10.5rem; overflow-y: auto; padding: 3px; }
-.tokens label { position: relative; cursor: pointer; }
-.tokens input { position: absolute; opacity: 0; }
-.tokens span { display: block; padding: .1rem .35rem; border: 1px solid var(--line); border-radius: 4px;
-  background: var(--card); font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre;
-  max-width: 20rem; overflow: hidden; text-overflow: ellipsis; }
-.tokens :checked + span { background: var(--text); color: var(--back); }
-:focus-visible, .tokens :focus-visible + span { outline: 3px solid var(--focus); outline-offset: -2px; }
+:focus-visible { outline: 3px solid var(--focus); outline-offset: -2px; }
 .panels { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .5rem 1.5rem; }
 @media (max-width: 800px) { .panels { grid-template-columns: minmax(0, 1fr); } }
 figure { margin: 0; }
@@ -159,12 +147,11 @@ function leave() {
 }
 
 document.querySelectorAll("section").forEach((section, number) => {
-  const model = data.models[number], showing = section.querySelector(".showing"), whole = showing.textContent;
+  const model = data.models[number], choice = section.querySelector("select");
   const cells = section.querySelectorAll(".heatmap td");
-  let token = -1;  // whose weights are shown, -1 for the mean
 
   function weightOf(cell) {
-    const index = cell.parentElement.dataset.mixture;
+    const index = cell.parentElement.dataset.mixture, token = Number(choice.value);
     return (token < 0 ? model.mixtures[index].mean : model.tokenWeights[index][token])[cell.cellIndex - 1];
   }
 
@@ -187,8 +174,8 @@ document.querySelectorAll("section").forEach((section, number) => {
     const [mean, std, min, max] = ["mean", "std", "min", "max"].map(name => mixture[name][source].toFixed(4));
     const newest = source === mixture.mean.length - 1 ? mixture.partial ? ", partial sum, newest" : ", newest" : "";
     const lines = [mixture.name, "source: " + model.sources[source] + newest];
-    if (token >= 0) {
-      lines.push("weight " + weightOf(cell).toFixed(4) + " for token " + token + " " + model.tokens[token]);
+    if (choice.selectedIndex > 0) {
+      lines.push("weight " + weightOf(cell).toFixed(4) + " for " + choice.selectedOptions[0].text);
     }
     lines.push("mean weight " + mean + ", std over tokens " + std, "min " + min + ", max " + max);
     if (mixture.without) {
@@ -218,11 +205,7 @@ document.querySelectorAll("section").forEach((section, number) => {
     map.addEventListener("focus", () => { if (map.matches(":focus-visible")) select(map.querySelector("td")); });
     map.addEventListener("blur", leave);
   }
-  section.addEventListener("change", event => {
-    token = Number(event.target.value);
-    showing.textContent = token < 0 ? whole : "Showing token " + token + ": " + model.tokens[token];
-    paint();
-  });
+  choice.addEventListener("change", paint);
   paint();
 });
 document.querySelector(".scale").style.backgroundImage = "linear-gradient(to right, " + data.colours.join() + ")";
