@@ -129,7 +129,7 @@ def _write(found: list[DepthWeights], effects: list[Ablation], out: Path) -> lis
 def panels(weights: DepthWeights) -> dict:
     """Returns the mean weights of one model in the form that `plots.depth_panels` takes."""
     rows = [mixture.mean for mixture in weights.mixtures]
-    return _panels(f"{weights.model}: {weights.description}", weights.short_sources, rows)
+    return {"title": f"{weights.model}: {weights.description}", "columns": weights.short_sources, "rows": rows}
 
 
 def _effect_panels(weights: DepthWeights, effect: Ablation) -> dict:
@@ -140,13 +140,7 @@ def _effect_panels(weights: DepthWeights, effect: Ablation) -> dict:
         control = sum(draws) / len(draws) if draws else None
         rows.append([*changes, *[None] * (len(columns) - 1 - len(changes)), control])
     title = f"loss without a source, {effect.tokens:,} tokens of {weights.text}, loss {effect.loss:.3f} nats per token"
-    return _panels(f"{effect.model}: {title}", columns, rows)
-
-
-def _panels(title: str, columns: list[str], rows: list) -> dict:
-    labels = [str(layer) for layer in range(len(rows) // 2)]
-    kinds = {"attention": rows[0:-1:2], "mlp": rows[1:-1:2], "output": rows[-1]}
-    return {"title": title, "columns": columns, "rows": labels, **kinds}
+    return {"title": f"{effect.model}: {title}", "columns": columns, "rows": rows}
 
 
 def as_markdown(weights: DepthWeights) -> str:

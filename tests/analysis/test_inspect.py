@@ -217,9 +217,8 @@ def test_the_figure_leaves_a_margin_at_every_depth(tmp_path, num_layers):
 
 
 def test_the_figure_refuses_what_does_not_fit_its_labels(tmp_path):
-    model = panels(made_up(2))
-    with pytest.raises(ValueError, match="do not fit 1 row labels"):
-        plots.depth_panels(tmp_path / "x.png", [model | {"rows": ["0"]}])
+    with pytest.raises(ValueError, match="could not broadcast"):
+        plots.depth_panels(tmp_path / "x.png", [panels(made_up(2)) | {"columns": ["emb"]}])
     assert not list(tmp_path.iterdir())
 
 
