@@ -2,16 +2,14 @@
 
 import os
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import CenteredNorm, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 DPI = 150
 # Okabe and Ito's palette, distinct with every kind of colour vision; dashes keep the lines apart in black and white.
@@ -19,6 +17,8 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 DASHES = ("-", "--", "-.", ":", "-", "--")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 COLOUR_MAP = "cividis"
+# A folder's name may hold a dollar sign, which would start a formula.
+TITLE = {"fontsize": 10, "parse_math": False}
 
 
 def loss_curves(
@@ -61,47 +61,6 @@ def loss_curves(
     _save(figure, path)
 
 
-def depth_weights(
-    path: str | PathLike,
-    panels: Mapping[str, Sequence[Sequence[float]]],
-    row_labels: Sequence[str],
-    column_labels: Sequence[str],
-    partial_columns: Sequence[int | None],
-):
-    """Draws mean depth weights as heatmaps side by side, with a row per mixture and a column per source.
-
-    Args:
-        path: PNG to write.
-        panels: by title, one row of weights per mixture; a row may end before the last column.
-        row_labels: names of the mixtures, from the first sublayer to the output.
-        column_labels: names of the sources, from the embedding on.
-        partial_columns: per row, the column whose source is a partial sum, which is outlined; or None.
-
-    Raises:
-        ValueError: a panel has another number of rows, or more columns, than there are labels.
-    """
-    width = max(7.5, 2.2 + len(panels) * max(4.0, 0.85 * len(column_labels)))
-    figure = Figure(figsize=(width, 1.9 + 0.27 * len(row_labels)), layout="constrained")
-    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (title, rows) in zip(all_axes, panels.items(), strict=True):
-        matrix = _matrix(title, rows, row_labels, column_labels)
-        image = axes.imshow(matrix, cmap=COLOUR_MAP, vmin=0, vmax=1, aspect="auto")
-        _write_cells(axes, matrix, "{:.2f}", 7, lambda weight: "black" if weight > 0.5 else "white")
-        for row, column in enumerate(partial_columns):
-            if column is not None:
-                style = {"fill": False, "edgecolor": COLOURS[2], "linewidth": 1.3}
-                axes.add_patch(Rectangle((column - 0.46, row - 0.43), 0.92, 0.86, **style))
-        axes.set(title=title, xlabel="source")
-        axes.set_xticks(range(len(column_labels)), column_labels, fontsize=8)
-        axes.set_yticks(range(len(row_labels)), row_labels, fontsize=8)
-        axes.spines[:].set_visible(False)
-    all_axes[0].set_ylabel("sublayer that mixes")
-    figure.colorbar(image, ax=all_axes, label="mean depth weight", fraction=0.03)
-    heading = "Which sources each sublayer mixes: depth weights, mean over tokens; each row sums to 1"
-    figure.suptitle(f"{heading}\noutlined: the partial sum of the sublayer's own block", fontsize=10)
-    _save(figure, path)
-
-
 def depth_panels(path: str | PathLike, models: Sequence[Mapping]):
     """Draws mean depth weights as the paper does: per model, before attention and before MLP, and the output below.
 
@@ -109,19 +68,17 @@ def depth_panels(path: str | PathLike, models: Sequence[Mapping]):
 
     Args:
         path: PNG to write.
-        models: each with `title`; `columns`, names of the sources from the embedding on; `rows`, names of the decoder
-            layers; `attention` and `mlp`, weights per decoder layer, which may end before the last column; `output`,
-            the weights of the output.
+        models: each with `title`; `columns`, names of the sources from the embedding on; `rows`, weights of the 2 L + 1
+            mixtures (attention, MLP, attention, MLP, ..., output), each of which may end before the last column.
 
     Raises:
-        ValueError: weights do not fit the labels.
+        ValueError: a row is longer than `columns`.
     """
-    heights = [_inches(model["rows"]) for model in models]
+    heights = [_inches(model) for model in models]
     figure = Figure(figsize=(13, 0.5 + sum(heights) + 1.9 * len(models)), layout="constrained")
     parts = figure.subfigures(len(models), 1, height_ratios=[height + 1.9 for height in heights], squeeze=False)[:, 0]
     for part, model in zip(parts, models, strict=True):
-        style = {"cmap": COLOUR_MAP, "norm": PowerNorm(0.5, vmin=0, vmax=1)}
-        bar = _heatmaps(part, model, style, "{:.2f}", lambda weight: "black" if weight > 0.25 else "white")
+        bar = _heatmaps(part, model, {"cmap": COLOUR_MAP, "norm": PowerNorm(0.5, vmin=0, vmax=1)}, "{:.2f}")
         bar.set_label("mean depth weight")
         bar.set_ticks([0, 0.05, 0.2, 0.5, 1])
     _save(figure, path)
@@ -137,13 +94,9 @@ def source_effects(path: str | PathLike, effects: Mapping):
         effects: as a model of `depth_panels`, with changes in nats per token in place of weights; None for no change
             to draw. The columns after an empty name are no sources but controls.
     """
-    rows = [*effects["attention"], *effects["mlp"], effects["output"]]
-    largest = max((abs(change) for row in rows for change in row if change is not None), default=0) or 1.0
-    figure = Figure(figsize=(13, 2.4 + _inches(effects["rows"])), layout="constrained")
-    style = {"cmap": "PuOr_r", "norm": CenteredNorm(0, largest)}
-    bar = _heatmaps(
-        figure, effects, style, "{:+.3f}", lambda change: "white" if abs(change) > 0.6 * largest else "black"
-    )
+    largest = max((abs(change) for row in effects["rows"] for change in row if change is not None), default=0) or 1.0
+    figure = Figure(figsize=(13, 2.4 + _inches(effects)), layout="constrained")
+    bar = _heatmaps(figure, effects, {"cmap": "PuOr_r", "norm": CenteredNorm(0, largest)}, "{:+.3f}")
     bar.set_label("change of the loss, nats per token")
     _save(figure, path)
 
@@ -195,8 +148,7 @@ def forest(
     axes.annotate(note_title, (1.02, 1.01), xycoords="axes fraction", va="bottom", color="0.35", **style)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     lines = [line for text in (title, warning) for line in textwrap.wrap(text, 95)]
-    # A folder's name may hold a dollar sign, which would start a formula.
-    figure.suptitle("\n".join(lines), fontsize=10, color=COLOURS[0], parse_math=False)
+    figure.suptitle("\n".join(lines), **TITLE)
     _save(figure, path)
 
 
@@ -234,7 +186,7 @@ def overhead(path: str | PathLike, panels: Sequence[Mapping], title: str):
         axes_of_row[0].set_ylabel("overhead (%)")
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
     heading = "Time over plain residuals: median and quartiles of the ratios within each round"
-    figure.suptitle(f"{heading}\n{title}", fontsize=10, parse_math=False)
+    figure.suptitle(f"{heading}\n{title}", **TITLE)
     _save(figure, path)
 
 
@@ -275,58 +227,39 @@ def training_dynamics(path: str | PathLike, runs: Sequence[Mapping]):
     _save(figure, path)
 
 
-def _inches(rows: Sequence[str]) -> float:
-    """Returns the height of heatmaps with these rows."""
-    return max(2.6, min(9.0, 0.24 * len(rows)))
+def _inches(model: Mapping) -> float:
+    """Returns the height of a model's heatmaps."""
+    return max(2.6, min(9.0, 0.12 * len(model["rows"])))
 
 
-def _heatmaps(part, model: Mapping, style: Mapping, number: str, text_colour: Callable[[float], str]) -> Colorbar:
-    """Draws the heatmaps before attention and before MLP and the row of the output below; returns the colour bar.
-
-    `model` is as in `depth_panels`; an empty name in its `columns` ends the sources.
-    """
-    rows, columns, height = model["rows"], model["columns"], _inches(model["rows"])
-    mosaic, ratios = [["attention", "mlp"], ["output", "output"]], [height, max(0.3, height / len(rows))]
-    all_axes = part.subplot_mosaic(mosaic, height_ratios=ratios)
-    for kind, axes in all_axes.items():
-        labels = [""] if kind == "output" else rows
-        matrix = _matrix(model["title"], [model[kind]] if kind == "output" else model[kind], labels, columns)
-        image = axes.imshow(matrix, aspect="auto", interpolation="nearest", **style)
+def _heatmaps(part, model: Mapping, style: Mapping, number: str) -> Colorbar:
+    """Draws the heatmaps before attention and before MLP and the row of the output below; returns the colour bar."""
+    columns, rows, height = model["columns"], model["rows"], _inches(model)
+    mosaic = [["before attention", "before MLP"], ["output", "output"]]
+    all_axes = part.subplot_mosaic(mosaic, height_ratios=[height, max(0.3, 2 * height / len(rows))])
+    for (title, axes), values in zip(all_axes.items(), (rows[:-1:2], rows[1:-1:2], rows[-1:]), strict=True):
+        matrix = np.full((len(values), len(columns)), np.nan)
+        for row, each in zip(matrix, values, strict=True):
+            row[: len(each)] = each  # None becomes NaN
+        image = axes.imshow(np.ma.masked_invalid(matrix), aspect="auto", interpolation="nearest", **style)
         axes.patch.set(hatch="////", edgecolor="0.85", facecolor="white")  # where there is no source yet
-        axes.set_title({"attention": "before attention", "mlp": "before MLP"}.get(kind, kind), fontsize=10)
-        across = -(-len(columns) // (40 if kind == "output" else 18))
+        axes.set_title(title, fontsize=10)
+        across = -(-len(columns) // (40 if title == "output" else 18))
         sources = columns.index("") if "" in columns else len(columns)
         shown = [*range(0, sources, across), *range(sources + 1, len(columns))]
         axes.set_xticks(shown, [columns[place] for place in shown], fontsize=8)
-        down = -(-len(labels) * 9 // int(72 * height))
-        axes.set_yticks(range(0, len(labels), down), labels[::down], fontsize=8)
+        axes.set_yticks(range(0, len(values), -(-len(values) * 9 // int(72 * height))))
+        axes.tick_params(axis="y", labelsize=8)
         axes.spines[:].set_visible(False)
-        if len(columns) <= 18 and height / len(labels) >= 0.16:
-            _write_cells(axes, matrix, number, 6.5, text_colour)
-    all_axes["attention"].set_ylabel("decoder layer")
-    all_axes["output"].tick_params(axis="y", length=0)
-    all_axes["output"].set_xlabel("source" if "" not in columns else "source that is left out")
-    part.suptitle("\n".join(textwrap.wrap(model["title"], 120)), fontsize=11, parse_math=False)
+        if len(columns) <= 18 and height / len(values) >= 0.16:
+            for (row, column), value in np.ma.ndenumerate(image.get_array()):
+                brightness = np.dot(image.to_rgba(value), [0.3, 0.6, 0.1, 0])
+                colour = "black" if brightness > 0.5 else "white"
+                axes.text(column, row, number.format(value), ha="center", va="center", fontsize=6.5, color=colour)
+    all_axes["before attention"].set_ylabel("decoder layer")
+    axes.set(xlabel="source" if "" not in columns else "source that is left out", yticks=[])
+    part.suptitle("\n".join(textwrap.wrap(model["title"], 120)), **TITLE)
     return part.colorbar(image, ax=list(all_axes.values()), fraction=0.03, pad=0.01)
-
-
-def _matrix(title: str, rows, row_labels: Sequence[str], column_labels: Sequence[str]) -> np.ma.MaskedArray:
-    """Returns rows of different lengths as one array; cells without a number are masked."""
-    if len(rows) != len(row_labels) or max(map(len, rows)) > len(column_labels):
-        raise ValueError(
-            f"{title}: {len(rows)} rows of up to {max(map(len, rows))} weights do not fit "
-            f"{len(row_labels)} row labels and {len(column_labels)} column labels."
-        )
-    matrix = np.full((len(rows), len(column_labels)), np.nan)
-    for row, values in enumerate(rows):
-        matrix[row, : len(values)] = np.asarray(values, dtype=float)  # None becomes NaN
-    return np.ma.masked_invalid(matrix)
-
-
-def _write_cells(axes, matrix: np.ma.MaskedArray, number: str, size: float, text_colour: Callable[[float], str]):
-    for (row, column), value in np.ma.ndenumerate(matrix):
-        style = {"ha": "center", "va": "center", "fontsize": size, "color": text_colour(value)}
-        axes.text(column, row, number.format(value), **style)
 
 
 def _line_style(index: int) -> dict:
@@ -349,8 +282,7 @@ def _save(figure: Figure, path: str | PathLike):
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        # A canvas of its own, because pyplot would keep every figure of the process alive.
-        FigureCanvasAgg(figure).print_figure(partial, dpi=DPI, format="png")
+        figure.savefig(partial, dpi=DPI, format="png")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

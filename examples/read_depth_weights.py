@@ -60,12 +60,7 @@ for kind, means in found.summary()["overall"].items():
 
 # %% A picture (pip install 'attention-residuals[hub]')
 from attnres import plots  # noqa: E402
+from attnres.analysis.inspection import panels  # noqa: E402
 
-plots.depth_weights(
-    FIGURE,
-    {MODEL: [mixture.mean for mixture in found.mixtures]},
-    [mixture.name for mixture in found.mixtures],
-    found.short_sources,
-    [mixture.num_sources - 1 if mixture.partial else None for mixture in found.mixtures],
-)
+plots.depth_panels(FIGURE, [panels(found)])
 print(f"wrote {FIGURE}")

@@ -17,12 +17,6 @@ CURVES = {
     },
     "other": {"train_steps": [3, 4], "train_loss": [3.1, 2.2], "held_out_steps": [2, 4], "held_out_loss": [5, 3.5]},
 }
-WEIGHTS = [[1.0], [0.25, 0.75], [0.5, 0.5], [0.2, 0.3, 0.5], [0.1, 0.2, 0.7]]
-LABELS = {
-    "row_labels": ["layer 0 attention", "layer 0 MLP", "layer 1 attention", "layer 1 MLP", "output"],
-    "column_labels": ["embedding", "block 1", "block 2"],
-    "partial_columns": [None, 1, None, 2, None],
-}
 
 
 def test_loss_curves_have_the_promised_size_and_one_colour_per_variant(tmp_path):
@@ -37,21 +31,6 @@ def test_loss_curves_have_the_promised_size_and_one_colour_per_variant(tmp_path)
 def test_loss_curves_refuse_an_unknown_baseline(tmp_path):
     with pytest.raises(ValueError, match="baseline 'third' is not among the curves: plain, other"):
         plots.loss_curves(tmp_path / "curves.png", CURVES, baseline="third")
-
-
-@pytest.mark.parametrize("num_panels", [1, 2])
-def test_depth_weights_leave_a_margin_and_grow_with_the_panels(tmp_path, num_panels):
-    plots.depth_weights(tmp_path / "weights.png", {f"variant {n}": WEIGHTS for n in range(num_panels)}, **LABELS)
-    image = matplotlib.image.imread(tmp_path / "weights.png")[..., :3]
-    assert image.shape[1] > 450 * (1 + num_panels)
-    border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
-    assert (border == 1).all()  # nothing is cut off
-
-
-@pytest.mark.parametrize("rows", [WEIGHTS[:-1], [*WEIGHTS[:-1], [0.25] * 4]], ids=["rows", "columns"])
-def test_depth_weights_refuse_arrays_that_do_not_fit_the_labels(tmp_path, rows):
-    with pytest.raises(ValueError, match="do not fit 5 row labels and 3 column labels"):
-        plots.depth_weights(tmp_path / "weights.png", {"variant": rows}, **LABELS)
 
 
 def test_pyplot_is_not_imported():

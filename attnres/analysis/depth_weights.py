@@ -100,18 +100,14 @@ class DepthWeights:
         blocks = "" if self.layers_per_block is None else f" in blocks of {self.layers_per_block}"
         return f"{mode}, {self.num_layers} decoder layers{blocks}; {self.num_tokens:,} tokens of {self.text}"
 
-    def of_kind(self, kind: str) -> list[Mixture]:
-        """Returns the mixtures before attention ("attention"), before MLP ("mlp"), or of the output ("output")."""
-        return [mixture for mixture in self.mixtures if mixture.kind == kind]
-
     def summary(self) -> dict:
         """Returns summary numbers.
 
         `overall` has means over the mixtures of two sources or more, by kind and of all; `mixtures` has the numbers of
         each mixture; `ignored` has, per source that any mixture ignores, which mixtures do and how many see it.
         """
-        groups = {**{kind: self.of_kind(kind) for kind in KINDS}, "all": self.mixtures}
-        several = {kind: [mixture for mixture in group if mixture.num_sources > 1] for kind, group in groups.items()}
+        several = [mixture for mixture in self.mixtures if mixture.num_sources > 1]
+        groups = {kind: [mixture for mixture in several if mixture.kind == kind] for kind in KINDS} | {"all": several}
         ignored = {}
         for index, source in enumerate(self.sources):
             by = [mixture.name for mixture in self.mixtures if index in mixture.ignored]
@@ -120,7 +116,7 @@ class DepthWeights:
                 ignored[source] = {"by": by, "seen_by": seen}
         return {
             "ignored_rule": f"mean weight below {IGNORED_SHARE}/n, n the number of sources that the mixture sees",
-            "overall": {kind: _means(group) for kind, group in several.items() if group},
+            "overall": {kind: _means(group) for kind, group in groups.items() if group},
             "mixtures": [
                 {
                     "name": mixture.name,
@@ -153,7 +149,7 @@ class DepthWeights:
             values["mixtures"] = [Mixture(**mixture) for mixture in values["mixtures"]]
             values["tokens"] = [Token(**token) for token in values["tokens"]]
         except (ValueError, KeyError, TypeError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else one_line(error)
+            reason = f"{type(error).__name__}: {one_line(error)}"
             raise ValueError(f"{path}: holds no depth weights ({reason}); write it with `attnres inspect`.") from None
         return cls(**values)
 
@@ -203,10 +199,9 @@ def depth_weights(
     context = _context(config, context, len(prefix), name)
     if text is not None:
         tokens = tokens_of(tokenizer, text)
-    elif tokenizer is not None:
-        tokens = ((id, str(tokenizer.convert_ids_to_tokens(id))) for id in map(int, token_ids))
     else:
-        tokens = ((id, f"<{id}>") for id in map(int, token_ids))
+        shown = "<{}>".format if tokenizer is None else tokenizer.convert_ids_to_tokens
+        tokens = ((id, str(shown(id))) for id in map(int, token_ids))
     stream = islice(tokens, max_tokens)
     kept: list[Token] = []
     running: list[_Running] = []
@@ -234,8 +229,7 @@ def depth_weights(
     finally:
         model.train(training)
     if num_tokens < 2:
-        limit = "; raise max_tokens" if max_tokens is not None and max_tokens < 2 else ""
-        raise ValueError(f"{text_name}: a mean and its spread need at least 2 tokens, got {num_tokens}{limit}.")
+        raise ValueError(f"{text_name}: a mean and its spread need at least 2 tokens, got {num_tokens}.")
     names, short_names = source_names(config)
     return DepthWeights(
         model=name,

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from .dynamics_names import ENTROPY, GRADIENT_NORM, OUTPUT_RMS, QUERY_NORM, layer_name, mixture_names
+from .dynamics_runs import ENTROPY, GRADIENT_NORM, OUTPUT_RMS, QUERY_NORM, layer_name, mixture_names
 
 logger = logging.get_logger(__name__)
 

@@ -1,7 +1,12 @@
-"""Reads the training dynamics of finished and running jobs from the state files that Trainer saves."""
+"""Reads the training dynamics of finished and running jobs from the state files that Trainer saves.
+
+The log keys are here too, because the callback that writes them imports Trainer, which takes seconds.
+"""
 
 import json
 import math
+import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -9,12 +14,19 @@ from pathlib import Path
 
 from ..folders import check_writable, write_text
 from ..messages import one_line
-from .dynamics_names import PER_LAYER, PER_MIXTURE, parse
 from .text import printable
 
+OUTPUT_RMS = "output_rms"
+GRADIENT_NORM = "gradient_norm"
+QUERY_NORM = "query_norm"
+ENTROPY = "entropy"
+PER_LAYER = (OUTPUT_RMS, GRADIENT_NORM)
+PER_MIXTURE = (QUERY_NORM, ENTROPY)
+
 STATE = "trainer_state.json"
-CHECKPOINT = "checkpoint-"
 VALIDATION_LOSS = "eval_loss"
+
+_KEY = re.compile(rf"depth/(?:({'|'.join(PER_LAYER)})/layer_(\d+)|({'|'.join(PER_MIXTURE)})/(\w+))")
 
 
 @dataclass(frozen=True)
@@ -29,6 +41,25 @@ class Dynamics:
     query_norm: dict[str, float | None]  # by mixture, such as "layer_00_attention"
     entropy: dict[str, float | None]  # by mixture
     validation: dict[str, list]  # "steps" and "loss"
+
+
+def layer_name(measure: str, layer: int, layers: int) -> str:
+    """Returns a key such as `depth/output_rms/layer_07`, zero-padded so that the keys of all `layers` sort by depth."""
+    return f"depth/{measure}/layer_{layer:0{max(2, len(str(layers - 1)))}d}"
+
+
+def mixture_names(measure: str, layers: int) -> list[str]:
+    """Returns the keys of all 2 L + 1 mixtures in the order attention, MLP, attention, MLP, ..., output."""
+    names = [layer_name(measure, layer, layers) for layer in range(layers)]
+    return [*(f"{name}_{kind}" for name in names for kind in ("attention", "mlp")), f"depth/{measure}/output"]
+
+
+def parse(name: str) -> tuple[str, int | str] | None:
+    """Splits a key into its measure and its decoder layer or mixture; returns None for any other key."""
+    match = _KEY.fullmatch(name)
+    if match is None:
+        return None
+    return (match[1], int(match[2])) if match[1] else (match[3], match[4])
 
 
 def read_runs(folders: Sequence[str | PathLike], step: int | None = None) -> list[Dynamics]:
@@ -90,89 +121,54 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _read_run(folder: Path, name: str, step: int | None) -> Dynamics:
-    path, history = _newest_state(folder)
-    measured: dict[int, dict[tuple[str, int | str], float | None]] = {}
-    validation: dict[int, float | None] = {}
-    for index, entry in enumerate(history):
-        where = f"{path}: log_history[{index}]"
-        if not isinstance(entry, dict):
-            raise ValueError(f"{where} must be an object, got {_shown(entry)}; the file is damaged.")
-        values = {place: _number(entry[key], f"{where}, {key}") for key in entry if (place := parse(key)) is not None}
-        if values:
-            measured.setdefault(_step(entry.get("step"), where), {}).update(values)
-        if VALIDATION_LOSS in entry:
-            loss = _number(entry[VALIDATION_LOSS], f"{where}, {VALIDATION_LOSS}")
-            validation[_step(entry.get("step"), where)] = loss
-    measured = {at: values for at, values in measured.items() if any(measure in PER_LAYER for measure, _ in values)}
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: not a folder; RUN is the output_dir of a Trainer.")
+    paths = [*folder.glob(STATE), *folder.glob(f"checkpoint-*/{STATE}")]
+    if not paths:
+        raise ValueError(
+            f"{folder}: no {STATE} in it and no checkpoint-N/{STATE}; let the Trainer save a checkpoint, "
+            "or call trainer.save_state()."
+        )
+    (_, measured, validation), path = max(((_load(path), path) for path in paths), key=lambda each: each[0][0])
     if not measured:
         raise ValueError(
             f"{path}: no depth dynamics were logged; train with Trainer(..., callbacks=[DepthDynamicsCallback()])."
         )
-    candidates = [at for at in measured if step is None or at <= step]
-    if not candidates:
+    chosen = max((at for at in measured if step is None or at <= step), default=None)
+    if chosen is None:
         raise ValueError(
             f"{path}: nothing was measured up to step {step}; the first measurement is at step {min(measured)}."
         )
-    chosen = measured[max(candidates)]
-    layers = 1 + max(place for measure, place in chosen if measure in PER_LAYER)
-    losses = sorted((at, loss) for at, loss in validation.items() if loss is not None)
+    values = measured[chosen]
+    layers = 1 + max(place for measure, place in values if measure in PER_LAYER)
+    losses = {at: loss for at, loss in sorted(validation.items()) if loss is not None}
     return Dynamics(
         name=name,
         state=printable(str(path)),
-        step=max(candidates),
-        **{measure: [chosen.get((measure, layer)) for layer in range(layers)] for measure in PER_LAYER},
-        **{each: {place: value for (kind, place), value in chosen.items() if kind == each} for each in PER_MIXTURE},
-        validation={"steps": [at for at, _ in losses], "loss": [loss for _, loss in losses]},
+        step=chosen,
+        **{measure: [values.get((measure, layer)) for layer in range(layers)] for measure in PER_LAYER},
+        **{each: {place: value for (kind, place), value in values.items() if kind == each} for each in PER_MIXTURE},
+        validation={"steps": list(losses), "loss": list(losses.values())},
     )
 
 
-def _newest_state(folder: Path) -> tuple[Path, list]:
-    """Returns path and log of the state with the most steps: the folder's own, or that of its last checkpoint."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: not a folder; RUN is the output_dir of a Trainer.")
-    checkpoints = {
-        int(number): path
-        for path in folder.glob(f"{CHECKPOINT}*/{STATE}")
-        if (number := path.parent.name.removeprefix(CHECKPOINT)).isdecimal()
-    }
-    candidates = [checkpoints[max(checkpoints)]] if checkpoints else []
-    if (folder / STATE).is_file():
-        candidates.append(folder / STATE)
-    if not candidates:
-        raise ValueError(
-            f"{folder}: no {STATE} in it and no {CHECKPOINT}N/{STATE}; let the Trainer save a checkpoint, "
-            "or call trainer.save_state()."
-        )
-    states = [(path, _load(path)) for path in candidates]
-    path, state = max(states, key=lambda each: _step(each[1].get("global_step"), f"{each[0]}: global_step"))
-    return path, state["log_history"]
-
-
-def _load(path: Path) -> dict:
+def _load(path: Path) -> tuple[int, dict[int, dict], dict[int, float | None]]:
+    """Returns the step of a state, and by step what was measured over depth and the validation loss."""
+    measured: dict[int, dict[tuple[str, int | str], float | None]] = defaultdict(dict)
+    validation = {}
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a state that Trainer saved ({one_line(error)}).") from None
-    if not isinstance(state, dict) or not isinstance(state.get("log_history"), list):
-        raise ValueError(f"{path}: not a state that Trainer saved, because it has no list log_history.")
-    return state
+        for entry in state["log_history"]:
+            for key, value in entry.items():
+                if (place := parse(key)) is not None:
+                    measured[int(entry["step"])][place] = _finite(value)
+                elif key == VALIDATION_LOSS:
+                    validation[int(entry["step"])] = _finite(value)
+        return int(state["global_step"]), measured, validation
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(f"{path}: not a state that Trainer saved, or a damaged one ({reason}).") from None
 
 
-def _step(value, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
-        raise ValueError(f"{where}: the step must be a whole number from 0, got {_shown(value)}; the file is damaged.")
-    return value
-
-
-def _number(value, where: str) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{where}: must be a number, got {_shown(value)}; the file is damaged.")
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _shown(value) -> str:
-    return "nothing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -26,7 +26,6 @@ from .text import printable, read_pieces, tokens_of
 
 STDIN = "-"
 CONTROL_DRAWS = 3  # of an ablation
-SHOWN_SOURCES = 8  # in the list of those that are ignored
 
 
 def inspect(
@@ -71,7 +70,8 @@ def inspect(
     check_writable(out)
     found, effects = [], []
     text_name = "standard input" if str(text) == STDIN else Path(text).name
-    bar = partial(tqdm, leave=False, disable=not progress, file=sys.stderr)
+    options = {"context": context, "max_tokens": max_tokens, "keep_tokens": keep_tokens, "text_name": text_name}
+    bar = partial(tqdm, leave=False, disable=not progress)
     with _rereadable(text) as path:
         for name, folder in models.items():
             with _explained(f"{name}: cannot be loaded"):
@@ -81,17 +81,8 @@ def inspect(
                 if len(tokenizer) == 0:
                     raise ValueError("it has no tokens")
             with _open(path) as file, bar(desc=name, unit="token", total=max_tokens) as shown:
-                weights = depth_weights(
-                    model,
-                    tokenizer,
-                    read_pieces(file, text_name),
-                    context=context,
-                    max_tokens=max_tokens,
-                    keep_tokens=keep_tokens,
-                    name=name,
-                    text_name=text_name,
-                    progress=shown.update,
-                )
+                pieces = read_pieces(file, text_name)
+                weights = depth_weights(model, tokenizer, pieces, name=name, progress=shown.update, **options)
             found.append(weights)
             if ablation_tokens is not None:
                 with _open(path) as file:
@@ -138,7 +129,7 @@ def _write(found: list[DepthWeights], effects: list[Ablation], out: Path) -> lis
 def panels(weights: DepthWeights) -> dict:
     """Returns the mean weights of one model in the form that `plots.depth_panels` takes."""
     rows = [mixture.mean for mixture in weights.mixtures]
-    return _panels(f"{weights.model}: {weights.description}", weights.short_sources, rows)
+    return {"title": f"{weights.model}: {weights.description}", "columns": weights.short_sources, "rows": rows}
 
 
 def _effect_panels(weights: DepthWeights, effect: Ablation) -> dict:
@@ -149,13 +140,7 @@ def _effect_panels(weights: DepthWeights, effect: Ablation) -> dict:
         control = sum(draws) / len(draws) if draws else None
         rows.append([*changes, *[None] * (len(columns) - 1 - len(changes)), control])
     title = f"loss without a source, {effect.tokens:,} tokens of {weights.text}, loss {effect.loss:.3f} nats per token"
-    return _panels(f"{effect.model}: {title}", columns, rows)
-
-
-def _panels(title: str, columns: list[str], rows: list) -> dict:
-    labels = [str(layer) for layer in range(len(rows) // 2)]
-    kinds = {"attention": rows[0:-1:2], "mlp": rows[1:-1:2], "output": rows[-1]}
-    return {"title": title, "columns": columns, "rows": labels, **kinds}
+    return {"title": f"{effect.model}: {title}", "columns": columns, "rows": rows}
 
 
 def as_markdown(weights: DepthWeights) -> str:
@@ -176,31 +161,19 @@ def as_markdown(weights: DepthWeights) -> str:
             f"| {values['effective_sources']:.2f} | {values['ignoring']} of {values['mixtures']} |"
         )
     lines += ["", f"Means over mixtures of two sources or more. A source is ignored: {summary['ignored_rule']}."]
-    ignored = sorted(summary["ignored"].items(), key=lambda each: -len(each[1]["by"]) / each[1]["seen_by"])
-    for source, entry in ignored[:SHOWN_SOURCES]:
-        mixtures = ", ".join(entry["by"][:4]) + (", ..." if len(entry["by"]) > 4 else "")
-        lines.append(f"- {source}: ignored by {len(entry['by'])} of the {entry['seen_by']} that see it ({mixtures})")
-    if len(ignored) > SHOWN_SOURCES:
-        lines.append(f"- and {len(ignored) - SHOWN_SOURCES} more, by smaller shares of those that see them")
-    if not ignored:
-        lines.append("- none is ignored")
     return "\n".join(lines) + "\n"
 
 
 def _check_checkpoint(name: str, folder: Path):
     """Checks from config.json alone that a checkpoint has depth weights, before anything is loaded."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{name}: no folder with a config.json; name a transformers checkpoint.")
-    with _explained(f"{name}: its config.json is not valid JSON"):
+    with _explained(f"{name}: no folder with a valid config.json; name a transformers checkpoint"):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kind = config.get("model_type") if isinstance(config, dict) else None
+        kind = config.get("model_type")
     if kind != AttnResForCausalLM.config_class.model_type:
         raise ValueError(
             f"{name}: model_type must be 'attnres', got {repr(kind)[:80]}; inspect the result of `attnres convert`, "
             "whose depth weights are uniform until it is trained if the checkpoint was a plain one."
         )
-    if config.get("residual_mode") == "standard":
-        raise ValueError(f"{name}: residual_mode must be 'block' or 'full', got 'standard', which mixes nothing.")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from .page_template import PAGE, SCRIPT, STYLE
 from .text import printable
 
 DIGITS = 5
-SPACES = {" ": "\u2423", "\n": "\u21b5", "\r": "\u240d", "\t": "\u21e5"}
+SPACES = str.maketrans({" ": "\u2423", "\n": "\u21b5", "\r": "\u240d", "\t": "\u21e5"})
 
 
 def render(found: list[DepthWeights], effects: Sequence[Ablation] = ()) -> str:
@@ -45,7 +45,7 @@ def render(found: list[DepthWeights], effects: Sequence[Ablation] = ()) -> str:
 
 def visible(text: str) -> str:
     """Returns text with symbols for spaces and line ends, and escape codes for characters that cannot be printed."""
-    return "".join(SPACES.get(character) or printable(character) for character in text)
+    return printable(text.translate(SPACES))
 
 
 def _hash(source: str) -> str:
@@ -54,18 +54,16 @@ def _hash(source: str) -> str:
 
 def _data(weights: DepthWeights, effect: Ablation | None) -> dict:
     """Returns what the script needs of a model."""
-    rows = []
+    mixtures = []
     for index, mixture in enumerate(weights.mixtures):
-        row = {"kind": mixture.kind, "layer": mixture.layer, "partial": mixture.partial}
+        row = {"name": mixture.name, "partial": mixture.partial}
         row |= {name: _rounded(getattr(mixture, name)) for name in ("mean", "std", "min", "max")}
         if effect is not None and effect.control[index]:
             row |= {"without": _rounded(effect.without[index]), "control": _rounded(effect.control[index])}
-        rows.append(row)
+        mixtures.append(row)
     return {
         "sources": weights.sources,
-        "short": weights.short_sources,
-        "tokens": [visible(token.text) for token in weights.tokens],
-        "rows": rows,
+        "mixtures": mixtures,
         "tokenWeights": [[_rounded(row) for row in kept] for kept in weights.token_weights],
     }
 

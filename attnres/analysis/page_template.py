@@ -6,11 +6,6 @@ PAGE = """
 <div class="scroll" tabindex="0"><table><thead><tr>{% for label in labels %}<th scope="col">{{ label }}</th>{% endfor %}
 </tr></thead><tbody>{{ caller() }}</tbody></table></div>
 {% endmacro %}
-{% macro numbers(row) %}
-<td>{{ "%.3f" % row.newest }}</td><td>{{ "%.3f" % row.embedding }}</td><td>{{ "%.3f" % row.entropy }}</td><td>{{
-"%.3f" % row.effective_sources }}</td>
-{%- endmacro %}
-{% set measures = ["weight on newest source", "on embedding", "entropy (nats)", "effective sources"] %}
 <!DOCTYPE html>
 <html lang="en">
 <head>
@@ -30,46 +25,43 @@ first. Each row sums to 1. Colours follow the square root of the weight, so that
 <p class="hint">Hatched: no such source yet. Marked in the corner: the partial sum of the sublayer's own block.</p>
 {% for model in models %}
 {% set weights, summary, effect = model.weights, model.summary, model.effect %}
+{% set columns = weights.short_sources | length %}
+{% set dense, step = columns > 18 or weights.num_layers > 32, (columns / 18) | round(0, "ceil") | int %}
 <section class="model">
 <h2>{{ weights.model }}</h2>
 <p class="hint">{{ weights.description }}, {{ "{:,}".format(weights.context) }} at a time ({{ weights.family }})</p>
-{% if weights.tokens %}
-<div class="tokens" role="radiogroup" aria-label="which token's weights to show">
-<label><input type="radio" name="{{ loop.index0 }}" value="-1" autocomplete="off" checked><span>mean</span></label>
-{% set model_number = loop.index0 %}
+<label>Weights of <select autocomplete="off">
+<option value="-1">the mean over all {{ "{:,}".format(weights.num_tokens) }} tokens</option>
 {% for token in weights.tokens %}
-<label title="token {{ loop.index0 }}, id {{ token.id }}"><input type="radio" name="{{ model_number }}" value="{{
-loop.index0 }}" autocomplete="off"><span><bdi>{{ token.text | visible }}</bdi></span></label>
+<option value="{{ loop.index0 }}">token {{ loop.index0 }}: {{ token.text | visible }}</option>
 {% endfor %}
-</div>
-<p class="hint">The first {{ weights.tokens | length }} tokens: choose one to see its own weights.</p>
-{% endif %}
-<p class="showing" aria-live="polite">Showing the mean over all {{ "{:,}".format(weights.num_tokens) }} tokens.</p>
+</select></label>
 <div class="panels">
 {% for kind in ("attention", "mlp", "output") %}
 <figure class="{{ kind }}"><figcaption>{{ titles[kind] }}</figcaption><div class="heatmap" data-panel="{{ kind }}"
  tabindex="0" role="application" aria-roledescription="heatmap" aria-label="{{ titles[kind] }}: heatmap of depth \
-weights, a row per mixture, a column per source; arrow keys move"></div></figure>
+weights, a row per mixture, a column per source; arrow keys move"><table{{ " class=dense" if dense }}><tbody>
+{% for mixture in weights.mixtures if mixture.kind == kind %}
+<tr data-mixture="{{ weights.mixtures.index(mixture) }}"><th>{{ "output" if mixture.layer is none else
+"layer %d" % mixture.layer }}</th>{% for _ in mixture.mean %}<td{{ " class=partial" if mixture.partial and loop.last
+}}></td>{% endfor %}</tr>
+{% endfor %}
+</tbody><tfoot><tr><th></th>{% for name in weights.short_sources %}<th>{{ name if loop.index0 % step == 0 }}</th>{%
+endfor %}</tr></tfoot></table></div></figure>
 {% endfor %}
 </div>
 <p class="hint">Point at a cell, or focus a panel and use the arrow keys, to see its numbers.</p>
 <h3>Summary</h3>
-{% call table(["mixtures", "how many"] + measures + ["ignoring a source"]) %}
+{% call table(["mixtures", "how many", "weight on newest source", "on embedding", "entropy (nats)", "effective sources",
+"ignoring a source"]) %}
 {% for kind, row in summary.overall.items() %}
-<tr><th scope="row">{{ titles[kind] }}</th><td>{{ row.mixtures }}</td>{{ numbers(row) }}<td>{{ row.ignoring }} of {{
-row.mixtures }}</td></tr>
+<tr><th scope="row">{{ titles[kind] }}</th><td>{{ row.mixtures }}</td>
+{% for number in (row.newest, row.embedding, row.entropy, row.effective_sources) %}<td>{{ "%.3f" % number }}</td>{%
+endfor %}<td>{{ row.ignoring }} of {{ row.mixtures }}</td></tr>
 {% endfor %}
 {% endcall %}
 <p class="hint">Means over the mixtures of two sources or more. Entropy: mean over tokens; effective sources:
 exp(entropy). A source is ignored: {{ summary.ignored_rule }}.</p>
-<details><summary>Every mixture</summary>
-{% call table(["mixture", "sources"] + measures + ["ignored sources"]) %}
-{% for row in summary.mixtures %}
-<tr><th scope="row">{{ row.name }}</th><td>{{ row.sources }}</td>{{ numbers(row) }}<td>{{
-row.ignored[:6] | join(", ") or "none" }}{{ ", ..." if row.ignored | length > 6 }}</td></tr>
-{% endfor %}
-{% endcall %}
-</details>
 {% if effect %}
 <h3>What each source is worth</h3>
 <p class="hint">Change of the loss, in nats per token, when one source of one mixture is left out and the weights of the
@@ -106,43 +98,40 @@ body { margin: 0 auto; padding: 1rem 1.25rem 3rem; max-width: 1500px; background
 h2 { padding-top: 1rem; border-top: 1px solid var(--line); }
 p { margin: .3rem 0; max-width: 100ch; }
 .hint { color: var(--soft); }
-.showing, figcaption { font-weight: 600; }
+figcaption { font-weight: 600; }
+select { max-width: 100%; margin-bottom: .5rem; font: inherit; }
 .scale { display: flex; justify-content: space-between; width: 320px; max-width: 100%; padding-top: 14px;
   font-size: .8rem; background: top / 100% 14px no-repeat; }
-.tokens { display: flex; flex-wrap: wrap; gap: 3px; max-height: 10.5rem; overflow-y: auto; padding: 3px; }
-.tokens label { position: relative; cursor: pointer; }
-.tokens input { position: absolute; opacity: 0; }
-.tokens span { display: block; padding: .1rem .35rem; border: 1px solid var(--line); border-radius: 4px;
-  background: var(--card); font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre;
-  max-width: 20rem; overflow: hidden; text-overflow: ellipsis; }
-.tokens :checked + span { background: var(--text); color: var(--back); }
-:focus-visible, .tokens :focus-visible + span { outline: 3px solid var(--focus); outline-offset: -2px; }
+:focus-visible { outline: 3px solid var(--focus); outline-offset: -2px; }
 .panels { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .5rem 1.5rem; }
 @media (max-width: 800px) { .panels { grid-template-columns: minmax(0, 1fr); } }
 figure { margin: 0; }
 .output { grid-column: 1 / -1; }
-.heatmap { overflow-x: auto; padding: 4px 16px 4px 0; font-size: 12px; line-height: var(--height); }
-.row { display: flex; }
-.row > :first-child { flex: 0 0 60px; padding-right: 5px; text-align: right; }
-.row > :last-child { flex: none; display: flex; width: calc(var(--columns) * var(--width)); }
-.cells { background: repeating-linear-gradient(135deg, transparent 0 6px, var(--line) 6px 7px); }
-.cells span, .names span { flex: 0 0 var(--width); min-width: 0; display: flex; justify-content: center;
+.heatmap { overflow-x: auto; padding: 4px 16px 4px 4px; }
+.heatmap table { border-spacing: 0; font-size: 12px; line-height: 1;
+  background: repeating-linear-gradient(135deg, transparent 0 6px, var(--line) 6px 7px); }
+.heatmap th { padding: 0 5px 0 0; background: var(--back); font-weight: normal; text-align: right;
   white-space: nowrap; }
-.cells span { border: solid var(--back); border-width: 0 1px 1px 0; height: var(--height); font-size: var(--font);
-  overflow: hidden; }
-.cells .partial { background-image: linear-gradient(135deg, currentColor 5.5px, transparent 5.5px); }
-.cells .current { border-color: #000; outline: 2px solid #fff; box-shadow: 0 0 0 3px #000; z-index: 1; }
+.heatmap td { width: 64px; height: 21px; padding: 0 1px; border: solid var(--back); border-width: 0 1px 1px 0;
+  font-size: 11px; text-align: center; }
+.heatmap tfoot th + th { width: 64px; height: 21px; padding: 0; text-align: center; }
+.heatmap .dense td { height: 13px; padding: 0; font-size: 0; }
+.heatmap .dense tfoot th + th { max-width: 0; text-align: left; }
+.heatmap .partial { background-image: linear-gradient(135deg, currentColor 5.5px, transparent 5.5px); }
+.heatmap .current { outline: 2px solid #000; box-shadow: inset 0 0 0 2px #fff; }
 .scroll { max-height: 32rem; overflow: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: right; overflow-wrap: normal; }
-th:first-child, td:last-child, th:last-child { text-align: left; }
+table { font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+.scroll table { border-collapse: collapse; font-size: .9rem; }
+.scroll :is(th, td) { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
+.scroll :is(th:first-child, td:last-child, th:last-child) { text-align: left; }
 thead th { position: sticky; top: 0; background: var(--back); vertical-align: bottom; }
 summary { cursor: pointer; }
-#tip { position: fixed; z-index: 2; pointer-events: none; padding: .4rem .6rem; border: 1px solid var(--line);
-  border-radius: 6px; background: var(--card); font-size: .85rem; width: max-content;
-  max-width: min(22rem, 100vw - 8px); box-shadow: 0 2px 10px rgb(0 0 0 / .25); }
+#tip { position: fixed; z-index: 1; right: 4px; bottom: 4px; max-width: calc(100vw - 8px); padding: .4rem .6rem;
+  border: 1px solid var(--line); border-radius: 6px; background: var(--card); font-size: .85rem; white-space: pre-line;
+  pointer-events: none; }
+#tip.above { top: 4px; bottom: auto; }
 #tip:empty { visibility: hidden; }
-#tip div:first-child { font-weight: 600; }
+#tip::first-line { font-weight: 600; }
 """
 
 SCRIPT = r"""
@@ -151,132 +140,73 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const tip = document.getElementById("tip");
 let current = null;  // the cell that is described
 
-function element(parent, name, className = "", text = "") {
-  const child = parent.appendChild(document.createElement(name));
-  child.className = className;
-  child.textContent = text;
-  return child;
-}
-
 function leave() {
-  tip.replaceChildren();
+  tip.textContent = "";
   if (current) current.classList.remove("current");
   current = null;
 }
 
-function placeTip() {
-  if (!current) return;
-  const box = current.getBoundingClientRect(), size = tip.getBoundingClientRect();
-  const below = box.bottom + 8 + size.height < innerHeight - 4;
-  tip.style.left = Math.max(4, Math.min(box.right + 8, innerWidth - size.width - 4)) + "px";
-  tip.style.top = Math.max(4, below ? box.bottom + 8 : box.top - size.height - 8) + "px";
-}
+document.querySelectorAll("section").forEach((section, number) => {
+  const model = data.models[number], choice = section.querySelector("select");
+  const cells = section.querySelectorAll(".heatmap td");
 
-class Panel {
-  constructor(map, model, view) {
-    Object.assign(this, {map, model, view});
-    this.rows = model.rows.map((row, index) => index).filter(index => model.rows[index].kind === map.dataset.panel);
-    this.cells = this.rows.map(index => {
-      const {layer, mean, partial} = model.rows[index], row = element(map, "div", "row");
-      element(row, "span", "", layer === null ? "output" : "layer " + layer);
-      const cells = element(row, "div", "cells");
-      return mean.map((_, column) => element(cells, "span", partial && column === mean.length - 1 ? "partial" : ""));
-    });
-    const last = element(map, "div", "row");
-    element(last, "span");
-    const names = element(last, "div", "names");
-    this.names = model.short.map(() => element(names, "span"));
-    this.places = new Map(this.cells.flatMap((cells, row) => cells.map((cell, column) => [cell, [row, column]])));
-    const point = ({target}) => {
-      if (!this.places.has(target)) leave();
-      else if (target !== current) this.select(...this.places.get(target));
-    };
-    map.addEventListener("pointermove", point);
-    map.addEventListener("pointerdown", point);
-    map.addEventListener("pointerleave", leave);
-    map.addEventListener("keydown", event => this.key(event));
-    map.addEventListener("focus", () => { if (map.matches(":focus-visible")) this.select(0, 0); });
-    map.addEventListener("blur", leave);
+  function weightOf(cell) {
+    const index = cell.parentElement.dataset.mixture, token = Number(choice.value);
+    return (token < 0 ? model.mixtures[index].mean : model.tokenWeights[index][token])[cell.cellIndex - 1];
   }
 
-  resize() {
-    const {map, names, model} = this, columns = names.length;
-    const width = Math.max(4, Math.min(64, Math.floor((map.clientWidth - 76) / columns)));
-    const height = this.rows.length <= 32 ? 21 : 13;
-    const font = width < 28 || height < 18 ? 0 : 11;
-    const sizes = {columns, width: width + "px", height: height + "px", font: font + "px"};
-    for (const [name, value] of Object.entries(sizes)) map.style.setProperty("--" + name, value);
-    const step = Math.ceil((8 + 7 * Math.max(...model.short.map(name => name.length))) / width);
-    names.forEach((name, column) => { name.textContent = column % step ? "" : model.short[column]; });
-  }
-
-  weights(row) {
-    const index = this.rows[row];
-    return this.view.token < 0 ? this.model.rows[index].mean : this.model.tokenWeights[index][this.view.token];
-  }
-
-  paint() {
-    this.cells.forEach((cells, row) => cells.forEach((cell, column) => {
-      const weight = this.weights(row)[column];
+  function paint() {
+    for (const cell of cells) {
+      const weight = weightOf(cell);
       cell.textContent = weight.toFixed(2);
       cell.style.color = weight > 0.25 ? "#000" : "#fff";
-      cell.style.backgroundColor = data.colours[Math.round(255 * Math.sqrt(Math.min(1, Math.max(0, weight))))];
-    }));
+      cell.style.backgroundColor = data.colours[Math.round(255 * Math.sqrt(weight))];
+    }
   }
 
-  key(event) {
+  function select(cell) {
+    leave();
+    if (!cell) return;
+    current = cell;
+    cell.classList.add("current");
+    tip.classList.toggle("above", cell.getBoundingClientRect().top > innerHeight / 2);
+    const mixture = model.mixtures[cell.parentElement.dataset.mixture], source = cell.cellIndex - 1;
+    const [mean, std, min, max] = ["mean", "std", "min", "max"].map(name => mixture[name][source].toFixed(4));
+    const newest = source === mixture.mean.length - 1 ? mixture.partial ? ", partial sum, newest" : ", newest" : "";
+    const lines = [mixture.name, "source: " + model.sources[source] + newest];
+    if (choice.selectedIndex > 0) {
+      lines.push("weight " + weightOf(cell).toFixed(4) + " for " + choice.selectedOptions[0].text);
+    }
+    lines.push("mean weight " + mean + ", std over tokens " + std, "min " + min + ", max " + max);
+    if (mixture.without) {
+      const random = mixture.control.reduce((sum, value) => sum + value, 0) / mixture.control.length;
+      const signed = change => (change < 0 ? "" : "+") + change.toFixed(4);
+      lines.push("loss without it " + signed(mixture.without[source]) + ", without a random source " + signed(random));
+    }
+    tip.textContent = lines.join("\n");
+  }
+
+  function key(map, event) {
     if (event.key === "Escape") leave();
-    const move = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], Home: [0, -Infinity],
-      End: [0, Infinity], PageUp: [-10, 0], PageDown: [10, 0]}[event.key];
+    const move = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1]}[event.key];
     if (!move || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
-    const from = this.places.get(current) || [0, 0];
-    const row = Math.min(this.cells.length - 1, Math.max(0, from[0] + move[0]));
-    const column = Math.min(this.cells[row].length - 1, Math.max(0, from[1] + move[1]));
-    this.cells[row][column].scrollIntoView({block: "nearest", inline: "nearest"});
-    this.select(row, column);
+    const [body] = map.querySelector("table").tBodies, from = map.contains(current) ? current : body.rows[0].cells[1];
+    const row = body.rows[from.parentElement.rowIndex + move[0]] || from.parentElement;
+    const cell = row.cells[Math.max(1, from.cellIndex + move[1])] || row.lastElementChild;
+    cell.scrollIntoView({block: "nearest", inline: "nearest"});
+    select(cell);
   }
 
-  select(row, column) {
-    const entry = this.model.rows[this.rows[row]], newest = column === entry.mean.length - 1, {token} = this.view;
-    const note = newest ? (entry.partial ? ", partial sum, newest" : ", newest") : "";
-    const title = this.map.previousElementSibling.textContent;
-    const lines = [entry.layer === null ? title : "layer " + entry.layer + ", " + title,
-      "source: " + this.model.sources[column] + note];
-    if (token >= 0) {
-      const weight = this.weights(row)[column].toFixed(4);
-      lines.push("weight " + weight + " for token " + token + " " + this.model.tokens[token]);
-    }
-    lines.push("mean weight " + entry.mean[column].toFixed(4) + ", std over tokens " + entry.std[column].toFixed(4),
-      "min " + entry.min[column].toFixed(4) + ", max " + entry.max[column].toFixed(4));
-    if (entry.without) {
-      const random = entry.control.reduce((sum, value) => sum + value, 0) / entry.control.length;
-      const signed = change => (change < 0 ? "" : "+") + change.toFixed(4);
-      lines.push("loss without it " + signed(entry.without[column]) + ", without a random source " + signed(random));
-    }
-    leave();
-    current = this.cells[row][column];
-    current.classList.add("current");
-    for (const line of lines) element(tip, "div", "", line);
-    placeTip();
+  for (const map of section.querySelectorAll(".heatmap")) {
+    map.addEventListener("pointerover", event => select(event.target.closest("td")));
+    map.addEventListener("pointerleave", leave);
+    map.addEventListener("keydown", event => key(map, event));
+    map.addEventListener("focus", () => { if (map.matches(":focus-visible")) select(map.querySelector("td")); });
+    map.addEventListener("blur", leave);
   }
-}
-
-const panels = [...document.querySelectorAll("section.model")].flatMap((section, number) => {
-  const model = data.models[number], showing = section.querySelector(".showing"), mean = showing.textContent;
-  const view = {token: -1};
-  const own = [...section.querySelectorAll(".heatmap")].map(map => new Panel(map, model, view));
-  section.addEventListener("change", event => {
-    view.token = Number(event.target.value);
-    showing.textContent = view.token < 0 ? mean : "Showing token " + view.token + ": " + model.tokens[view.token];
-    for (const panel of own) panel.paint();
-  });
-  return own;
+  choice.addEventListener("change", paint);
+  paint();
 });
-const resize = () => { for (const panel of panels) panel.resize(); };
-window.addEventListener("resize", resize);
-window.addEventListener("scroll", placeTip, {passive: true, capture: true});
 document.querySelector(".scale").style.backgroundImage = "linear-gradient(to right, " + data.colours.join() + ")";
-resize();
-for (const panel of panels) panel.paint();
 """

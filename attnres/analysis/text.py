@@ -7,27 +7,18 @@ PIECE = 2**16  # characters tokenised at a time
 
 
 def read_pieces(file: io.TextIOBase, name: str) -> Iterator[str]:
-    """Yields a text in pieces, cut between a word and a space so that most tokens are those of the whole text.
+    """Yields a text in pieces, cut at ends of lines where possible so that most tokens are those of the whole text.
 
     Raises:
         ValueError: the file is not UTF-8 text.
     """
-    rest = ""
-    while True:
-        try:
-            block = file.read(PIECE)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{name}: not UTF-8 text ({error.reason}); give a text file.") from None
-        if "\0" in block:
-            raise ValueError(f"{name}: contains NUL characters, so it is not a text file.")
-        if not block:
-            break
-        piece = rest + block
-        cut = _boundary(piece)
-        rest = piece[cut:]
-        yield piece[:cut]
-    if rest:
-        yield rest
+    try:
+        while piece := file.read(PIECE) + file.readline(PIECE):
+            if "\0" in piece:
+                raise ValueError(f"{name}: contains NUL characters, so it is not a text file.")
+            yield piece
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: not UTF-8 text ({error.reason}); give a text file.") from None
 
 
 def tokens_of(tokenizer, text: str | Iterable[str]) -> Iterator[tuple[int, str]]:
@@ -53,11 +44,3 @@ def printable(text: str) -> str:
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
-
-
-def _boundary(piece: str) -> int:
-    """Returns the place of the last space after a letter or digit near the end, or the length if there is none."""
-    for index in range(len(piece) - 1, max(0, len(piece) - 4096), -1):
-        if piece[index].isspace() and piece[index - 1].isalnum():
-            return index
-    return len(piece)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from .. import AttnResConfig, AttnResForCausalLM, plots
 from ..analysis.depth_weights import depth_weights
+from ..analysis.inspection import panels
 from ..hub_card import build as build_card
 from .corpus import prepare_data
 from .evaluation import (
@@ -134,10 +135,8 @@ def _evaluate_models(data: dict, histories: dict[str, History], settings: Settin
     tokenizer, held_out = data["tokenizer"], data["held_out"]
     models = {name: AutoModelForCausalLM.from_pretrained(folder / name) for name in MODELS}
     tokens = held_out.flatten().tolist()
-    mixed = {
-        name: depth_weights(models[name], None, token_ids=tokens, context=settings.sequence_length, keep_tokens=0)
-        for name in (CONVERTED, SCRATCH)
-    }
+    options = {"token_ids": tokens, "context": settings.sequence_length, "keep_tokens": 0, "text_name": "held-out text"}
+    mixed = {name: depth_weights(models[name], None, name=name, **options) for name in (CONVERTED, SCRATCH)}
     results = {
         "settings": asdict(settings) | {"half_way_step": settings.half_way_step},
         "threads": torch.get_num_threads(),
@@ -157,14 +156,7 @@ def _evaluate_models(data: dict, histories: dict[str, History], settings: Settin
 
     step_label = f"optimiser step (1 step = {settings.tokens_per_step:,} tokens)"
     plots.loss_curves(folder / "loss-curves.png", results["curves"], baseline=PLAIN, step_label=step_label)
-    found = mixed[SCRATCH]
-    plots.depth_weights(
-        folder / "depth-weights.png",
-        results["depth_weights"],
-        [mixture.name for mixture in found.mixtures],
-        found.short_sources,
-        [mixture.num_sources - 1 if mixture.partial else None for mixture in found.mixtures],
-    )
+    plots.depth_panels(folder / "depth-weights.png", [panels(found) for found in mixed.values()])
     return results
 
 

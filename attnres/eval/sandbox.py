@@ -25,17 +25,16 @@ the programs of a model that you do not trust.
 import json
 import os
 import select
-import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from math import comb
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 TIMEOUT = 3.0  # seconds, as in the original harness
@@ -88,7 +87,6 @@ def run_program(program: str, tests: str, *, timeout: float = TIMEOUT) -> Outcom
             theirs.close()
             for process in processes:
                 _end(process)
-            _make_removable(directory)
     if verdict == "not started" or fences is None:
         raise OSError(f"a program could not be run: {reason}")
     missing = tuple(name for name in FENCES if not fences[name])
@@ -137,24 +135,12 @@ def _end(process: subprocess.Popen):
     process.stdout.close()
 
 
-def _make_removable(directory: str):
-    """Deletes what a program left, folders without permissions included; symbolic links are not followed."""
-    for folder, names, _ in os.walk(directory):
-        for name in names:
-            path = os.path.join(folder, name)
-            if not os.path.islink(path):
-                with suppress(OSError):
-                    os.chmod(path, 0o700)
-    for path in Path(directory).iterdir():
-        shutil.rmtree(path, ignore_errors=True)
-
-
 class SandboxedCodeEval:
     """Replaces `evaluate.load("code_eval")`, which runs programs with the rights of the user."""
 
     def compute(
         self, *, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1, 10, 100)
-    ) -> tuple[dict[str, float], dict[int, list[tuple[int, dict]]]]:
+    ) -> tuple[dict[str, float], dict[int, list[Outcome]]]:
         """Returns pass@k, the unbiased estimate over all problems, and the outcome of each program per problem.
 
         Args:
@@ -162,17 +148,14 @@ class SandboxedCodeEval:
             predictions: candidate programs of each problem.
             k: values of k; those with fewer candidates than k are left out.
         """
-        details = defaultdict(list)
-        for problem, (tests, candidates) in enumerate(zip(references, predictions, strict=True)):
-            for number, program in enumerate(candidates):
-                outcome = run_program(program, tests)
-                detail = {"task_id": problem, "passed": outcome.passed, "result": outcome.reason}
-                details[problem].append((number, {**detail, "completion_id": number}))
-        counts = [(len(found), sum(detail["passed"] for _, detail in found)) for found in details.values()]
-        scores = {
-            f"pass@{size}": sum(1 - comb(total - right, size) / comb(total, size) for total, right in counts)
-            / len(counts)
-            for size in k
-            if counts and all(total >= size for total, _ in counts)
+        outcomes = {
+            problem: [run_program(program, tests) for program in programs]
+            for problem, (tests, programs) in enumerate(zip(references, predictions, strict=True))
         }
-        return scores, dict(details)
+        counts = [(len(found), sum(outcome.passed for outcome in found)) for found in outcomes.values()]
+        scores = {
+            f"pass@{size}": fmean(1 - comb(total - right, size) / comb(total, size) for total, right in counts)
+            for size in k
+            if all(total >= size for total, _ in counts)
+        }
+        return scores, outcomes

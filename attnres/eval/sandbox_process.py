@@ -27,6 +27,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import sandbox_protocol
 
+del sys.path[0]  # a program that imports `statistics` means the standard library's, not the file beside this one
+
 MEMORY_BYTES = 2**30
 FILE_BYTES = 16 * 2**20
 DIRECTORY_BYTES = 64 * 2**20
@@ -45,11 +47,8 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def call(name: str, *arguments):
-    """Calls a function of the C library; raises OSError if it fails or does not exist."""
-    function = getattr(libc, name, None)
-    if function is None:
-        raise OSError(f"the C library has no {name}")
-    if function(*arguments) == -1:
+    """Calls a function of the C library; raises OSError if it fails."""
+    if getattr(libc, name)(*arguments) == -1:
         raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
 
 
@@ -154,19 +153,18 @@ def confine(directory: str, user: int | None, timeout: float, keep: set[int]):
     # Other processes of the same user can neither trace this one nor read its memory.
     attempt(call, "prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
     attempt(call, "prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    for name, limit in {
-        "RLIMIT_CPU": math.ceil(timeout) + 1,
-        "RLIMIT_AS": MEMORY_BYTES,
-        "RLIMIT_FSIZE": FILE_BYTES,
-        "RLIMIT_NPROC": PROCESSES,
-        "RLIMIT_NOFILE": OPEN_FILES,
-        "RLIMIT_CORE": 0,
-        "RLIMIT_MEMLOCK": 0,
-        "RLIMIT_MSGQUEUE": 0,
-    }.items():
-        if hasattr(resource, name):
-            with suppress(OSError, ValueError):
-                resource.setrlimit(getattr(resource, name), (limit, limit))
+    for kind, limit in (
+        (resource.RLIMIT_CPU, math.ceil(timeout) + 1),
+        (resource.RLIMIT_AS, MEMORY_BYTES),
+        (resource.RLIMIT_FSIZE, FILE_BYTES),
+        (resource.RLIMIT_NPROC, PROCESSES),
+        (resource.RLIMIT_NOFILE, OPEN_FILES),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_MEMLOCK, 0),
+        (resource.RLIMIT_MSGQUEUE, 0),
+    ):
+        with suppress(OSError, ValueError):
+            resource.setrlimit(kind, (limit, limit))
 
 
 def new_root(directory: str):

@@ -28,16 +28,20 @@ REASON_CHARACTERS = 300
 MUTABLE = (list, dict, set, bytearray)
 SEQUENCES = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
 MAPPINGS = {kind.__name__: kind for kind in (dict, collections.Counter, collections.OrderedDict)}
-ISO = {kind.__name__: kind for kind in (datetime.date, datetime.time, datetime.datetime)}
-# Types whose values are sent as the arguments that construct them.
+# Types whose values are sent as arguments: of the type, or of its `fromisoformat`.
 ARGUMENTS = {
+    bytes: lambda value: [value.decode("latin-1"), "latin-1"],
+    bytearray: lambda value: [value.decode("latin-1"), "latin-1"],
     complex: lambda value: [value.real, value.imag],
     range: lambda value: [value.start, value.stop, value.step],
     decimal.Decimal: lambda value: [str(value)],
     fractions.Fraction: lambda value: [str(value)],
     datetime.timedelta: lambda value: [value.days, value.seconds, value.microseconds],
+    datetime.date: lambda value: [value.isoformat()],
+    datetime.time: lambda value: [value.isoformat()],
+    datetime.datetime: lambda value: [value.isoformat()],
 }
-CONSTRUCTED = {kind.__name__: kind for kind in ARGUMENTS}
+CONSTRUCTED = {kind.__name__: getattr(kind, "fromisoformat", kind) for kind in ARGUMENTS}
 
 
 class ProtocolError(Exception):
@@ -72,12 +76,8 @@ class Values:
         for tag, base in SEQUENCES.items():
             if isinstance(value, base):
                 return [tag, [self.encode(item) for item in value]]
-        if isinstance(value, bytes | bytearray):
-            return [kind.__name__, bytes(value).decode("latin-1")]
         if kind in ARGUMENTS:
             return [kind.__name__, *ARGUMENTS[kind](value)]
-        if kind in ISO.values():
-            return [kind.__name__, value.isoformat()]
         if kind.__module__ == "numpy" and getattr(value, "shape", None) == ():
             return self.encode(value.item())
         return ["handle", self.to_handle(value)]
@@ -98,12 +98,8 @@ class Values:
             return collections.deque([self.decode(item) for item in first], *rest)
         if tag in SEQUENCES:
             return SEQUENCES[tag]([self.decode(item) for item in first])
-        if tag in ("bytes", "bytearray"):
-            return getattr(builtins, tag)(first.encode("latin-1"))
         if tag in CONSTRUCTED:
             return CONSTRUCTED[tag](first, *rest)
-        if tag in ISO:
-            return ISO[tag].fromisoformat(first)
         if tag == "type" and isinstance(getattr(builtins, first), type):
             return getattr(builtins, first)
         raise ValueError(f"unknown kind {tag!r:.20}")
@@ -142,13 +138,11 @@ def _exactly(connection, size):
 def serve(connection, program: str):
     """Runs the program, then answers calls of its functions until the other end hangs up."""
     _unlimited_digits()
-    objects, handles = [], {}
+    objects = {}
 
     def to_handle(value):
-        if id(value) not in handles:
-            handles[id(value)] = len(objects)
-            objects.append(value)
-        return handles[id(value)]
+        objects[id(value)] = value  # which also keeps it alive, and the number its own
+        return id(value)
 
     values = Values(to_handle, objects.__getitem__)
     module = types.ModuleType("program")

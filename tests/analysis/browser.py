@@ -43,6 +43,7 @@ class Page:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def open(self, path):
+        self.events.clear()
         self.call("Page.navigate", url=path.resolve().as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._receive())
@@ -56,9 +57,9 @@ class Page:
     def point_at(self, panel: str, row: float, column: float, model: int = 0):
         """Moves the mouse to the middle of a place of a heatmap, which is scrolled into view first."""
         box = self.evaluate(f"""(() => {{
-            const panel = panels.filter(each => each.map.dataset.panel === "{panel}")[{model}];
-            panel.map.scrollIntoView({{block: "center"}});
-            const box = panel.cells[{row}][0].getBoundingClientRect();
+            const map = document.querySelectorAll("[data-panel={panel}] tbody")[{model}];
+            map.scrollIntoView({{block: "center"}});
+            const box = map.rows[{row}].cells[1].getBoundingClientRect();
             return [box.left + ({column} + 0.5) * box.width, box.top + box.height / 2];
         }})()""")
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])

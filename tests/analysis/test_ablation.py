@@ -31,8 +31,7 @@ def loss_by_hand(model, tokens, sublayer, source, monkeypatch):
     return found, calls
 
 
-@pytest.mark.parametrize("mode", ["block", "full"])
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gemma2"])
+@pytest.mark.parametrize(("family", "mode"), [("llama", "block"), ("qwen3_moe", "full"), ("gemma2", "block")])
 def test_the_loss_without_a_source_is_that_of_the_sources_that_are_left(family, mode, monkeypatch):
     model, tokens = random_attnres(family, mode), random_tokens(2, 7)
     steps = []
@@ -67,7 +66,7 @@ def test_the_model_is_left_as_it_was_also_when_a_pass_fails(monkeypatch):
 
 def test_controls_are_drawn_by_the_seed():
     model, tokens = random_attnres("llama"), random_tokens(2, 7)
-    first, again, other = (ablate(model, tokens, seed=seed).control for seed in (0, 0, 1))
+    first, again, other = (ablate(model, tokens, draws=1, seed=seed).control for seed in (0, 0, 1))
     assert first == again != other
 
 
@@ -102,7 +101,8 @@ def test_inspect_writes_what_each_source_is_worth_beside_its_weight(tmp_path, ca
     assert (tmp_path / "out" / "ablation.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "out" / "depth-weights.html").read_text()
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
-    for row, without, control in zip(data["models"][0]["rows"], content["without"], content["control"], strict=True):
+    rows = data["models"][0]["mixtures"]
+    for row, without, control in zip(rows, content["without"], content["control"], strict=True):
         if control:
             assert row["without"] == pytest.approx(without, abs=1e-5)
             assert row["control"] == pytest.approx(control, abs=1e-5)

@@ -14,7 +14,7 @@ from tiny_eval import byte_tokenizer, tiny_llama
 from transformers import AutoTokenizer
 
 from attnres import AttnResForCausalLM
-from attnres.analysis.dynamics_names import PER_LAYER, layer_name
+from attnres.analysis.dynamics_runs import PER_LAYER, layer_name
 from attnres.conversion import convert
 from attnres.eval import evaluate, sample
 from attnres.eval.published import TABLE_3
