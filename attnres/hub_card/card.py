@@ -42,16 +42,11 @@ def model_card(
     ran_with: str | None,
     figures: dict[str, str],
 ) -> ModelCard:
-    """Writes the card of a checkpoint.
+    """Writes the card of a checkpoint with the hub id or folder name `name`.
 
-    Args:
-        name: hub id or folder name of the model.
-        facts: result of `conversion.inspection.inspect_checkpoint`.
-        rows: measured results of benchmarks, by row.
-        smoke: measured results of the sample suite, by row.
-        snippets: usage snippets by title.
-        ran_with: versions of the packages that ran the snippets; None if they were not run.
-        figures: Markdown of the sections with figures, by title.
+    `facts` come from `conversion.inspection.inspect_checkpoint`. `rows` has the results of benchmarks and `smoke` those
+    of the sample suite. `snippets` and `figures` (Markdown) have titles as keys. `ran_with` names the packages that ran
+    the snippets; None if they were not run.
     """
     layers = facts["decoder_layers"]
     return ModelCard.from_template(
@@ -82,7 +77,6 @@ def model_card(
         score_cells=_score_cells,
         protocol=_protocol,
         plain=plain,
-        number=_number,
         quote=quote,
     )
 
@@ -91,13 +85,6 @@ def plain(value) -> str:
     """Returns an untrusted value as one line of text that Markdown does not interpret."""
     text = "".join(each if each.isprintable() else " " for each in str(value))
     return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
-
-
-def _number(value: int) -> str:
-    for unit, factor in (("B", 10**9), ("M", 10**6)):
-        if value >= factor:
-            return f"{value:,} ({value / factor:.3g} {unit})"
-    return f"{value:,}"
 
 
 def _backbone_rows(backbone) -> list[tuple[str, str]]:

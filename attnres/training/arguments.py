@@ -34,9 +34,8 @@ DEFAULTS = {
 TAKE_LISTS = frozenset(["report_to", "optim_target_modules", "debug"])
 
 
-def _option(default, help: str, metavar: str | None = None):
-    metadata = {"help": help} if metavar is None else {"help": help, "metavar": metavar}
-    return field(default=default, metadata=metadata)
+def _option(default, help: str):
+    return field(default=default, metadata={"help": help})
 
 
 _DATA = {"metavar": "DATA", "nargs": "+", "action": "extend"}
@@ -46,9 +45,9 @@ _DATA = {"metavar": "DATA", "nargs": "+", "action": "extend"}
 class RunArguments:
     """Arguments of a run that are not part of `TrainingArguments`."""
 
-    out: str = _option("train-out", "folder for checkpoints and, at the end, the trained model", "DIR")
-    resume: bool = _option(False, "continue the run in DIR from its last complete checkpoint")
-    tokenizer: str | None = _option(None, "folder or hub id of the tokenizer (default: the tokenizer of MODEL)", "NAME")
+    out: str = _option("train-out", "folder for checkpoints and, at the end, the trained model")
+    resume: bool = _option(False, "continue the run in --out from its last complete checkpoint")
+    tokenizer: str | None = _option(None, "folder or hub id of the tokenizer (default: the tokenizer of MODEL)")
     trust_remote_code: bool = _option(False, "run code that comes with the tokenizer")
     dtype: Literal["float32", "bfloat16", "auto"] = _option(
         "float32",
@@ -59,35 +58,35 @@ class RunArguments:
         None, "kind of depth mixing (default: that of MODEL, or block for a PreNorm MODEL)"
     )
     num_blocks: int | None = _option(
-        None, "number of blocks for a PreNorm MODEL; fewer if N does not divide its layers (default: 8)", "N"
+        None, "number of blocks for a PreNorm MODEL; fewer if N does not divide its layers (default: 8)"
     )
-    layers_per_block: int | None = _option(None, "decoder layers per block, instead of --num-blocks", "K")
+    layers_per_block: int | None = _option(None, "decoder layers per block, instead of --num-blocks")
 
     data: list[str] = field(
         default_factory=list,
         metadata=_DATA | {"help": "training data: text, .jsonl or .parquet files, folders, or hub ids of data sets"},
     )
-    data_config: str | None = _option(None, "configuration of the data set, for example wikitext-2-raw-v1", "NAME")
-    split: str = _option("train", "split to train on, if DATA is a folder or a hub id", "NAME")
-    text_field: str = _option("text", "column that holds the text", "NAME")
+    data_config: str | None = _option(None, "configuration of the data set, for example wikitext-2-raw-v1")
+    split: str = _option("train", "split to train on, if DATA is a folder or a hub id")
+    text_field: str = _option("text", "column that holds the text")
     eval_data: list[str] = field(
         default_factory=list, metadata=_DATA | {"help": "held-out data, in the same forms as --data"}
     )
-    eval_split: str | None = _option(None, "held-out split of --eval-data, or of --data without --eval-data", "NAME")
-    eval_fraction: float | None = _option(None, "share of the training sequences to hold out, from the end", "SHARE")
+    eval_split: str | None = _option(None, "held-out split of --eval-data, or of --data without --eval-data")
+    eval_fraction: float | None = _option(None, "share of the training sequences to hold out, from the end")
     streaming: bool = _option(False, "read the data in order during training; needs --max-steps")
     sequence_length: int | None = _option(
-        None, f"tokens per sequence (default: {DEFAULT_SEQUENCE_LENGTH}, or fewer if the model takes fewer)", "TOKENS"
+        None, f"tokens per sequence (default: {DEFAULT_SEQUENCE_LENGTH}, or fewer if the model takes fewer)"
     )
 
     train: Literal["all", "depth", "lora"] = _option(
         "all", "train all weights, only the depth mixer, or LoRA adapters and the depth mixer"
     )
-    lora_rank: int = _option(16, "rank of the LoRA adapters", "N")
+    lora_rank: int = _option(16, "rank of the LoRA adapters")
     lora_alpha: float | None = _option(
-        None, "scale of the LoRA adapters, which is divided by their rank (default: twice the rank)", "ALPHA"
+        None, "scale of the LoRA adapters, which is divided by their rank (default: twice the rank)"
     )
-    lora_dropout: float = _option(0.0, "dropout probability in the LoRA adapters", "P")
+    lora_dropout: float = _option(0.0, "dropout probability in the LoRA adapters")
     optimizer: Literal["adamw", "muon"] = _option(
         "adamw", "AdamW for all weights, or Muon for the backbone's matrices and AdamW for the rest"
     )
@@ -95,7 +94,6 @@ class RunArguments:
         None,
         "peak learning rate of the depth mixer (default: --learning-rate; at most 1e-4 for a converted model, unless "
         "only the depth mixer is trained)",
-        "LR",
     )
     schedule: Literal["cosine", "wsd"] | None = _option(
         None,
@@ -103,7 +101,7 @@ class RunArguments:
         "of the steps (default: cosine, unless --lr-scheduler-type is given)",
     )
     depth_dynamics: bool = _option(True, "log training dynamics over depth, which `attnres dynamics DIR` shows")
-    depth_dynamics_steps: int = _option(100, "steps between two measurements of the dynamics over depth", "N")
+    depth_dynamics_steps: int = _option(100, "steps between two measurements of the dynamics over depth")
 
     @property
     def evaluates(self) -> bool:
@@ -249,7 +247,9 @@ def _from_yaml(path: Path, parser: _Parser) -> dict:
         for key, value in content.items():
             name = str(key).replace("-", "_")
             nargs = getattr(parser._option_string_actions.get(flag(name)), "nargs", None)
-            if name == "model" or (name in TAKE_LISTS and isinstance(value, list)):
+            if name == "model":
+                direct[name] = str(value)
+            elif name in TAKE_LISTS and isinstance(value, list):
                 direct[name] = value
             elif nargs == "+" and isinstance(value, list):
                 words += [flag(name), *map(str, value)]

@@ -1,20 +1,18 @@
 """`attnres train`: reads and checks everything, then trains and saves the model."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import datasets
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from .. import AttnResConfig, AttnResForCausalLM, DepthDynamicsCallback
-from ..messages import one_line, say
+from ..messages import is_first, one_line, say
 from . import run_folder
 from .arguments import DEFAULT_SEQUENCE_LENGTH, Run, RunArguments, parse
 from .data import Source, Stream, collate, digest, sequences, tokenizer_digest
@@ -37,7 +35,7 @@ def run(command_line: Sequence[str]):
     """
     parsed = parse(command_line)
     arguments, training = parsed.arguments, parsed.training
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         datasets.disable_progress_bars()
@@ -53,12 +51,7 @@ def run(command_line: Sequence[str]):
     with training.main_process_first(desc="data"):
         train_data, eval_data = _data(sources, arguments, tokenizer, length)
     record = _record(parsed, model, tokenizer, sources)
-    checkpoint = None
-    if arguments.resume:
-        run_folder.check_same_run(out, record)
-        checkpoint = run_folder.last_checkpoint(out)
-    if checkpoint is not None:
-        run_folder.check_undamaged(checkpoint)
+    checkpoint = run_folder.checkpoint_of_same_run(out, record) if arguments.resume else None
 
     def begin():
         run_folder.begin(out, record)
@@ -187,19 +180,14 @@ def _data(sources: Sources, arguments: RunArguments, tokenizer: PreTrainedTokeni
 
 
 def _record(parsed: Run, model: AttnResForCausalLM, tokenizer: PreTrainedTokenizerBase, sources: Sources) -> dict:
-    """Returns everything that the weights depend on, the same in all processes."""
-    training = parsed.training
-    digests = [None, None]
-    if training.process_index == 0:
-        digests = [source and digest(source) for source in sources]
-    if training.world_size > 1:
-        broadcast_object_list(digests)
-    own = {"model": parsed.model, "processes": training.world_size}
+    """Returns everything that the weights depend on."""
+    own = {"model": parsed.model, "processes": parsed.training.world_size}
+    train, held_out = sources
     return {
-        "arguments": {**own, **asdict(parsed.arguments), **training.to_dict()},
+        "arguments": {**own, **asdict(parsed.arguments), **parsed.training.to_dict()},
         "content": {
-            "training data": digests[0],
-            "held-out data": digests[1],
+            "training data": digest(train),
+            "held-out data": held_out and digest(held_out),
             "tokenizer": tokenizer_digest(tokenizer),
             "configuration": json.loads(model.config.to_json_string(use_diff=False)),
         },

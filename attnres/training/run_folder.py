@@ -40,12 +40,8 @@ def last_checkpoint(folder: Path) -> Path | None:
     return numbered[max(numbered)] if numbered else None
 
 
-def check_undamaged(checkpoint: Path):
-    """Opens the files of a checkpoint, so that a truncated file is reported before anything is loaded.
-
-    Raises:
-        ValueError: a file is damaged.
-    """
+def _check_undamaged(checkpoint: Path):
+    """Opens the files of a checkpoint, so that a truncated file is reported before anything is loaded."""
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         try:
             if path.suffix == ".json":
@@ -100,11 +96,11 @@ def put_in_place(folder: Path, name: str):
     shutil.rmtree(folder / UNFINISHED)
 
 
-def check_same_run(folder: Path, record: dict):
-    """Checks that a run is resumed with the arguments, data, tokenizer and model that it began with.
+def checkpoint_of_same_run(folder: Path, record: dict) -> Path | None:
+    """Returns the last checkpoint of a run that is resumed with what it began with; None if there is none.
 
     Raises:
-        ValueError: something that affects the weights has changed, or the record in the folder is damaged.
+        ValueError: something that affects the weights has changed, or the record or the checkpoint is damaged.
     """
     try:
         began = json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -121,3 +117,7 @@ def check_same_run(folder: Path, record: dict):
                     f"{folder}: {what} was {then[name]} when the run began and is {now[part][name]} now; resume with "
                     "the old value, or start a new run with another --out"
                 )
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is not None:
+        _check_undamaged(checkpoint)
+    return checkpoint
