@@ -12,6 +12,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from once import once
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attnres import AttnResForCausalLM
@@ -216,18 +217,22 @@ def test_the_backbone_is_a_mixture_of_experts_deep_enough_for_blocks():
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """One `attnres demo --quick` in a process without network: the finished process and its folder."""
-    home = tmp_path_factory.mktemp("home")
-    out = tmp_path_factory.mktemp("demo") / "out"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
-    process = subprocess.run(
-        [sys.executable, "-c", WITHOUT_NETWORK, "demo", "--quick", "--out", str(out)],
-        env=environment | {"HOME": str(home), "MPLCONFIGDIR": str(home / "matplotlib")},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    return process, out, home
+    """One `attnres demo --quick` in a process without network: the finished process, its folder and its home."""
+
+    def make(folder):
+        home, out = folder / "home", folder / "demo" / "out"
+        home.mkdir()
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
+        process = subprocess.run(
+            [sys.executable, "-c", WITHOUT_NETWORK, "demo", "--quick", "--out", str(out)],
+            env=environment | {"HOME": str(home), "MPLCONFIGDIR": str(home / "matplotlib")},
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 0, process.stderr
+        return process, out, home
+
+    return once(tmp_path_factory, "quick-demo", make)
 
 
 def test_quick_demo_writes_everything_and_leaves_nothing_else(quick):

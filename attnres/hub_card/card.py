@@ -67,15 +67,14 @@ def model_card(
         rows=rows,
         smoke=smoke,
         sample=SAMPLE,
-        titles={name: row.title for name, row in ROWS.items()},
+        benchmarks=ROWS,
         published=TABLE_3,
         conditions=sorted({_conditions(result) for result in rows.values()}),
         figures=figures,
         report=provenance.report,
         conversion=TEXTS["conversion"],
         provenance=provenance,
-        score_cells=_score_cells,
-        protocol=_protocol,
+        shown_value=shown_value,
         plain=plain,
         quote=quote,
     )
@@ -93,21 +92,6 @@ def _backbone_rows(backbone) -> list[tuple[str, str]]:
         for label, keys in BACKBONE
     )
     return [(label, f"{value:,}" if isinstance(value, int) else plain(value)) for label, value in found if value]
-
-
-def _score_cells(result: dict) -> tuple:
-    row, score = ROWS[result["row"]], result["score"]
-    error = "" if score["stderr"] is None else f" ± {score['stderr']:.2f}"
-    metric = score["metric"] if score["filter"] == "none" else f"{score['metric']}, {score['filter']}"
-    value = f"{shown_value(result):.2f}{error}"
-    return row.title, value, result["shots"], row.scoring, plain(metric), f"{score['n']:,}"
-
-
-def _protocol(result: dict) -> str:
-    return "; ".join(
-        f"{plain(each['choice'])} {plain(each['value'])} ({plain(each.get('source', each['origin']))})"
-        for each in result["protocol"]
-    )
 
 
 def _conditions(result: dict) -> str:

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from helpers import random_attnres
+from once import once
 from tiny_train import (
     LENGTH,
     byte_tokenizer,
@@ -19,7 +20,7 @@ from tiny_train import (
     words,
     write_lines,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from attnres import AttnResForCausalLM
 from attnres.cli import main
@@ -55,10 +56,13 @@ def copied(finished, tmp_path):
 @pytest.fixture(scope="module")
 def learnt(plain, tmp_path_factory):
     """The folder of a run that is long enough to learn something."""
-    top = tmp_path_factory.mktemp("learnt")
-    data = write_lines(top / "data.jsonl", [words(60, number) for number in range(30)])
-    options = {"max_steps": 40, "save_steps": 20, "eval_fraction": 0.1, "per_device_train_batch_size": 8}
-    return train(plain, data, top / "run", num_blocks=2, depth_dynamics_steps=10, logging_steps=20, **options)
+
+    def make(top):
+        data = write_lines(top / "data.jsonl", [words(60, number) for number in range(30)])
+        options = {"max_steps": 40, "save_steps": 20, "eval_fraction": 0.1, "per_device_train_batch_size": 8}
+        return train(plain, data, top / "run", num_blocks=2, depth_dynamics_steps=10, logging_steps=20, **options)
+
+    return once(tmp_path_factory, "learnt", make)
 
 
 def test_training_lowers_both_losses(learnt):
@@ -226,11 +230,17 @@ def test_lora_without_peft_names_the_command_that_installs_it(plain, documents, 
         train(plain, documents, tmp_path / "run", train="lora")
 
 
-@pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"}])
+# transformers 5.23 renames the argument.
+CHECKPOINTING = (
+    "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
+)
+
+
+@pytest.mark.parametrize("options", [{"bf16": True}, {CHECKPOINTING: True}, {"dtype": "bfloat16"}])
 def test_a_run_in_less_memory_learns_nearly_the_same(plain, documents, finished, tmp_path, options):
     usual = log(finished)
     spared = log(train(plain, documents, tmp_path / "spared", **options))
-    tolerance = 1e-6 if "gradient_checkpointing" in options else 0.02
+    tolerance = 1e-6 if CHECKPOINTING in options else 0.02
     assert usual.keys() == spared.keys()
     for step, loss in usual.items():
         assert math.isclose(spared[step], loss, rel_tol=tolerance)
