@@ -32,7 +32,7 @@ def test_help_of_demo_shows_defaults(capsys):
         cli.main(["demo", "--help"])
     assert stop.value.code == 0
     text = "".join(capsys.readouterr().out.split())
-    assert "[default:demo-out]" in text and "[default:0]" in text and "minutes" in text
+    assert "[default:demo-out]" in text and "[default:0;" in text and "minutes" in text
 
 
 @pytest.mark.parametrize(
@@ -41,23 +41,20 @@ def test_help_of_demo_shows_defaults(capsys):
         ("", "Missing command"),
         ("nonsense", "'nonsense'"),
         ("eval --nonsense", "--nonsense"),
-        ("demo --seed -1", "'--seed': must be a whole number from 0 to 2**32 - 1, got -1"),
-        ("compare a b --seed x", "'--seed': must be a whole number from 0 to 2**32 - 1, got x"),
-        ("eval m --seed 4294967296", "got 4294967296"),
+        ("demo --seed -1", "'--seed': -1 is not in the range 0<=x<=4294967295"),
+        ("compare a b --seed x", "'--seed': 'x' is not a valid integer"),
         ("eval m --batch-size many", "'--batch-size': must be a whole number of at least 1, or auto, got many"),
         ("eval m --batch-size 0", "at least 1, or auto, got 0"),
-        ("eval m --max-length 0", "'--max-length': must be a whole number of at least 1, got 0"),
-        ("eval m --gpqa-seeds 0", "'--gpqa-seeds': must be a whole number of at least 1, got 0"),
+        ("eval m --max-length 0", "'--max-length': 0 is not in the range x>=1"),
         ("eval m --limit 0", "'--limit': must be a whole number of items, or a share between 0 and 1, got 0"),
-        ("eval m --limit -1", "got -1"),
         ("eval m --limit 1.5", "got 1.5"),
-        ("eval m --limit nan", "got nan"),
         ("eval m --limit inf", "got inf"),
         ("eval m --limit few", "got few"),
+        ("bench --tokens 8,0", "'--tokens': must be whole numbers of at least 1, joined by commas, got 8,0"),
         ("bench --num-blocks 2 --layers-per-block 2", "--num-blocks and --layers-per-block exclude each other"),
         ("bench --depth-shape 1,2,3", "'--depth-shape': must be four whole numbers of at least 1: L,S,T,D, got 1,2,3"),
         ("bench pipeline", "Got unexpected extra argument (pipeline)"),
-        ("inspect m --text t --ablate 1", "'--ablate': must be a whole number of at least 2, got 1"),
+        ("inspect m --text t --ablate 1", "'--ablate': 1 is not in the range x>=2"),
         ("card", "Missing argument 'MODEL'"),
         ("card m --results", "'--results' requires an argument"),
         ("convert a b --depth-variant --link", "'--depth-variant' requires an argument"),
@@ -114,9 +111,7 @@ def test_a_limit_is_a_number_of_items_or_a_share(given, limit, monkeypatch):
     assert asked["limit"] == limit and type(asked["limit"]) is type(limit)
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--version"], ["eval", "--help"], ["inspect-checkpoint", "model"]], ids=" ".join
-)
+@pytest.mark.parametrize("arguments", [["eval", "--help"], ["inspect-checkpoint", "model"]], ids=" ".join)
 def test_a_reader_that_has_gone_ends_the_command_silently(arguments, tmp_path):
     if "model" in arguments:
         random_attnres("llama").save_pretrained(tmp_path / "model")
@@ -138,7 +133,7 @@ def test_a_reader_that_has_gone_ends_the_command_silently(arguments, tmp_path):
 
 def test_a_folder_in_use_is_one_line(tmp_path, capsys):
     (tmp_path / "thesis.tex").touch()
-    assert "was not made by attnres demo" in error_of(capsys, "demo", "--out", str(tmp_path), "--overwrite")
+    assert f"{tmp_path}: is not empty; --overwrite replaces it" in error_of(capsys, "demo", "--out", str(tmp_path))
 
 
 def test_a_missing_package_names_the_extra(monkeypatch, capsys):
@@ -175,11 +170,15 @@ def test_interruption_exits_with_status_130(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "how",
-    [["-m", "attnres"], ["-mattnres"], ["-Im", "attnres"], [Path(sys.executable).with_name("attnres")]],
+    ("how", "arguments"),
+    [
+        (["-m", "attnres"], "--help"),
+        (["-mattnres"], "convert --help"),
+        (["-Im", "attnres"], "--help"),
+        ([Path(sys.executable).with_name("attnres")], "bench --help"),
+    ],
     ids=["module", "one word", "isolated", "script"],
 )
-@pytest.mark.parametrize("arguments", ["--help", "convert --help", "bench --help"])
 def test_help_imports_neither_torch_nor_transformers(how, arguments):
     script = [sys.executable, "-X", "importtime", *how, *arguments.split()]
     done = subprocess.run(script, capture_output=True, text=True)

@@ -12,10 +12,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from once import once
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attnres import AttnResForCausalLM
-from attnres.demo import MARKER, QUICK, backbone_config, build_plain, build_scratch, corpus, demo_folder
+from attnres.demo import QUICK, backbone_config, build_plain, build_scratch, corpus, run
 from attnres.demo.evaluation import (
     compare_logits,
     doublings,
@@ -23,7 +24,7 @@ from attnres.demo.evaluation import (
     interval_over_files,
     loss_by_position,
 )
-from attnres.demo.training import BatchTrainer, learning_rate_factor, train_model
+from attnres.demo.training import batch_trainer, learning_rate_factor, train_model
 
 TINY = replace(
     QUICK,
@@ -172,11 +173,28 @@ def test_a_half_way_start_changes_nothing(tmp_path, sequences, held_out):
     assert not torch.equal(converted.depth_mixer.mlp_norm.query, torch.zeros_like(converted.depth_mixer.mlp_norm.query))
 
 
-def test_a_batch_out_of_order_stops_the_training(tmp_path, sequences):
-    trainer = BatchTrainer(build_plain(TINY, 0), sequences, TINY, tmp_path)
-    trainer.batches = trainer.batches[::-1]
-    with pytest.raises(RuntimeError, match="step 1: the batch is not the one that all models are trained on"):
-        trainer.train()
+def test_every_model_is_trained_on_the_sequences_in_their_order(tmp_path, sequences):
+    model, seen = build_plain(TINY, 0), []
+    model.register_forward_pre_hook(lambda _, __, inputs: seen.append(inputs["input_ids"]), with_kwargs=True)
+    batch_trainer(model, sequences, TINY, tmp_path).train()
+    assert torch.equal(torch.cat(seen), sequences)
+
+
+def test_a_failed_run_leaves_the_old_result_and_no_rest(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "result").write_text("old")
+    with pytest.raises(FileExistsError, match="is not empty; --overwrite replaces it"):
+        run(tmp_path / "out", quick=True)
+
+    def fail(folder, settings):
+        (folder / "result").write_text("new")
+        raise RuntimeError
+
+    monkeypatch.setattr("attnres.demo.pretraining.run_in", fail)
+    with pytest.raises(RuntimeError):
+        run(tmp_path / "out", quick=True, overwrite=True)
+    assert (tmp_path / "out" / "result").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_held_out_loss_is_the_mean_over_tokens_without_the_balancing_loss(held_out):
@@ -197,74 +215,29 @@ def test_the_backbone_is_a_mixture_of_experts_deep_enough_for_blocks():
     assert config.num_experts > config.num_experts_per_tok and config.num_hidden_layers >= QUICK.num_blocks
 
 
-def test_a_folder_appears_when_it_is_complete(tmp_path):
-    out = tmp_path / "new" / "out"
-    with demo_folder(out, overwrite=False) as work:
-        (work / "result").write_text("1")
-        assert not out.exists() and work.parent == out.parent
-    assert sorted(path.name for path in out.iterdir()) == [MARKER, "result"]
-    assert [path.name for path in out.parent.iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failed_run_leaves_the_old_result_and_no_rest(tmp_path, error):
-    with demo_folder(tmp_path / "out", overwrite=False) as work:
-        (work / "result").write_text("old")
-    with pytest.raises(error), demo_folder(tmp_path / "out", overwrite=True) as work:
-        (work / "result").write_text("new")
-        raise error
-    assert (tmp_path / "out" / "result").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_an_old_result_is_replaced_only_on_request(tmp_path):
-    out = tmp_path / "out"
-    with demo_folder(out, overwrite=False) as work:
-        (work / "old").touch()
-    with pytest.raises(FileExistsError, match="--overwrite"), demo_folder(out, overwrite=False):
-        pass
-    with demo_folder(out, overwrite=True) as work:
-        (work / "new").touch()
-    assert sorted(path.name for path in out.iterdir()) == [MARKER, "new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_folders_and_files_of_others_are_never_replaced(tmp_path, overwrite):
-    (tmp_path / "file").write_text("mine")
-    for out in (tmp_path, tmp_path / "file"):
-        with pytest.raises(FileExistsError), demo_folder(out, overwrite):
-            pass
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_a_folder_filled_meanwhile_is_left_alone(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    with pytest.raises(FileExistsError), demo_folder(out, overwrite=True):
-        (out / "thesis.tex").touch()
-    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
-
-
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """One `attnres demo --quick` in a process without network: the finished process and its folder."""
-    home = tmp_path_factory.mktemp("home")
-    out = tmp_path_factory.mktemp("demo") / "out"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
-    process = subprocess.run(
-        [sys.executable, "-c", WITHOUT_NETWORK, "demo", "--quick", "--out", str(out)],
-        env=environment | {"HOME": str(home), "MPLCONFIGDIR": str(home / "matplotlib")},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    return process, out, home
+    """One `attnres demo --quick` in a process without network: the finished process, its folder and its home."""
+
+    def make(folder):
+        home, out = folder / "home", folder / "demo" / "out"
+        home.mkdir()
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
+        process = subprocess.run(
+            [sys.executable, "-c", WITHOUT_NETWORK, "demo", "--quick", "--out", str(out)],
+            env=environment | {"HOME": str(home), "MPLCONFIGDIR": str(home / "matplotlib")},
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 0, process.stderr
+        return process, out, home
+
+    return once(tmp_path_factory, "quick-demo", make)
 
 
 def test_quick_demo_writes_everything_and_leaves_nothing_else(quick):
     process, out, home = quick
-    expected = {MARKER, "plain", "half-way", "converted", "from-scratch", "held-out.jsonl", "hub"}
+    expected = {"plain", "half-way", "converted", "from-scratch", "held-out.jsonl", "hub"}
     expected |= {"results.md", "results.json", "loss-curves.png", "depth-weights.png"}
     assert {path.name for path in out.iterdir()} == expected
     assert [path.name for path in out.parent.iterdir()] == ["out"]

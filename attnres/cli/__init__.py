@@ -12,7 +12,7 @@ import click
 from .. import __version__
 from ..messages import is_first, say
 from . import analysis, bench, conversion, demo, eval, hub_card, training
-from .process import INTERRUPTED, PIPE_CLOSED, SOME_FAILED, USER_ERROR, CommandError
+from .process import INTERRUPTED, PIPE_CLOSED, USER_ERROR
 
 
 @click.group(no_args_is_help=False, context_settings={"show_default": True, "max_content_width": 100})
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted")
         return INTERRUPTED
-    except (CommandError, ValueError, OSError) as error:
+    except (click.ClickException, ValueError, OSError) as error:
         text = str(error)
         if isinstance(error, OSError) and error.strerror and error.filename is not None:  # raised by the system
             text = f"{error.filename}: {error.strerror}"
@@ -71,4 +71,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USER_ERROR
 
 
-__all__ = ["SOME_FAILED", "USER_ERROR", "CommandError", "main"]
+__all__ = ["USER_ERROR", "main"]

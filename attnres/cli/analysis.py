@@ -1,10 +1,9 @@
 """`attnres inspect` and `attnres dynamics`."""
 
-import sys
-
 import click
 
-from .options import DTYPE, Command, Maybe, at_least
+from ..messages import say
+from .options import AT_LEAST_1, Command, device, dtype
 from .process import local_folder, require, wrote
 
 
@@ -12,12 +11,12 @@ from .process import local_folder, require, wrote
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option("--text", metavar="FILE", required=True, help="text in UTF-8, or - for standard input")
 @click.option("--out", metavar="DIR", default="inspect-out", help="folder for the results")
-@click.option("--max-tokens", metavar="N", type=at_least(1), help="stop after N tokens of the text (default: all)")
+@click.option("--max-tokens", metavar="N", type=AT_LEAST_1, help="stop after N tokens of the text (default: all)")
 @click.option(
     "--tokens",
     "keep_tokens",
     metavar="N",
-    type=at_least(0),
+    type=click.IntRange(0),
     default=64,
     help="number of first tokens whose own weights the page shows",
 )
@@ -25,8 +24,8 @@ from .process import local_folder, require, wrote
     "--ablate",
     "ablation_tokens",
     metavar="[TOKENS]",
-    cls=Maybe,
-    type=at_least(2),
+    type=click.IntRange(2),
+    is_flag=False,  # the number can be left out
     flag_value=512,
     help="also measure how the loss on the first TOKENS tokens of the text (512 if no number is given) changes without "
     "each source of each sublayer; takes a forward pass for each",
@@ -34,12 +33,12 @@ from .process import local_folder, require, wrote
 @click.option(
     "--context",
     metavar="TOKENS",
-    type=at_least(1),
+    type=AT_LEAST_1,
     help="number of tokens that the model sees at a time; each chunk starts anew (default: what the model takes, at "
     "most 2048)",
 )
-@click.option("--dtype", type=DTYPE, default="auto", help="dtype of the weights; auto: as in the checkpoint")
-@click.option("--device", metavar="NAME", help="device, such as cpu or cuda:1 (default: a GPU if there is one)")
+@dtype
+@device
 def inspect(models, text, out, **options):
     """Averages the depth weights of AttnRes checkpoints over the tokens of a text of any length. Writes the paper's
     heatmaps before attention and before MLP with the output row as PNG, all numbers as JSON, and one HTML page that
@@ -59,7 +58,7 @@ def inspect(models, text, out, **options):
 
 @click.command("dynamics", cls=Command, short_help="draw loss, outputs and gradients over depth of training runs")
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
-@click.option("--step", metavar="N", type=at_least(1), help="use the last measurement up to step N (default: the last)")
+@click.option("--step", metavar="N", type=AT_LEAST_1, help="use the last measurement up to step N (default: the last)")
 @click.option("--out", metavar="DIR", default="dynamics-out", help="folder for the results")
 def dynamics(runs, step, out):
     """Draws the paper's figure of training dynamics from what DepthDynamicsCallback logged in one or more trainings
@@ -74,10 +73,7 @@ def dynamics(runs, step, out):
     found = read_runs(list(runs), step)
     for run in found:
         if not run.validation["loss"]:
-            print(
-                f'attnres: {run.name}: has no eval_loss; evaluate during training (eval_strategy="steps")',
-                file=sys.stderr,
-            )
+            say(f'{run.name}: has no eval_loss; evaluate during training (eval_strategy="steps")')
     written = write(found, out)
     print(as_markdown(found), end="")
     wrote(written, out)

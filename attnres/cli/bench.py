@@ -4,7 +4,7 @@ import click
 
 from ..bench.settings import DTYPES, FULL, MEASURES, QUICK, DepthShape
 from ..folders import check_writable
-from .options import NAMES, NUMBERS, SEED, Command, Parsed, at_least, exclusive, whole
+from .options import AT_LEAST_1, SEED, Command, device, names, numbers
 from .process import require, wrote
 
 HELP = """\
@@ -36,72 +36,57 @@ def _default(name: str) -> str:
 
 
 def _depth_shape(value: str) -> DepthShape:
-    numbers = [whole(each, 1, None, "four whole numbers of at least 1: L,S,T,D") for each in value.split(",")]
-    if len(numbers) != 4:
-        raise ValueError(f"must be four whole numbers of at least 1: L,S,T,D, got {value}")
-    return DepthShape(*numbers)
+    sizes = numbers(value)
+    if len(sizes) != 4:
+        raise click.BadParameter(f"must be four whole numbers of at least 1: L,S,T,D, got {value}")
+    return DepthShape(*sizes)
 
 
 @click.command(
-    "bench",
-    cls=Command,
-    help=HELP,
-    short_help="compare time and memory with the same backbone with plain residuals",
+    "bench", cls=Command, help=HELP, short_help="compare time and memory with the same backbone with plain residuals"
 )
 @click.option(
     "--model",
     metavar="MODEL",
     help="folder, config.json or hub id of a configuration, for random weights (default: Qwen3-like, 12 layers)",
 )
-@click.option("--measure", "measures", metavar="NAMES", type=NAMES, help=f"measures, see above {_default('measures')}")
+@click.option("--measure", "measures", metavar="NAMES", type=names, help=f"measures, see above {_default('measures')}")
 @click.option(
-    "--variants",
-    "--arms",
-    "arms",
-    metavar="NAMES",
-    type=NAMES,
-    help=f"variants; plain always runs {_default('arms')}",
+    "--variants", "--arms", "arms", metavar="NAMES", type=names, help=f"variants; plain always runs {_default('arms')}"
 )
 @click.option(
     "--implementations",
     metavar="NAMES",
-    type=NAMES,
+    type=names,
     help="depth implementations, such as eager, to run block and full with as well (default: none)",
 )
-@click.option("--depths", metavar="N", type=NUMBERS, help="decoder layers (default: the model's)")
-@click.option("--num-blocks", metavar="N", type=NUMBERS, help=f"at most this many blocks {_default('num_blocks')}")
-@click.option("--layers-per-block", metavar="K", type=NUMBERS, help="decoder layers per block, instead of --num-blocks")
-@click.option("--tokens", metavar="T", type=NUMBERS, help=f"tokens in prefill, train and memory {_default('tokens')}")
-@click.option("--batches", metavar="B", type=NUMBERS, help=f"sequences in a batch in decode {_default('batches')}")
+@click.option("--depths", metavar="N", type=numbers, help="decoder layers (default: the model's)")
+@click.option("--num-blocks", metavar="N", type=numbers, help=f"at most this many blocks {_default('num_blocks')}")
+@click.option("--layers-per-block", metavar="K", type=numbers, help="decoder layers per block, instead of --num-blocks")
+@click.option("--tokens", metavar="T", type=numbers, help=f"tokens in prefill, train and memory {_default('tokens')}")
+@click.option("--batches", metavar="B", type=numbers, help=f"sequences in a batch in decode {_default('batches')}")
 @click.option(
-    "--context",
-    metavar="TOKENS",
-    type=at_least(1),
-    help=f"tokens before decode and generate {_default('context')}",
+    "--context", metavar="TOKENS", type=AT_LEAST_1, help=f"tokens before decode and generate {_default('context')}"
 )
 @click.option(
-    "--new-tokens", metavar="N", type=at_least(1), help=f"tokens that decode and generate add {_default('new_tokens')}"
+    "--new-tokens", metavar="N", type=AT_LEAST_1, help=f"tokens that decode and generate add {_default('new_tokens')}"
 )
-@click.option("--dtype", "dtypes", metavar="NAMES", type=NAMES, help=f"{', '.join(DTYPES)} {_default('dtypes')}")
+@click.option("--dtype", "dtypes", metavar="NAMES", type=names, help=f"{', '.join(DTYPES)} {_default('dtypes')}")
 @click.option(
     "--depth-shape",
     metavar="L,S,T,D",
-    type=Parsed("shape", _depth_shape),
+    type=_depth_shape,
     help=f"sizes in depth: sublayers, sublayers per block (S), tokens, hidden size {_default('depth_shape')}",
 )
-@click.option(
-    "--rounds",
-    metavar="N",
-    type=at_least(1),
-    help=f"times that every variant runs {_default('rounds')}",
-)
-@click.option("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
-@click.option("--threads", metavar="N", type=at_least(1), help="torch's threads on the CPU (default: chosen by torch)")
+@click.option("--rounds", metavar="N", type=AT_LEAST_1, help=f"times that every variant runs {_default('rounds')}")
+@device
+@click.option("--threads", metavar="N", type=AT_LEAST_1, help="torch's threads on the CPU (default: chosen by torch)")
 @click.option("--seed", metavar="N", type=SEED, default=0, help="seed of weights and tokens")
 @click.option("--quick", is_flag=True, help="small model and few rounds, to check that everything works")
 @click.option("--out", metavar="DIR", default="bench-out", help="folder for the results")
 def bench(quick, out, **options):
-    exclusive("num_blocks", "layers_per_block")
+    if None not in (options["num_blocks"], options["layers_per_block"]):
+        raise click.UsageError("--num-blocks and --layers-per-block exclude each other; leave one out.")
     require("matplotlib", extra="hub")
     from dataclasses import replace
 

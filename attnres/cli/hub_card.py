@@ -4,8 +4,9 @@ import sys
 
 import click
 
-from .options import Command, Several
-from .process import CommandError, local_folder, require
+from ..messages import say
+from .options import Command
+from .process import local_folder, require
 
 
 @click.command("card", cls=Command, short_help="build a Hub folder with code, weights and a card of measured results")
@@ -13,19 +14,21 @@ from .process import CommandError, local_folder, require
 @click.option("--out", metavar="DIR", default="card-out", help="folder to create")
 @click.option(
     "--results",
-    cls=Several,
+    multiple=True,
     metavar="DIR...",
     help="folders that `attnres eval` wrote for MODEL, without --limit; several hold different rows",
 )
 @click.option("--text", metavar="FILE", help="text over which depth weights are drawn (default: four short texts)")
 @click.option(
     "--dynamics",
-    cls=Several,
+    multiple=True,
     metavar="RUN...",
     help="output_dir of Trainers whose logged training dynamics are drawn",
 )
 @click.option("--license", metavar="ID", help="such as apache-2.0 (default: from MODEL's card or LICENSE)")
-@click.option("--language", cls=Several, metavar="CODE...", help="such as en, zh or code (default: from MODEL's card)")
+@click.option(
+    "--language", multiple=True, metavar="CODE...", help="such as en, zh or code (default: from MODEL's card)"
+)
 @click.option("--base-model", metavar="ID", help="hub id of the model that MODEL was converted or fine-tuned from")
 @click.option(
     "--no-run",
@@ -46,7 +49,7 @@ def card(model, out, results, dynamics, language, no_run, repository, public, ye
     """
     require("matplotlib", extra="hub")
     if repository is None and (public or yes):
-        raise CommandError("--public and --yes say how to upload: name a repository with --push")
+        raise click.ClickException("--public and --yes say how to upload: name a repository with --push")
     from ..hub_card import build, push, upload_list
 
     folder = build(
@@ -68,11 +71,13 @@ def card(model, out, results, dynamics, language, no_run, repository, public, ye
     if yes or _confirmed():
         print(push(folder, repository, public=public))
     else:
-        print("attnres: not uploaded", file=sys.stderr)
+        say("not uploaded")
 
 
 def _confirmed() -> bool:
     if not sys.stdin.isatty():
-        raise CommandError("not uploaded: there is no terminal to ask for confirmation; --yes skips the question")
+        raise click.ClickException(
+            "not uploaded: there is no terminal to ask for confirmation; --yes skips the question"
+        )
     print("Upload? [y/N] ", end="", file=sys.stderr, flush=True)
     return input().strip().lower() in ("y", "yes")

@@ -1,10 +1,11 @@
 """Exit statuses, messages on stderr and checks that the sub-commands share."""
 
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..messages import one_line
+import click
+
+from ..messages import one_line, say
 
 USER_ERROR = 2
 SOME_FAILED = 1
@@ -13,31 +14,27 @@ PIPE_CLOSED = 141  # the status of a program that SIGPIPE ends
 OTHER_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]  # weights that are not read
 
 
-class CommandError(Exception):
-    """A mistake of the user, or something missing on the machine, which is shown as one line."""
-
-
 def wrote(paths, folder: str):
     """Prints which files were written to a folder."""
-    print(f"attnres: wrote {', '.join(getattr(path, 'name', path) for path in paths)} to {folder}", file=sys.stderr)
+    say(f"wrote {', '.join(getattr(path, 'name', path) for path in paths)} to {folder}")
 
 
 def require(*modules: str, extra: str):
     """Checks that modules are installed.
 
     Raises:
-        CommandError: a module is missing; the message names the extra that installs it.
+        click.ClickException: a module is missing; the message names the extra that installs it.
     """
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
-        raise CommandError(f"{', '.join(missing)} not installed: pip install 'attention-residuals[{extra}]'")
+        raise click.ClickException(f"{', '.join(missing)} not installed: pip install 'attention-residuals[{extra}]'")
 
 
 def local_folder(name: str) -> str:
     """Returns the folder of a model: a path unchanged, or where the files of a hub id were downloaded to.
 
     Raises:
-        CommandError: the hub id cannot be downloaded.
+        click.ClickException: the hub id cannot be downloaded.
     """
     if Path(name).is_dir() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         return name
@@ -48,4 +45,6 @@ def local_folder(name: str) -> str:
         return snapshot_download(name, ignore_patterns=OTHER_FORMATS)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = one_line(error)
-        raise CommandError(f"{name}: no such folder, and it cannot be downloaded from the Hub ({reason})") from None
+        raise click.ClickException(
+            f"{name}: no such folder, and it cannot be downloaded from the Hub ({reason})"
+        ) from None

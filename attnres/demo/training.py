@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..messages import say
 from .evaluation import held_out_loss
@@ -25,59 +25,48 @@ OptimizerState = dict[str, dict[str, torch.Tensor]]  # AdamW's moments by parame
 class History:
     """Losses of a model in nats per token; steps count from the start of the whole budget."""
 
-    train_steps: list[int]
-    train_loss: list[float]
+    train_steps: list[int] = field(default_factory=list)
+    train_loss: list[float] = field(default_factory=list)
     held_out_steps: list[int] = field(default_factory=list)
     held_out_loss: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
 
-class BatchTrainer(Trainer):
-    """Trainer that takes its batches in order from sequences `[N, T]`, saves nothing and prints nothing.
+class BeforeStep(TrainerCallback):
+    """Calls a function before each step with the number of finished steps."""
 
-    `before_step` is called before each step with the number of finished steps; `losses` has the loss of each step.
-    """
+    def __init__(self, call: Callable[[int], None]):
+        self.call = call
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        sequences: torch.Tensor,
-        settings: Settings,
-        folder: Path,
-        before_step: Callable[[int], None] | None = None,
-        **options,
-    ):
-        self.batches, self.before_step, self.losses = sequences.split(settings.batch_size), before_step, []
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            max_steps=len(self.batches),
-            per_device_train_batch_size=settings.batch_size,
-            train_sampling_strategy="sequential",
-            learning_rate=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            adam_beta2=settings.adam_beta2,
-            max_grad_norm=settings.max_grad_norm,
-            seed=settings.seed,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            dataloader_pin_memory=False,
-        )
-        rows = [{"input_ids": row, "labels": row} for row in sequences]
-        super().__init__(model, arguments, train_dataset=rows, **options)
-        self.remove_callback(PrinterCallback)
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.call(state.global_step)
 
-    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        step = self.state.global_step
-        if not torch.equal(inputs["input_ids"], self.batches[step]):
-            raise RuntimeError(f"step {step + 1}: the batch is not the one that all models are trained on")
-        if self.before_step is not None:
-            self.before_step(step)
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.losses.append(loss.item())
-        return loss
+
+def batch_trainer(
+    model: torch.nn.Module, sequences: torch.Tensor, settings: Settings, folder: Path, **options
+) -> Trainer:
+    """Returns a Trainer that takes its batches in order from sequences `[N, T]`, saves nothing and prints nothing."""
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=1,
+        per_device_train_batch_size=settings.batch_size,
+        train_sampling_strategy="sequential",
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        adam_beta2=settings.adam_beta2,
+        max_grad_norm=settings.max_grad_norm,
+        seed=settings.seed,
+        save_strategy="no",
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in sequences]
+    trainer = Trainer(model, arguments, train_dataset=rows, **options)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def learning_rate_factor(step: int, settings: Settings) -> float:
@@ -99,15 +88,10 @@ def train_model(
     start: OptimizerState | None = None,
     at_half_way: Callable[[PreTrainedModel, OptimizerState], None] | None = None,
 ) -> History:
-    """Trains `model` in place to the end of the budget.
+    """Trains `model` in place to the end of the budget, on the `sequences` `[steps * batch_size, T]` in their order.
 
-    Args:
-        name: name of the model in the progress messages.
-        sequences: sequences of the whole budget `[steps * batch_size, T]`, in the order of training.
-        held_out: sequences `[N, T]` whose loss is measured every `eval_every` steps.
-        folder: output folder of the Trainer.
-        start: optimizer state to continue with at `half_way_step`; by default, training starts at step 0.
-        at_half_way: called after `half_way_step` steps with the model and its optimizer state.
+    The loss of `held_out` `[N, T]` is measured every `eval_every` steps. `at_half_way` is called after `half_way_step`
+    steps with the model and its optimizer state, with which another training can `start` there.
     """
     first = 0 if start is None else settings.half_way_step
 
@@ -122,8 +106,9 @@ def train_model(
             history.seconds -= time.perf_counter() - began  # measuring is not training
             say(f"train {name}: step {step} of {settings.steps}, held-out loss {history.held_out_loss[-1]:.3f}")
 
-    trainer = BatchTrainer(model, sequences[first * settings.batch_size :], settings, folder, before_step)
-    history = History(list(range(first + 1, settings.steps + 1)), trainer.losses)
+    history = History()
+    rows = sequences[first * settings.batch_size :]
+    trainer = batch_trainer(model, rows, settings, folder, callbacks=[BeforeStep(before_step)])
     optimizer = trainer.create_optimizer()
     for key, parameter in model.named_parameters():
         # Parameters that the checkpoint does not have start without moments, as all parameters did at step 0.
@@ -134,5 +119,7 @@ def train_model(
     trainer.train()
     before_step(settings.steps - first)
     history.seconds += time.perf_counter() - started
+    history.train_steps = list(range(first + 1, settings.steps + 1))
+    history.train_loss = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     model.eval()
     return history

@@ -42,16 +42,11 @@ def model_card(
     ran_with: str | None,
     figures: dict[str, str],
 ) -> ModelCard:
-    """Writes the card of a checkpoint.
+    """Writes the card of a checkpoint with the hub id or folder name `name`.
 
-    Args:
-        name: hub id or folder name of the model.
-        facts: result of `conversion.inspection.inspect_checkpoint`.
-        rows: measured results of benchmarks, by row.
-        smoke: measured results of the sample suite, by row.
-        snippets: usage snippets by title.
-        ran_with: versions of the packages that ran the snippets; None if they were not run.
-        figures: Markdown of the sections with figures, by title.
+    `facts` come from `conversion.inspection.inspect_checkpoint`. `rows` has the results of benchmarks and `smoke` those
+    of the sample suite. `snippets` and `figures` (Markdown) have titles as keys. `ran_with` names the packages that ran
+    the snippets; None if they were not run.
     """
     layers = facts["decoder_layers"]
     return ModelCard.from_template(
@@ -72,17 +67,15 @@ def model_card(
         rows=rows,
         smoke=smoke,
         sample=SAMPLE,
-        titles={name: row.title for name, row in ROWS.items()},
+        benchmarks=ROWS,
         published=TABLE_3,
         conditions=sorted({_conditions(result) for result in rows.values()}),
         figures=figures,
         report=provenance.report,
         conversion=TEXTS["conversion"],
         provenance=provenance,
-        score_cells=_score_cells,
-        protocol=_protocol,
+        shown_value=shown_value,
         plain=plain,
-        number=_number,
         quote=quote,
     )
 
@@ -93,34 +86,12 @@ def plain(value) -> str:
     return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
 
 
-def _number(value: int) -> str:
-    for unit, factor in (("B", 10**9), ("M", 10**6)):
-        if value >= factor:
-            return f"{value:,} ({value / factor:.3g} {unit})"
-    return f"{value:,}"
-
-
 def _backbone_rows(backbone) -> list[tuple[str, str]]:
     found = (
         (label, next((getattr(backbone, key) for key in keys if getattr(backbone, key, None)), None))
         for label, keys in BACKBONE
     )
     return [(label, f"{value:,}" if isinstance(value, int) else plain(value)) for label, value in found if value]
-
-
-def _score_cells(result: dict) -> tuple:
-    row, score = ROWS[result["row"]], result["score"]
-    error = "" if score["stderr"] is None else f" ± {score['stderr']:.2f}"
-    metric = score["metric"] if score["filter"] == "none" else f"{score['metric']}, {score['filter']}"
-    value = f"{shown_value(result):.2f}{error}"
-    return row.title, value, result["shots"], row.scoring, plain(metric), f"{score['n']:,}"
-
-
-def _protocol(result: dict) -> str:
-    return "; ".join(
-        f"{plain(each['choice'])} {plain(each['value'])} ({plain(each.get('source', each['origin']))})"
-        for each in result["protocol"]
-    )
 
 
 def _conditions(result: dict) -> str:

@@ -22,12 +22,7 @@ def draw_depth_weights(
 ) -> str:
     """Draws the mean depth weights of a checkpoint over a text and returns the Markdown of the section.
 
-    Args:
-        folder: folder of the card, where the figure is written.
-        model: folder of the checkpoint.
-        name: model name, for the title.
-        text: UTF-8 file; None for short texts that come with the package.
-        progress: whether to show a bar on stderr.
+    The figure is written to `folder`. Without a UTF-8 file `text`, short texts that come with the package are read.
 
     Raises:
         ValueError: the text is missing, unreadable or too short, or model and tokenizer do not belong together.
@@ -43,14 +38,13 @@ def draw_depth_weights(
     what = "four short texts that come with the attnres package (English, German, Python)"
     weights = replace(weights, text=what if text is None else "a text that the author of this card chose")
     plots.depth_panels(folder / DEPTH_WEIGHTS, [panels(weights)])
-    overall = weights.summary()["overall"].get("all")
-    summary = (
-        f" Mixtures of two or more sources spread over {overall['effective_sources']:.2f} sources (exponential of the "
-        f"entropy, mean over {overall['mixtures']} mixtures), with {overall['newest']:.1%} of the weight on the newest "
-        f"source and {overall['embedding']:.1%} on the embedding."
-        if overall
-        else ""
-    )
+    summary = ""
+    if overall := weights.summary()["overall"].get("all"):
+        summary = (
+            f" Mixtures of two or more sources spread over {overall['effective_sources']:.2f} sources (exponential of "
+            f"the entropy, mean over {overall['mixtures']} mixtures), with {overall['newest']:.1%} of the weight on "
+            f"the newest source and {overall['embedding']:.1%} on the embedding."
+        )
     return (
         f"![Mean depth weight of every source in every mixture]({DEPTH_WEIGHTS})\n\n"
         "One row per decoder layer, one column per source, starting with the embedding; each row sums to 1. Mean over "

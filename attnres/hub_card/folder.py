@@ -25,9 +25,9 @@ from ..modeling_attnres import AUTO_MAP, AttnResForCausalLM
 from . import figures, usage
 from .card import model_card
 from .front_matter import eval_results
+from .leaks import check_folder
 from .measured import read_measured
-from .provenance import REPORT, read_provenance
-from .validation import README, check_folder
+from .provenance import README, REPORT, read_provenance
 
 # Copied beside the weights. The card is written anew, and other documents of the source describe another model.
 CARRIED = (INDEX_NAME, REPORT, *(pattern for pattern in COMPANIONS if pattern not in ("README*", "*.md")))
@@ -84,7 +84,13 @@ def build(
             f"{out}: must be a different folder from the checkpoint {source}, and neither may contain the other."
         )
     checkpoint = read_checkpoint(source)
-    config = _attnres_config(checkpoint)
+    understood = understand(checkpoint)
+    if understood.layout != ATTNRES:
+        raise ValueError(
+            f"{source}: is a {understood.layout} checkpoint, but a card needs an AttnRes one; "
+            f"convert it: `attnres convert {source} DST`."
+        )
+    config = understood.config
     if not any(fnmatch(path.name, pattern) for path in source.iterdir() for pattern in TOKENIZERS):
         raise ValueError(
             f"{source}: has no tokenizer ({', '.join(TOKENIZERS[:3])}, ...), which users need; "
@@ -119,16 +125,6 @@ def build(
             write_text(folder / ".eval_results" / f"{row}.yaml", entry)
         check_folder(folder, private=(source, out, Path.cwd()))
     return out
-
-
-def _attnres_config(checkpoint: Checkpoint) -> AttnResConfig:
-    source = understand(checkpoint)
-    if source.layout != ATTNRES:
-        raise ValueError(
-            f"{checkpoint.folder}: is a {source.layout} checkpoint, but a card needs an AttnRes one; "
-            f"convert it: `attnres convert {checkpoint.folder} DST`."
-        )
-    return source.config
 
 
 def _carry(checkpoint: Checkpoint, folder: Path, link: bool, progress: bool):

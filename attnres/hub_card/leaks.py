@@ -2,12 +2,12 @@
 
 import json
 import re
-import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-MAX_HEADER_BYTES = 100 * 2**20  # the limit of safetensors itself
+from safetensors import safe_open
+
 SHOWN = 8  # leading characters of a finding: enough to look it up, too few to use it
 
 # A path right after a word, a dot or a slash is part of a web address or of another path.
@@ -24,11 +24,21 @@ PATTERNS = {
 }
 
 
+def check_folder(folder: Path, private: tuple[Path, ...] = ()):
+    """Checks that nothing in a folder must stay private.
+
+    Raises:
+        ValueError: the folder must not be published; the message lists every finding on one line.
+    """
+    if found := find_leaks(folder, private):
+        raise ValueError(f"not fit to be published: {'; '.join(found)}.")
+
+
 def find_leaks(folder: Path, private: tuple[Path, ...] = ()) -> list[str]:
     """Searches every file and returns one line per finding, with no more than the first characters of a secret.
 
     Args:
-        folder: folder to search; in weight files only the header with its metadata is read.
+        folder: folder to search; in weight files only the metadata are read.
         private: further paths of this machine that must not appear, besides the home and the temporary folder.
     """
     patterns = PATTERNS | {
@@ -53,17 +63,14 @@ def find_leaks(folder: Path, private: tuple[Path, ...] = ()) -> list[str]:
 
 def _texts(path: Path) -> Iterator[str]:
     """Yields the content of a file and, for JSON, the content with its escapes resolved."""
-    is_weights = path.suffix == ".safetensors"
-    text = (_header(path) if is_weights else path.read_bytes()).decode("utf-8", errors="replace")
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as weights:
+            text = json.dumps(weights.metadata())
+    else:
+        text = path.read_text(encoding="utf-8", errors="replace")
     yield text
-    if is_weights or path.suffix == ".json":
+    if path.suffix in (".json", ".safetensors"):
         try:
             yield json.dumps(json.loads(text), ensure_ascii=False).replace("\\\\", "\\")
-        except (ValueError, RecursionError):
+        except ValueError:
             yield text.replace("\\/", "/")
-
-
-def _header(path: Path) -> bytes:
-    with path.open("rb") as file:
-        length = file.read(8)
-        return file.read(min(struct.unpack("<Q", length)[0], MAX_HEADER_BYTES)) if len(length) == 8 else b""

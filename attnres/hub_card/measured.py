@@ -18,12 +18,7 @@ PARTS = {
 def read_measured(
     folders: Sequence[str | PathLike], model: Path, identity: dict[str, str]
 ) -> tuple[dict[str, dict], dict[str, dict]]:
-    """Reads results of `attnres eval`.
-
-    Args:
-        folders: evaluations, with `<row>/result.json` in each.
-        model: folder of the checkpoint, named in messages.
-        identity: hashes of the checkpoint, from `eval.identity.checkpoint_identity`.
+    """Reads results of `attnres eval` on the checkpoint with an identity from `eval.identity.checkpoint_identity`.
 
     Returns:
         Benchmark results, and results of the sample suite, which is no benchmark; by row, in the paper's order.

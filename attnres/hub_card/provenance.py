@@ -92,6 +92,7 @@ def _front_matter(path: Path) -> dict:
 
 def _licence(folder: Path, stated: dict, given: str | None) -> dict[str, str]:
     """Returns the fields of `Provenance` about the licence."""
+    files = [name for name in LICENSE_FILES if (folder / name).is_file()]
     if given is not None:
         _check_licence(given, "")
         return {"license": given, "license_from": "stated by the author of this card"}
@@ -99,17 +100,16 @@ def _licence(folder: Path, stated: dict, given: str | None) -> dict[str, str]:
         _check_licence(stated["license"].lower(), f"{folder / README}: ")
         found = {key: stated[key] for key in ("license", "license_name", "license_link") if _strings(stated.get(key))}
         link = found.get("license_link", "")
-        if link and not link.startswith(("https://", "http://")) and not (folder / link).is_file():
-            del found["license_link"]
+        if not link.startswith(("https://", "http://")) and link not in files:
+            found.pop("license_link", None)
         return {**found, "license_from": "taken from the card of the checkpoint"}
-    name = next((name for name in LICENSE_FILES if (folder / name).is_file()), None)
-    if name is None:
+    if not files:
         return {}
-    text = (folder / name).read_text(encoding="utf-8", errors="replace")
-    known = next((key for key, pattern in LICENSE_TEXTS.items() if re.search(pattern, text)), None)
-    if known:
-        return {"license": known, "license_from": f"read from {name}"}
-    return {"license": "other", "license_link": name, "license_from": f"the text in {name}"}
+    text = (folder / files[0]).read_text(encoding="utf-8", errors="replace")
+    for known, pattern in LICENSE_TEXTS.items():
+        if re.search(pattern, text):
+            return {"license": known, "license_from": f"read from {files[0]}"}
+    return {"license": "other", "license_link": files[0], "license_from": f"the text in {files[0]}"}
 
 
 def _check_licence(value: str, where: str):

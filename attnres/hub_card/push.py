@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..conversion.inspection import shown_size
 from ..messages import one_line
-from .validation import check_folder
+from .leaks import check_folder
 
 
 def upload_list(folder: Path) -> str:

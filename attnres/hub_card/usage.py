@@ -44,23 +44,13 @@ for sublayer, weights in enumerate(depth_weights):
 
 
 def snippets(name: str, has_depth_mixer: bool) -> dict[str, str]:
-    """Returns the code of the snippets by title; they run one after the other.
-
-    Args:
-        name: argument of `from_pretrained`: a hub id or a folder.
-        has_depth_mixer: whether the model mixes over depth.
-    """
+    """Returns the code of the snippets by title; they run one after the other and load the model by `name`."""
     found = {"Generate": GENERATE.format(name=json.dumps(name, ensure_ascii=False))}
     return found | {"Look at the depth weights": DEPTH_WEIGHTS} if has_depth_mixer else found
 
 
 def run(code: dict[str, str], folder: Path, name: str) -> None:
-    """Runs the snippets on a folder, offline and without this package.
-
-    Args:
-        code: snippets by title.
-        folder: folder to load when the code says `name`.
-        name: hub id or folder name.
+    """Runs the snippets on a folder, which they load by `name`, offline and without this package.
 
     Raises:
         ValueError: a snippet failed; the message ends with the last line of Python's output.
@@ -83,7 +73,6 @@ def run(code: dict[str, str], folder: Path, name: str) -> None:
             cwd=Path(temporary) / "run",
             env=environment,
             capture_output=True,
-            text=True,
             encoding="utf-8",
             errors="replace",
         )

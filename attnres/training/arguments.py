@@ -4,7 +4,7 @@ import argparse
 import difflib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -34,9 +34,8 @@ DEFAULTS = {
 TAKE_LISTS = frozenset(["report_to", "optim_target_modules", "debug"])
 
 
-def _option(default, help: str, metavar: str | None = None):
-    metadata = {"help": help} if metavar is None else {"help": help, "metavar": metavar}
-    return field(default=default, metadata=metadata)
+def _option(default, help: str):
+    return field(default=default, metadata={"help": help})
 
 
 _DATA = {"metavar": "DATA", "nargs": "+", "action": "extend"}
@@ -46,11 +45,9 @@ _DATA = {"metavar": "DATA", "nargs": "+", "action": "extend"}
 class RunArguments:
     """Arguments of a run that are not part of `TrainingArguments`."""
 
-    _argument_group_name = "run"
-
-    out: str = _option("train-out", "folder for checkpoints and, at the end, the trained model", "DIR")
-    resume: bool = _option(False, "continue the run in DIR from its last complete checkpoint")
-    tokenizer: str | None = _option(None, "folder or hub id of the tokenizer (default: the tokenizer of MODEL)", "NAME")
+    out: str = _option("train-out", "folder for checkpoints and, at the end, the trained model")
+    resume: bool = _option(False, "continue the run in --out from its last complete checkpoint")
+    tokenizer: str | None = _option(None, "folder or hub id of the tokenizer (default: the tokenizer of MODEL)")
     trust_remote_code: bool = _option(False, "run code that comes with the tokenizer")
     dtype: Literal["float32", "bfloat16", "auto"] = _option(
         "float32",
@@ -61,35 +58,35 @@ class RunArguments:
         None, "kind of depth mixing (default: that of MODEL, or block for a PreNorm MODEL)"
     )
     num_blocks: int | None = _option(
-        None, "number of blocks for a PreNorm MODEL; fewer if N does not divide its layers (default: 8)", "N"
+        None, "number of blocks for a PreNorm MODEL; fewer if N does not divide its layers (default: 8)"
     )
-    layers_per_block: int | None = _option(None, "decoder layers per block, instead of --num-blocks", "K")
+    layers_per_block: int | None = _option(None, "decoder layers per block, instead of --num-blocks")
 
     data: list[str] = field(
         default_factory=list,
         metadata=_DATA | {"help": "training data: text, .jsonl or .parquet files, folders, or hub ids of data sets"},
     )
-    data_config: str | None = _option(None, "configuration of the data set, for example wikitext-2-raw-v1", "NAME")
-    split: str = _option("train", "split to train on, if DATA is a folder or a hub id", "NAME")
-    text_field: str = _option("text", "column that holds the text", "NAME")
+    data_config: str | None = _option(None, "configuration of the data set, for example wikitext-2-raw-v1")
+    split: str = _option("train", "split to train on, if DATA is a folder or a hub id")
+    text_field: str = _option("text", "column that holds the text")
     eval_data: list[str] = field(
         default_factory=list, metadata=_DATA | {"help": "held-out data, in the same forms as --data"}
     )
-    eval_split: str | None = _option(None, "held-out split of --eval-data, or of --data without --eval-data", "NAME")
-    eval_fraction: float | None = _option(None, "share of the training sequences to hold out, from the end", "SHARE")
+    eval_split: str | None = _option(None, "held-out split of --eval-data, or of --data without --eval-data")
+    eval_fraction: float | None = _option(None, "share of the training sequences to hold out, from the end")
     streaming: bool = _option(False, "read the data in order during training; needs --max-steps")
     sequence_length: int | None = _option(
-        None, f"tokens per sequence (default: {DEFAULT_SEQUENCE_LENGTH}, or fewer if the model takes fewer)", "TOKENS"
+        None, f"tokens per sequence (default: {DEFAULT_SEQUENCE_LENGTH}, or fewer if the model takes fewer)"
     )
 
     train: Literal["all", "depth", "lora"] = _option(
         "all", "train all weights, only the depth mixer, or LoRA adapters and the depth mixer"
     )
-    lora_rank: int = _option(16, "rank of the LoRA adapters", "N")
+    lora_rank: int = _option(16, "rank of the LoRA adapters")
     lora_alpha: float | None = _option(
-        None, "scale of the LoRA adapters, which is divided by their rank (default: twice the rank)", "ALPHA"
+        None, "scale of the LoRA adapters, which is divided by their rank (default: twice the rank)"
     )
-    lora_dropout: float = _option(0.0, "dropout probability in the LoRA adapters", "P")
+    lora_dropout: float = _option(0.0, "dropout probability in the LoRA adapters")
     optimizer: Literal["adamw", "muon"] = _option(
         "adamw", "AdamW for all weights, or Muon for the backbone's matrices and AdamW for the rest"
     )
@@ -97,7 +94,6 @@ class RunArguments:
         None,
         "peak learning rate of the depth mixer (default: --learning-rate; at most 1e-4 for a converted model, unless "
         "only the depth mixer is trained)",
-        "LR",
     )
     schedule: Literal["cosine", "wsd"] | None = _option(
         None,
@@ -105,7 +101,7 @@ class RunArguments:
         "of the steps (default: cosine, unless --lr-scheduler-type is given)",
     )
     depth_dynamics: bool = _option(True, "log training dynamics over depth, which `attnres dynamics DIR` shows")
-    depth_dynamics_steps: int = _option(100, "steps between two measurements of the dynamics over depth", "N")
+    depth_dynamics_steps: int = _option(100, "steps between two measurements of the dynamics over depth")
 
     @property
     def evaluates(self) -> bool:
@@ -160,10 +156,6 @@ def parse(command_line: Sequence[str]) -> Run:
     given = _read(parser, command_line)
     if "config" in given:
         given = {**_from_yaml(Path(given.pop("config")), parser), **given}
-    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
-        new = old.replace("gradient", "activation")  # the name in transformers 5.23, which warns about the old one
-        if old in given and new in TrainingArguments.__dataclass_fields__:
-            given.setdefault(new, given.pop(old))
     if "out" not in given and "output_dir" in given:
         given["out"] = given.pop("output_dir")
     model = given.pop("model", None)
@@ -203,18 +195,10 @@ def _parser() -> _Parser:
     parser.add_argument("--config", metavar="FILE", help="YAML file with values for these options; flags win")
     for action in parser._actions:
         _complete(action)
-    run = next(group for group in parser._action_groups if group.title == RunArguments._argument_group_name)
-    parser._action_groups.remove(run)
-    parser._action_groups.insert(1, run)
     return parser
 
 
-_SHOWN_DEFAULTS = {
-    **DEFAULTS,
-    "lr_scheduler_type": "the scheduler of --schedule",
-    "warmup_steps": WARMUP,
-    "output_dir": "the folder of --out",
-}
+_SHOWN_DEFAULTS = {**DEFAULTS, "lr_scheduler_type": "that of --schedule", "warmup_steps": WARMUP}
 
 
 def _complete(action: argparse.Action):
@@ -248,104 +232,54 @@ def _read(parser: _Parser, words: Sequence[str]) -> dict:
     given, unknown = parser.parse_known_args(words)
     if unknown:
         name = unknown[0].partition("=")[0]
-        parser.error(f"unknown argument {name}{_suggestion(name.replace('_', '-'), parser._option_string_actions)}")
+        close = difflib.get_close_matches(name.replace("_", "-"), parser._option_string_actions, 1)
+        parser.error(f"unknown argument {name}{f'; did you mean {close[0]}?' if close else ''}")
     return vars(given)
-
-
-def _suggestion(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-class _Loader(yaml.SafeLoader):
-    """A YAML loader that refuses duplicate names, of which YAML would silently take the last."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            name = str(self.construct_object(key)).replace("-", "_")
-            if name in seen:
-                raise ValueError(f"line {key.start_mark.line + 1}: {name} is given twice; keep one of the two")
-            seen.add(name)
-        return super().construct_mapping(node, deep)
 
 
 def _from_yaml(path: Path, parser: _Parser) -> dict:
     """Reads a YAML file through the parser of the flags, so that names, types and error messages are the same."""
-    known = {option.lstrip("-").replace("-", "_"): action for option, action in parser._option_string_actions.items()}
     words, direct = [], {}
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("must have lines of names and values, such as learning_rate: 3e-4")
         for key, value in content.items():
             name = str(key).replace("-", "_")
-            if name != "model" and (name not in known or name in ("config", "help", "h")):
-                raise ValueError(f"unknown name {key}{_suggestion(name, known)}")
-            if name == "model" or (isinstance(value, list) and name in TAKE_LISTS):
+            nargs = getattr(parser._option_string_actions.get(flag(name)), "nargs", None)
+            if name == "model":
+                direct[name] = str(value)
+            elif name in TAKE_LISTS and isinstance(value, list):
                 direct[name] = value
+            elif nargs == "+" and isinstance(value, list):
+                words += [flag(name), *map(str, value)]
+            elif nargs == 0 and value is True:  # --no-...
+                words.append(flag(name))
             elif value is not None:
-                words += _as_words(name, value, known[name])
-        if not isinstance(direct.get("model", ""), str):
-            raise ValueError(f"model must be a folder, a hub id or a config.json, got {direct['model']!r}")
+                value = "no" if value is False else value  # YAML reads `no` as false
+                words.append(f"{flag(name)}={json.dumps(value) if isinstance(value, dict) else value}")
         return {**_read(parser, words), **direct}
     except (OSError, yaml.YAMLError, ValueError) as error:
         raise ValueError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _as_words(name: str, value, action: argparse.Action) -> list[str]:
-    if action.nargs == 0:  # --no-...
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} must be true or false, got {value!r}")
-        return [flag(name)] if value else []
-    if isinstance(value, list):
-        if action.nargs != "+":
-            raise ValueError(f"{name} takes one value, got {value}")
-        return [flag(name), *map(str, value)]
-    if value is False and "no" in (action.choices or ()):  # YAML reads `no` as false
-        value = "no"
-    return [f"{flag(name)}={json.dumps(value) if isinstance(value, dict) else value}"]
-
-
 def _check_together(arguments: RunArguments, given: dict):
     """Refuses arguments that contradict each other."""
-    muon, train, fraction = arguments.optimizer == "muon", arguments.train, arguments.eval_fraction
-    output_dir, strategy = given.get("output_dir", arguments.out), given.get("eval_strategy", "no")
+    names, lora, muon = given.keys(), arguments.train == "lora", arguments.optimizer == "muon"
+    fraction = arguments.eval_fraction is not None
     mistakes = {
         "--data is missing; name files, a folder or a hub id to train on": not arguments.data,
-        "--out and --output-dir name two folders; leave out --output-dir": Path(output_dir) != Path(arguments.out),
-        "--resume-from-checkpoint is not supported; use --resume, which takes the last complete checkpoint of --out": (
-            "resume_from_checkpoint" in given
-        ),
-        f"--lora-rank, --lora-alpha and --lora-dropout need --train lora, got --train {train}": (
-            train != "lora" and any(name.startswith("lora_") for name in given)
-        ),
-        "--resume needs the optimizer states that --save-only-model leaves out of the checkpoints": (
-            arguments.resume and given.get("save_only_model")
-        ),
-        "--push-to-hub would replace the merged model by the adapter; push the model with `attnres card --push`": (
-            train == "lora" and given.get("push_to_hub")
-        ),
-        "--schedule and --lr-scheduler-type both set the schedule; leave one out": (
-            arguments.schedule is not None and "lr_scheduler_type" in given
-        ),
-        "--optimizer muon and --optim or --optim-args both set the optimizer; leave one out": (
-            muon and ("optim" in given or "optim_args" in given)
-        ),
-        f"--optimizer muon trains the backbone's matrices, which --train {train} freezes; use --optimizer adamw": (
-            muon and train != "all"
-        ),
-        "--streaming needs --max-steps, because the length of a stream is unknown": (
-            arguments.streaming and "max_steps" not in given
-        ),
-        "--eval-fraction does not work with --streaming, which has no end; use --eval-data or --eval-split": (
-            arguments.streaming and fraction is not None
-        ),
-        "--eval-fraction and --eval-data or --eval-split both set the held-out data; leave one out": (
-            fraction is not None and (arguments.eval_data or arguments.eval_split)
-        ),
-        f"--eval-strategy {strategy} needs --eval-data, --eval-split or --eval-fraction": (
-            strategy != "no" and not arguments.evaluates
+        "--out and --output-dir are the same; leave one out": {"out", "output_dir"} <= names,
+        "--resume-from-checkpoint is not supported; use --resume": "resume_from_checkpoint" in names,
+        "--lora-... needs --train lora": not lora and any(name.startswith("lora_") for name in names),
+        "--resume needs what --save-only-model leaves out": arguments.resume and given.get("save_only_model"),
+        "--push-to-hub would push the adapter; use `attnres card --push`": lora and given.get("push_to_hub"),
+        "--schedule excludes --lr-scheduler-type; leave one out": {"schedule", "lr_scheduler_type"} <= names,
+        "--optimizer muon excludes --optim and --optim-args; leave one out": muon and {"optim", "optim_args"} & names,
+        "--optimizer muon needs --train all": muon and arguments.train != "all",
+        "--eval-fraction does not work with --streaming; use --eval-data": fraction and arguments.streaming,
+        "--eval-fraction excludes --eval-data and --eval-split; leave one out": (
+            fraction and (arguments.eval_data or arguments.eval_split)
         ),
     }
     for message, applies in mistakes.items():

@@ -1,21 +1,18 @@
 """`attnres train`: reads and checks everything, then trains and saves the model."""
 
 import json
-import os
 from collections.abc import Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import datasets
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from .. import AttnResConfig, AttnResForCausalLM, DepthDynamicsCallback
-from ..messages import one_line, say
+from ..messages import is_first, one_line, say
 from . import run_folder
 from .arguments import DEFAULT_SEQUENCE_LENGTH, Run, RunArguments, parse
 from .data import Source, Stream, collate, digest, sequences, tokenizer_digest
@@ -32,13 +29,13 @@ def run(command_line: Sequence[str]):
     """Trains a model according to a command line.
 
     Raises:
-        ValueError: the command line, the model or the data cannot be used; nothing has been written.
+        ValueError: the command line, the model or the data cannot be used; no file has been written.
         OSError: a file or folder cannot be read or written.
         Stopped: the run ended before its last step.
     """
     parsed = parse(command_line)
     arguments, training = parsed.arguments, parsed.training
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         datasets.disable_progress_bars()
@@ -54,32 +51,26 @@ def run(command_line: Sequence[str]):
     with training.main_process_first(desc="data"):
         train_data, eval_data = _data(sources, arguments, tokenizer, length)
     record = _record(parsed, model, tokenizer, sources)
-    checkpoint = None
-    if arguments.resume:
-        run_folder.check_same_run(out, record)
-        checkpoint = run_folder.last_checkpoint(out)
-    if checkpoint is not None:
-        run_folder.check_undamaged(checkpoint)
+    checkpoint = run_folder.checkpoint_of_same_run(out, record) if arguments.resume else None
 
     def begin():
         run_folder.begin(out, record)
         if arguments.resume:
             say(f"resuming from {checkpoint or 'the beginning, because there is no complete checkpoint yet'}")
 
-    with _no_empty_folder(out):
-        trainer = RunTrainer(
-            model=_trained_part(model, arguments),
-            args=training,
-            train_dataset=train_data,
-            eval_dataset=eval_data,
-            data_collator=collate,
-            processing_class=tokenizer,
-            callbacks=[DepthDynamicsCallback(arguments.depth_dynamics_steps)] if arguments.depth_dynamics else [],
-            muon=arguments.optimizer == "muon",
-            depth_learning_rate=_depth_learning_rate(parsed, model),
-            begin=begin,
-        )
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer = RunTrainer(
+        model=_trained_part(model, arguments),
+        args=training,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        data_collator=collate,
+        processing_class=tokenizer,
+        callbacks=[DepthDynamicsCallback(arguments.depth_dynamics_steps)] if arguments.depth_dynamics else [],
+        muon=arguments.optimizer == "muon",
+        depth_learning_rate=_depth_learning_rate(parsed, model),
+        begin=begin,
+    )
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     _save(trainer, parsed)
     if trainer.is_world_process_zero():
         _report(trainer, out)
@@ -92,19 +83,6 @@ def _depth_learning_rate(parsed: Run, model: AttnResForCausalLM) -> float | None
     if given is not None or parsed.arguments.train == "depth" or not is_converted:
         return given
     return min(parsed.training.learning_rate, CONVERTED_DEPTH_RATE)
-
-
-@contextmanager
-def _no_empty_folder(out: Path):
-    """Removes the folder that Trainer creates if a later check fails and nothing has been written."""
-    existed = out.exists()
-    try:
-        yield
-    except BaseException:
-        if not existed:
-            with suppress(OSError):
-                out.rmdir()
-        raise
 
 
 def load_model(parsed: Run) -> AttnResForCausalLM:
@@ -202,19 +180,14 @@ def _data(sources: Sources, arguments: RunArguments, tokenizer: PreTrainedTokeni
 
 
 def _record(parsed: Run, model: AttnResForCausalLM, tokenizer: PreTrainedTokenizerBase, sources: Sources) -> dict:
-    """Returns everything that the weights depend on, the same in all processes."""
-    training = parsed.training
-    digests = [None, None]
-    if training.process_index == 0:
-        digests = [source and digest(source) for source in sources]
-    if training.world_size > 1:
-        broadcast_object_list(digests)
-    own = {"model": parsed.model, "processes": training.world_size}
+    """Returns everything that the weights depend on."""
+    own = {"model": parsed.model, "processes": parsed.training.world_size}
+    train, held_out = sources
     return {
-        "arguments": {**own, **asdict(parsed.arguments), **training.to_dict()},
+        "arguments": {**own, **asdict(parsed.arguments), **parsed.training.to_dict()},
         "content": {
-            "training data": digests[0],
-            "held-out data": digests[1],
+            "training data": digest(train),
+            "held-out data": held_out and digest(held_out),
             "tokenizer": tokenizer_digest(tokenizer),
             "configuration": json.loads(model.config.to_json_string(use_diff=False)),
         },

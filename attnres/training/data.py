@@ -5,22 +5,21 @@ Positions do not start over at a document, and attention reaches across document
 """
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import datasets
 import torch
+from datasets.packaged_modules.text.text import Text
+from huggingface_hub.utils.sha import sha_fileobj
 from transformers import PreTrainedTokenizerBase
 
 from ..messages import one_line
 
-if TYPE_CHECKING:
-    import datasets
-
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # by file name; other files are text
-COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 PIECE = 1_000_000  # characters per call of a tokenizer, which needs many times as much memory
 
 
@@ -34,14 +33,12 @@ class Source:
     text_field: str
 
 
-def sequences(source: Source, tokenizer: PreTrainedTokenizerBase, length: int) -> "datasets.Dataset":
+def sequences(source: Source, tokenizer: PreTrainedTokenizerBase, length: int) -> datasets.Dataset:
     """Returns all sequences of a source as rows of `length` `input_ids`, stored in the cache of `datasets`.
 
     Raises:
         ValueError: the data are missing, cannot be read, or have too few tokens for a sequence.
     """
-    import datasets
-
     tokens = datasets.concatenate_datasets(
         [_tokens(_load(name, source, streaming=False), name, tokenizer) for name in source.names]
     )
@@ -93,14 +90,12 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 def digest(source: Source) -> str:
     """Returns a digest that identifies documents: files by their content, data on the hub by their revision."""
-    from datasets import load_dataset_builder
-
     parts = []
     for name in source.names:
         if Path(name).is_file():
             parts.append(_file_digest(Path(name)))
         else:
-            builder = load_dataset_builder(name, source.config)
+            builder = datasets.load_dataset_builder(name, source.config)
             files = (builder.config.data_files or {}).get(source.split, [])
             parts += [_file_digest(Path(file)) if Path(file).is_file() else str(file) for file in files]
             parts.append(source.split)
@@ -116,11 +111,8 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _load(name: str, source: Source, streaming: bool):
     """Returns a data set with the single column `text`; a text file is one document."""
-    import datasets
-    from datasets.packaged_modules.text.text import Text
-
     path = Path(name)
-    suffix = _suffix(name)
+    suffix = Path(re.sub(r"\.(gz|zst|xz|bz2)$", "", name)).suffix.lower()
     # Asking the hub for a file that does not exist would take minutes without a network.
     names_a_file = name.startswith((".", "/", "~")) or name.count("/") > 1 or suffix in (".txt", ".md", *FORMATS)
     if not path.exists() and names_a_file:
@@ -128,14 +120,12 @@ def _load(name: str, source: Source, streaming: bool):
     if path.is_file() and (source.config is not None or source.split != "train"):
         raise ValueError(f"{name}: a file has no configurations and splits; leave out --data-config and splits")
     try:
+        place = {"path": name, "name": source.config}
         if path.is_file():
-            kind = FORMATS.get(suffix, "text")
-            options = {"sample_by": "document"} if kind == "text" else {}
-            found = datasets.load_dataset(kind, data_files=[name], split="train", streaming=streaming, **options)
-        else:
-            is_text = isinstance(datasets.load_dataset_builder(name, source.config), Text)
-            options = {"sample_by": "document"} if is_text else {}
-            found = datasets.load_dataset(name, source.config, split=source.split, streaming=streaming, **options)
+            place = {"path": FORMATS.get(suffix, "text"), "data_files": [name]}
+        if isinstance(datasets.load_dataset_builder(**place), Text):
+            place["sample_by"] = "document"
+        found = datasets.load_dataset(**place, split=source.split, streaming=streaming)
         columns = found.column_names or list(next(iter(found), {}))
     except Exception as error:
         cause = (isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__) or error
@@ -150,15 +140,7 @@ def _load(name: str, source: Source, streaming: bool):
     return found if source.text_field == "text" else found.rename_column(source.text_field, "text")
 
 
-def _suffix(name: str) -> str:
-    for ending in COMPRESSED:
-        name = name.removesuffix(ending)
-    return Path(name).suffix.lower()
-
-
 def _tokens(documents, name: str, tokenizer: PreTrainedTokenizerBase):
-    import datasets
-
     features = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))})
     options = {"batched": True, "batch_size": 100, "remove_columns": ["text"], "features": features}
     if isinstance(documents, datasets.Dataset):
@@ -217,8 +199,5 @@ def _digest(*parts: str) -> str:
 
 
 def _file_digest(path: Path) -> str:
-    found = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
+        return sha_fileobj(file).hex()

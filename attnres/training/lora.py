@@ -39,12 +39,9 @@ def save_with_adapter(
 ):
     """Replaces a folder with a saved adapter by one with the merged model and the adapter in a subfolder.
 
-    Args:
-        folder: folder of the adapter.
-        model: the model as it was before training, which works for any kind of distributed training.
-        tokenizer: tokenizer of the model.
-        base: final path of the subfolder `BASE`, which gets the converted model and is named by the adapter. Without
-            it, PEFT would load the adapter of a converted model onto the plain model and ignore the depth mixer.
+    `model` is the model before training, so that this works for any kind of distributed training. `base` is the final
+    path of the subfolder `BASE`, which gets the converted model and is named by the adapter: otherwise PEFT would load
+    the adapter of a converted model onto the plain model and ignore the depth mixer.
     """
     from peft import PeftConfig, PeftModel
 

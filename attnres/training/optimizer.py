@@ -65,15 +65,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         super().__setstate__(state)
         self._share()
 
-    @torch.no_grad()
     def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        """Makes a step with the gradients of the parameters; Trainer passes no closure."""
         for part in self.parts:
             part.step()
-        return loss
 
 
 def muon_with_adamw(model: nn.Module, decayed: set[str], arguments: TrainingArguments) -> MuonWithAdamW:

@@ -40,12 +40,8 @@ def last_checkpoint(folder: Path) -> Path | None:
     return numbered[max(numbered)] if numbered else None
 
 
-def check_undamaged(checkpoint: Path):
-    """Opens the files of a checkpoint, so that a truncated file is reported before anything is loaded.
-
-    Raises:
-        ValueError: a file is damaged.
-    """
+def _check_undamaged(checkpoint: Path):
+    """Opens the files of a checkpoint, so that a truncated file is reported before anything is loaded."""
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         try:
             if path.suffix == ".json":
@@ -71,24 +67,15 @@ def check_place(folder: Path, resume: bool):
     if resume:
         if not (folder / RECORD).is_file():
             raise ValueError(f"{folder}: holds no run to resume (no {RECORD}); leave out --resume to start one")
-    elif folder.exists() and not (folder.is_dir() and all(_is_leftover(path) for path in folder.iterdir())):
+    elif folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder}: is not empty; use --resume to continue the run in it, or start in another --out")
     check_writable(folder)
 
 
-def _is_leftover(path: Path) -> bool:
-    return path.name == UNFINISHED or path.name.startswith(f".{RECORD}.")
-
-
 def begin(folder: Path, record: dict):
     """Writes the record of a run and removes what an interrupted run had not finished."""
-    remove_unfinished(folder)
-    write_text(folder / RECORD, json.dumps(record, indent=2, sort_keys=True, default=str) + "\n")
-
-
-def remove_unfinished(folder: Path):
-    """Removes the subfolder of unfinished files."""
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    write_text(folder / RECORD, json.dumps(record, indent=2, sort_keys=True, default=str) + "\n")
 
 
 def name_checkpoint(written: Path, folder: Path):
@@ -106,14 +93,14 @@ def put_in_place(folder: Path, name: str):
         if target.is_dir():
             shutil.rmtree(target)
         os.replace(path, target)
-    remove_unfinished(folder)
+    shutil.rmtree(folder / UNFINISHED)
 
 
-def check_same_run(folder: Path, record: dict):
-    """Checks that a run is resumed with the arguments, data, tokenizer and model that it began with.
+def checkpoint_of_same_run(folder: Path, record: dict) -> Path | None:
+    """Returns the last checkpoint of a run that is resumed with what it began with; None if there is none.
 
     Raises:
-        ValueError: something that affects the weights has changed, or the record in the folder is damaged.
+        ValueError: something that affects the weights has changed, or the record or the checkpoint is damaged.
     """
     try:
         began = json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -126,13 +113,11 @@ def check_same_run(folder: Path, record: dict):
         for name in sorted((then.keys() & now[part].keys()) - may_change):  # fields differ by transformers version
             if then[name] != now[part][name]:
                 what = flag(name) if part == "arguments" else name
-                last = next((path for path in (last_checkpoint(folder), folder) if path and _has_model(path)), None)
-                start = "" if last is None else f", or train {last} as a new run with another --out"
                 raise ValueError(
                     f"{folder}: {what} was {then[name]} when the run began and is {now[part][name]} now; resume with "
-                    f"the old value{start}"
+                    "the old value, or start a new run with another --out"
                 )
-
-
-def _has_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file()  # checkpoints of --train lora have adapters only
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is not None:
+        _check_undamaged(checkpoint)
+    return checkpoint

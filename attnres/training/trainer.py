@@ -168,10 +168,9 @@ class RunTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
         folder = Path(output_dir or self.args.output_dir)
         # Trainer saves FSDP shards without the configuration that `attnres convert` needs to join them.
-        if self.is_fsdp_enabled and self.args.should_save and not (folder / "config.json").is_file():
+        if self.is_fsdp_enabled and self.args.should_save:
             self.model.config.save_pretrained(folder)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
 
     def save_whole_model(self, folder: Path):
         """Saves the model in one piece, also if it is sharded; every process must call this."""

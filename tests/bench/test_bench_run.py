@@ -169,13 +169,13 @@ def test_values_out_of_range_are_one_line_and_status_2(arguments, message, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--depths 12,0", "'--depths': must be whole numbers of at least 1, joined by commas, got 0"),
+        ("--depths 12,0", "'--depths': must be whole numbers of at least 1, joined by commas, got 12,0"),
         ("--tokens many", "'--tokens': must be whole numbers of at least 1, joined by commas, got many"),
         ("--num-blocks 2 --layers-per-block 2", "exclude each other; leave one out"),
         ("--depth-shape 8,4,6", "must be four whole numbers of at least 1: L,S,T,D, got 8,4,6"),
         ("--depth-shape 7,2,6,16", "sublayers must be even, because a decoder layer is two sublayers; got 7"),
         ("--depth-shape 4,8,6,16", "sublayers_per_block must be at most sublayers=4, got 8"),
-        ("--rounds 0", "'--rounds': must be a whole number of at least 1, got 0"),
+        ("--rounds 0", "'--rounds': 0 is not in the range x>=1"),
     ],
 )
 def test_malformed_options_are_one_line_and_status_2(arguments, message, capsys):

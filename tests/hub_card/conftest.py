@@ -8,6 +8,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "eval"))  # tiny_eval: a mirror of three data sets
 
+from once import once
 from tiny_card import save_checkpoint
 from tiny_eval import CONFIGS, ITEMS, Scripted, write_data_set
 
@@ -18,9 +19,12 @@ from attnres.hub_card import build
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
-    folder = save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "source")
-    (folder / "LICENSE").write_text("Apache License\n   Version 2.0, January 2004\n")
-    return folder
+    def make(top):
+        folder = save_checkpoint(top / "source")
+        (folder / "LICENSE").write_text("Apache License\n   Version 2.0, January 2004\n")
+        return folder
+
+    return once(tmp_path_factory, "card-checkpoint", make)
 
 
 @pytest.fixture
@@ -70,12 +74,15 @@ def measure(checkpoint, small_mirror, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def results(measure) -> Path:
-    return measure("gsm8k,gpqa_diamond,arc_challenge")
+def results(measure, tmp_path_factory) -> Path:
+    return once(tmp_path_factory, "card-results", lambda _: measure("gsm8k,gpqa_diamond,arc_challenge"))
 
 
 @pytest.fixture(scope="session")
 def hub_folder(checkpoint, results, tmp_path_factory) -> Path:
     """Built with all that is run and checked."""
-    out = tmp_path_factory.mktemp("hub") / "tiny-attnres"
-    return build(checkpoint, out, [results], language="en", base_model="someone/plain-qwen")
+
+    def make(top):
+        return build(checkpoint, top / "tiny-attnres", [results], language="en", base_model="someone/plain-qwen")
+
+    return once(tmp_path_factory, "card-folder", make)

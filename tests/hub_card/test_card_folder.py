@@ -43,6 +43,13 @@ def test_the_folder_has_weights_tokenizer_code_card_and_figure(hub_folder, check
     assert (hub_folder / "depth-weights.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_card_has_no_placeholder_and_links_only_to_files_of_the_folder(hub_folder):
+    card = (hub_folder / "README.md").read_text(encoding="utf-8")
+    assert not re.search(r"\{\{|\}\}|\[More Information Needed\]", card)
+    links = re.findall(r"\]\((?!https?://)([^)\s]+)\)", card)
+    assert "depth-weights.png" in links and all((hub_folder / link).is_file() for link in links)
+
+
 def test_the_checkpoint_is_left_alone(hub_folder, checkpoint):
     assert not (checkpoint / "README.md").exists() and not list(checkpoint.glob("*.py"))
     assert not list(hub_folder.parent.glob(".*"))
@@ -110,35 +117,27 @@ def test_depth_table_counts_what_the_model_mixes(hub_folder):
     assert f"| output |  |  | {counts[-1]} |  |" in section(hub_folder, "Depth")
 
 
-def test_usage_snippets_are_what_ran(hub_folder, tmp_path):
-    """Extracted from the card and run once more, beside the folder."""
+def test_without_the_package_the_snippets_run_and_the_folder_computes_the_same(hub_folder, tmp_path):
+    """The snippets are extracted from the card and run once more, beside the folder."""
+    ids = torch.tensor([[7, 8, 9, 10, 11]])
+    with torch.no_grad():
+        expected = AttnResForCausalLM.from_pretrained(hub_folder)(input_ids=ids).logits
     text = section(hub_folder, "Usage")
     assert "were run" in text
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     assert '"tiny-attnres"' in code
     script = tmp_path / "usage.py"
-    script.write_text(f"import os\nos.chdir({str(hub_folder.parent)!r})\n{code}\nprint(type(model).__module__)\n")
-    done = run_elsewhere([str(script)], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("transformers_modules.")
-    assert re.search(r"^10 \[[\d., ]+\]$", done.stdout, re.MULTILINE)  # the output's weights, after 5 decoder layers
-
-
-def test_without_the_package_the_folder_computes_the_same(hub_folder, tmp_path):
-    ids = torch.tensor([[7, 8, 9, 10, 11]])
-    with torch.no_grad():
-        expected = AttnResForCausalLM.from_pretrained(hub_folder)(input_ids=ids).logits
-    script = tmp_path / "load.py"
     script.write_text(
-        "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(hub_folder)!r}, trust_remote_code=True)\n"
+        f"import os, sys\nos.chdir({str(hub_folder.parent)!r})\n{code}\nprint(type(model).__module__)\n"
         f"torch.save(model(input_ids=torch.tensor({ids.tolist()})).logits, {str(tmp_path / 'logits')!r})\n"
         "assert 'attnres' not in sys.modules\n"
     )
     done = run_elsewhere([str(script)], tmp_path)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("transformers_modules.")
     # There the equation mixes, here the kernels where numba is installed.
     assert relative_error(torch.load(tmp_path / "logits"), expected) < 1e-5
+    assert re.search(r"^10 \[[\d., ]+\]$", done.stdout, re.MULTILINE)  # the output's weights, after 5 decoder layers
 
 
 @pytest.mark.slow

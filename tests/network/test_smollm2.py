@@ -214,7 +214,7 @@ def test_lm_eval_gives_both_the_same_score(folders, tokenizer, tmp_path):
     from attnres.demo.evaluation import evaluate_with_lm_eval
 
     (tmp_path / "documents.jsonl").write_text(json.dumps({"text": TEXT[:1500]}) + "\n")
-    settings = smollm2.settings_for(True, 0)
+    settings = smollm2.QUICK
     bits = {
         name: evaluate_with_lm_eval(load(folders / name), tokenizer, tmp_path / "documents.jsonl", settings, name)
         for name in ("plain", *MODES)

@@ -5,7 +5,7 @@ The checkpoints have dropout, so that a change of the random numbers shows.
 
 import datasets
 import pytest
-from tiny_train import words, write_lines, write_plain
+from tiny_train import train, words, write_lines, write_plain
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,3 +35,9 @@ def documents(tmp_path_factory):
     """A file with documents of several lengths."""
     texts = [words(3 + 7 * (number % 5), number) for number in range(24)]
     return write_lines(tmp_path_factory.mktemp("data") / "documents.jsonl", texts)
+
+
+@pytest.fixture(scope="session")
+def finished(plain, documents, tmp_path_factory):
+    """The folder of a finished run with the usual options, which no test changes."""
+    return train(plain, documents, tmp_path_factory.mktemp("finished") / "run")

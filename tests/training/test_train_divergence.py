@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_train import command_line, log, train
+from tiny_train import command_line, log
 from transformers import Trainer
 
 from attnres.cli import main
@@ -32,10 +32,6 @@ def times_nan(loss, model):
     return loss * torch.nan
 
 
-def plus_infinity(loss, model):
-    return loss + torch.inf
-
-
 def with_nan_gradient(loss, model):
     """Adds a root at zero, whose slope is infinite, so that the product with zero is NaN."""
     return loss + (next(model.parameters()) * 0).abs().sum().sqrt()
@@ -45,7 +41,6 @@ def with_nan_gradient(loss, model):
     ("spoil", "said"),
     [
         (times_nan, "the loss is NaN or infinite"),
-        (plus_infinity, "the loss is NaN or infinite"),
         (with_nan_gradient, "a gradient is NaN or infinite"),
     ],
 )
@@ -106,10 +101,10 @@ def test_a_learning_rate_that_is_far_too_high_ends_the_run_by_itself(plain, docu
     assert checkpoints(out) == []
 
 
-def test_a_stopped_run_is_resumed_from_its_last_good_checkpoint(plain, documents, tmp_path, monkeypatch):
+def test_a_stopped_run_is_resumed_from_its_last_good_checkpoint(plain, documents, finished, tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as spoiled:
         spoil_loss(spoiled, 5, times_nan)
         assert main(["train", *command_line(plain, documents, out)]) == 1
     assert main(["train", *command_line(plain, documents, out), "--resume"]) == 0
-    assert log(out) == log(train(plain, documents, tmp_path / "whole"))
+    assert log(out) == log(finished)

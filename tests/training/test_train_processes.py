@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from once import once
 from tiny_train import command_line, log, same_weights
 
 RANKS = Path(__file__).with_name("training_ranks.py")
@@ -42,10 +43,13 @@ def launch(*arguments, data_cache):
 @pytest.fixture(scope="module")
 def ranks(mixture, documents, data_cache, tmp_path_factory):
     """Results of both processes, their folder, and their stderr."""
-    top = tmp_path_factory.mktemp("ranks")
-    status, _, err = launch(*TORCHRUN, RANKS, mixture, documents, top, data_cache=data_cache)
-    assert status == 0, err[-3000:]
-    return [json.loads((top / f"outcome-{rank}.json").read_text()) for rank in range(2)], top, err
+
+    def make(top):
+        status, _, err = launch(*TORCHRUN, RANKS, mixture, documents, top, data_cache=data_cache)
+        assert status == 0, err[-3000:]
+        return [json.loads((top / f"outcome-{rank}.json").read_text()) for rank in range(2)], top, err
+
+    return once(tmp_path_factory, "train-ranks", make)
 
 
 def test_a_run_of_two_processes_is_resumed_to_the_bit(ranks):
