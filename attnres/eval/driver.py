@@ -9,10 +9,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from .. import messages
 from ..folders import check_writable
@@ -21,7 +23,7 @@ from .identity import versions
 from .loading import LoadedTask, load_tasks, task_fingerprint
 from .mirror import Mirror, MissingData, serving_metrics
 from .processes import RESUME, ProcessLost, join
-from .progress import quiet_lm_eval, request_bar
+from .progress import quiet_lm_eval
 from .results import write_tables
 from .sample import root as sample_root
 from .scores import row_scores, task_scores
@@ -103,7 +105,8 @@ def evaluate(
     out = Path(out)
     # The arguments are checked inside, so that all processes of a team end with the same error.
     with nullcontext() if team is None else team.leading() as end:
-        settings = replace(settings, limit=_checked_limit(limit))
+        if limit is not None and (not 0 < limit < math.inf or (limit > 1 and limit != int(limit))):
+            raise ValueError(f"limit must be a whole number of items, or a share between 0 and 1, got {limit}")
         if max_length is not None and max_length < 2:
             raise ValueError(f"--max-length {max_length}: must be at least 2, one token each for prompt and answer")
         if team is not None and device_map is not None:
@@ -177,14 +180,14 @@ class _Run:
 
     def _measure_row(self, row: Row, tasks: list[LoadedTask], where: str) -> tuple[dict, list[dict]]:
         """Returns the row's result, without its fingerprint, and its items."""
-        lm, settings, bar = self.subject.lm, self.settings, nullcontext()
+        lm, settings = self.subject.lm, self.settings
         counts = getattr(lm, "counts", {})
         if hasattr(lm, "counts"):
             counts.clear()
             lm.batch_sizes_found.clear()
-            bar = request_bar(lm, where, sys.stderr) if self.progress else bar
+            lm.bar = partial(tqdm, desc=where, unit="request", file=sys.stderr, leave=False, disable=not self.progress)
         started = time.perf_counter()
-        with quiet_lm_eval(), bar:
+        with quiet_lm_eval():
             samples = self._lm_eval(row, tasks, lm)["samples"]
         seconds = time.perf_counter() - started
         items = [item for task in tasks for item in _items(task, samples[task.key])]
@@ -248,8 +251,7 @@ class _Run:
             return None
         changed = records.differences(result["fingerprint"], json.loads(json.dumps(fingerprint, default=str)))
         if changed:
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            self.say(f"{name}: the earlier result is set aside, because of another {', '.join(changed[:3])}{more}")
+            self.say(f"{name}: the earlier result is set aside, because of another {', '.join(changed[:3])}")
             return None
         return result
 
@@ -328,9 +330,3 @@ def _missing_fences(say) -> list[str]:
         lacking = ", ".join(sandbox.FENCES[name] for name in missing)
         say(f"this kernel does not grant model-written programs {lacking}; use a container or a virtual machine")
     return list(missing)
-
-
-def _checked_limit(limit: int | float | None) -> int | float | None:
-    if limit is not None and (not 0 < limit < math.inf or (limit >= 1 and limit != int(limit))):
-        raise ValueError(f"limit must be a whole number of items, or a share between 0 and 1, got {limit}")
-    return int(limit) if limit is not None and limit >= 1 else limit

@@ -41,34 +41,6 @@ def checkpoint_folder(model: str, revision: str | None = None) -> Path:
     return folder
 
 
-def read_config(folder: Path) -> dict:
-    """Returns the content of a checkpoint's config.json.
-
-    Raises:
-        ValueError: the file is not a JSON object.
-    """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({one_line(error, 120)}).") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(config).__name__}.")
-    return config
-
-
-def is_kimi_k3(folder: Path, trust_remote_code: bool) -> bool:
-    """Returns whether a checkpoint has Kimi K3's layout, which transformers would load without its depth mixer.
-
-    A checkpoint that brings its own model code counts as another layout if that code is trusted.
-    """
-    config = read_config(folder)
-    if trust_remote_code and "AutoModelForCausalLM" in (config.get("auto_map") or {}):
-        return False
-    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-    return text.get("model_type") == "kimi_linear" and bool(text.get("attn_res_block_size"))
-
-
 def tokenizer_source(name: str) -> Path:
     """Returns the folder of a tokenizer, downloading it first if `name` is a hub id."""
     folder = Path(name).expanduser()

@@ -109,7 +109,13 @@ def _build(config: dict, row: Row, number: int | None, seed: int, mirror: Mirror
     where = place(repository, name, mirror)
     with _naming_the_data(where, config["task"]):
         task = ConfigurableTask(config=config)
-    _check_shots(task, row.shots, where)
+    # lm-eval draws one more example if the question itself could be among them.
+    needed = row.shots + (task.fewshot_cfg.split == task.config.test_split) if row.shots else 0
+    if (available := len(task.sampler.df)) < needed:
+        raise MissingData(
+            f"{where}: the task {task.config.task} shows {row.shots} examples, which needs at least {needed} items in "
+            f"the split {task.fewshot_cfg.split!r}; it has {available}"
+        )
     task.set_fewshot_seed(seed=seed)
     build = task.build_all_requests
 
@@ -119,19 +125,6 @@ def _build(config: dict, row: Row, number: int | None, seed: int, mirror: Mirror
 
     task.build_all_requests = build_all_requests
     return task
-
-
-def _check_shots(task: "ConfigurableTask", shots: int, where: str) -> None:
-    """Checks that the split of the examples is large enough."""
-    available, split = len(task.sampler.df), task.fewshot_cfg.split
-    # lm-eval draws one more example if the question itself could be among them.
-    needed = shots + (split == task.config.test_split) if shots else 0
-    if available < needed:
-        source = f"the split {split!r}" if split else "it"
-        raise MissingData(
-            f"{where}: the task {task.config.task} shows {shots} examples from {source}, which needs at least {needed} "
-            f"items; it has {available}"
-        )
 
 
 @contextmanager
@@ -144,7 +137,7 @@ def _naming_the_data(where: str, task: str) -> Iterator[None]:
     except Exception as error:
         reason = f"{type(error).__name__}: {one_line(error, 120)}"
         raise MissingData(
-            f"{where}: the task {task} cannot read its items ({reason}); compare their fields with those on the hub"
+            f"{where}: the task {task} cannot read its items ({reason}); compare splits and fields with the hub's"
         ) from error
 
 

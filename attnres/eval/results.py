@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections import defaultdict
 from pathlib import Path
 
 from . import records
@@ -119,12 +120,11 @@ def as_markdown(table: dict) -> str:
 
 def _conditions(table: dict) -> list[str]:
     lines = ["## Measured with", "", f"- model: {_pairs(table['model'])}"]
-    for name, title in (("versions", "packages"), ("settings", "settings")):
-        values = list(table[name].values())
-        if values and all(each == values[0] for each in values):
-            lines.append(f"- {title}: {_pairs(values[0])}")
-        else:
-            lines += [f"- {title} of {row}: {_pairs(each)}" for row, each in table[name].items()]
+    for name in ("versions", "settings"):
+        rows_of = defaultdict(list)
+        for row, values in table[name].items():
+            rows_of[_pairs(values)].append(row)
+        lines += [f"- {name} of {', '.join(rows)}: {values}" for values, rows in rows_of.items()]
     for row in table["rows"]:
         speed = f", {row['tokens_per_second']:.0f} tokens/s" if row["tokens_per_second"] else ""
         lines.append(f"- {row['title']}: {row['wall_seconds']:.1f} s{speed}, seeds {row['seeds']}")

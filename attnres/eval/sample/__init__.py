@@ -12,11 +12,13 @@ import os
 import tempfile
 from pathlib import Path
 
+from ...folders import write_text
+
 ITEMS = Path(__file__).parent / "items"
 
 
 def root(cache: str | Path | None = None) -> Path:
-    """Writes the mirror, unless it is there already, and returns its folder.
+    """Writes the files of the mirror that are not there or differ, and returns its folder.
 
     Args:
         cache: the folder to put it in; by default the user's cache folder, or a temporary folder if the user's cache
@@ -76,27 +78,8 @@ def _card(repository: str, features: list[dict], configs: dict) -> str:
 
 
 def _write(target: Path, content: dict[str, bytes]) -> Path:
-    if _is_complete(target, content):
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Without the fsync of folders.replaced_folder, which takes seconds here: a damaged mirror is written again anyway.
-    with tempfile.TemporaryDirectory(prefix=".sample-", dir=target.parent) as aside:
-        new, old = Path(aside, "new"), Path(aside, "old")
-        for path, data in content.items():
-            (new / path).parent.mkdir(parents=True, exist_ok=True)
-            (new / path).write_bytes(data)
-        try:
-            if target.exists():
-                target.rename(old)
-            new.rename(target)
-        except OSError:
-            if not _is_complete(target, content):  # unless another process was faster
-                raise
+    for path, data in content.items():
+        file = target / path
+        if not file.is_file() or file.read_bytes() != data:
+            write_text(file, data.decode())
     return target
-
-
-def _is_complete(target: Path, content: dict[str, bytes]) -> bool:
-    try:
-        return all((target / path).read_bytes() == data for path, data in content.items())
-    except OSError:
-        return False
