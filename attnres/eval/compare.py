@@ -14,6 +14,7 @@ from statistics import fmean
 
 from ..folders import check_writable
 from . import records, statistics
+from .results import markdown_table
 from .results import marks as marks_of_runs
 from .suites import ROWS
 
@@ -316,7 +317,7 @@ def as_markdown(comparison: Comparison, tests: int | None = None) -> str:
             f"Same within {margin:g} points: two one-sided tests at {100 * ALPHA:g} % each. All rows: {every} "
             "(this needs every row to be the same, so p is not adjusted)."
         )
-    lines += [*_table(table), *notes, ""]
+    lines += [*markdown_table(table), *notes, ""]
     for row in rows:
         same = f"; sameness: {row.equivalence_method}" if row.equivalence_method else ""
         first, second = row.prompts_cut
@@ -328,49 +329,33 @@ def as_markdown(comparison: Comparison, tests: int | None = None) -> str:
 
 
 def matrix_as_markdown(matrix: Matrix) -> str:
-    """Returns the scores of all evaluations, the mean differences of every pair, and each pair's table."""
-    count = len(matrix.folders)
-    pairs = dict(zip(combinations(range(count), 2), matrix.pairs, strict=True))
+    """Returns the scores of all evaluations, the mean difference of every pair, and each pair's table."""
+    names = [f"{second} minus {first}" for first, second in combinations(range(1, len(matrix.folders) + 1), 2)]
     tests = sum(len(pair.rows) for pair in matrix.pairs)
-    same = ", and after = those shown to be the same" if matrix.pairs[0].margin is not None else ""
+    beside_the_first = matrix.pairs[: len(matrix.folders) - 1]
     scores = [
-        {"Row": row.title, "Items": row.items, "1": f"{row.first:.2f}"}
-        | {str(other + 1): f"{pairs[0, other].rows[place].second:.2f}" for other in range(1, count)}
-        for place, row in enumerate(matrix.pairs[0].rows)
+        {"Row": rows[0].title, "Items": rows[0].items, "1": f"{rows[0].first:.2f}"}
+        | {str(number): f"{row.second:.2f}" for number, row in enumerate(rows, 2)}
+        for rows in zip(*(pair.rows for pair in beside_the_first), strict=True)
     ]
+    means = []
+    for name, pair in zip(names, matrix.pairs, strict=True):
+        clear = [row.difference for row in pair.rows if row.p_holm < ALPHA]
+        cells = {"Difference": name, "Mean": f"{fmean(row.difference for row in pair.rows):+.2f}"}
+        cells |= {"Better": sum(each > 0 for each in clear), "Worse": sum(each < 0 for each in clear)}
+        means.append(cells | ({"Same": sum(row.equivalent for row in pair.rows)} if pair.margin is not None else {}))
     lines = [f"{number}. {folder}" for number, folder in enumerate(matrix.folders, 1)]
-    lines += ["", *_table(scores), ""]
+    lines += ["", *markdown_table(scores), ""]
     lines.append(
-        "Mean difference over the rows in points, column minus line; in brackets the rows on which the column is "
-        f"better and worse (p after Holm over {tests} tests below {ALPHA:g}){same}:\n"
+        f"Mean difference in points, and the rows that are better and worse (p after Holm over {tests} tests below "
+        f"{ALPHA:g}) or shown to be the same:\n"
     )
-    lines += _table(
-        [
-            {"": line + 1} | {str(column + 1): _cell(pairs, line, column) for column in range(count)}
-            for line in range(count)
-        ]
-    )
+    lines += markdown_table(means)
     if matrix.left_out:
         lines.append(f"\nNot compared, because not all have them: {', '.join(matrix.left_out)}.")
-    for (first, second), pair in pairs.items():
-        lines += ["", f"## {second + 1} minus {first + 1}", "", as_markdown(pair, tests)]
+    for name, pair in zip(names, matrix.pairs, strict=True):
+        lines += ["", f"## {name}", "", as_markdown(pair, tests)]
     return "\n".join([*lines, ""])
-
-
-def _table(rows: list[dict]) -> list[str]:
-    """Returns the lines of a Markdown table whose columns but the first are aligned to the right."""
-    lines = [f"| {' | '.join(map(str, cells))} |" for cells in [rows[0], *(row.values() for row in rows)]]
-    return [lines[0], f"|---{'|---:' * (len(rows[0]) - 1)}|", *lines[1:]]
-
-
-def _cell(pairs: dict[tuple[int, int], Comparison], line: int, column: int) -> str:
-    if line == column:
-        return ""
-    pair, sign = (pairs[line, column], 1) if line < column else (pairs[column, line], -1)
-    clear = [sign * row.difference for row in pair.rows if row.p_holm < ALPHA]
-    same = f" ={sum(row.equivalent for row in pair.rows)}" if pair.margin is not None else ""
-    mean = sign * fmean(row.difference for row in pair.rows) + 0.0  # no minus zero
-    return f"{mean:+.2f} (+{sum(each > 0 for each in clear)} -{sum(each < 0 for each in clear)}{same})"
 
 
 def write(comparison: Comparison | Matrix, out: str | PathLike) -> list[str]:

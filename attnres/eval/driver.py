@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import random
 import sys
 import time
 import traceback
@@ -15,13 +14,14 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import set_seed
 
 from .. import messages
 from ..folders import check_writable
 from . import records, sandbox
 from .identity import versions
 from .loading import LoadedTask, load_tasks, task_fingerprint
-from .mirror import Mirror, MissingData, serving_metrics
+from .mirror import Mirror, MissingData, serving_code_eval
 from .processes import RESUME, ProcessLost, join
 from .progress import quiet_lm_eval
 from .results import write_tables
@@ -120,7 +120,7 @@ def evaluate(
             check_writable(folder)
         mirror, suite = _mirror(suite, data_dir)
         missing_fences = _missing_fences(say) if any(row.code for row in rows) else []
-        with serving_metrics(mirror is not None, sandbox.SandboxedCodeEval if allow_code_execution else None):
+        with serving_code_eval(sandbox.SandboxedCodeEval()):
             tasks = _load_all(rows, settings, mirror, say)
             subject = describe(model, tokenizer, revision, lm, settings, out, team, say)
             run = _Run(out, suite, settings, mirror, subject, versions(), say, progress)
@@ -209,16 +209,12 @@ class _Run:
         return result, items
 
     def _lm_eval(self, row: Row, tasks: list[LoadedTask], lm):
-        import numpy
         from lm_eval.evaluator import evaluate as run
 
         # Seeded before every row, so that a row does not depend on the rows before it.
-        seed = self.settings.seed
-        random.seed(seed)
-        numpy.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        set_seed(self.settings.seed)
         for task in tasks:
-            task.task.set_fewshot_seed(seed=seed)
+            task.task.set_fewshot_seed(seed=self.settings.seed)
         return run(
             lm=lm,
             task_dict={"tasks": {task.key: task.task for task in tasks}, "groups": {}},
@@ -267,9 +263,7 @@ def _shown(result: dict) -> str:
     """Returns one line on a result."""
     score = result["score"]
     error = f" ± {score['stderr']:.2f}" if score["stderr"] is not None else ""
-    cut = f", {result['prompts_cut']} prompts longer than the context were cut" if result["prompts_cut"] else ""
-    limited = ", LIMITED RUN" if result["limit"] is not None else ""
-    return f"{score['metric']} {score['value']:.2f}{error} on {score['n']} items{cut}{limited}"
+    return f"{score['metric']} {score['value']:.2f}{error} on {score['n']} items"
 
 
 def _items(loaded: LoadedTask, samples: list[dict]) -> list[dict]:
@@ -293,7 +287,7 @@ def _load_all(rows: list[Row], settings: Settings, mirror: Mirror | None, say) -
     for row in rows:
         try:
             with quiet_lm_eval():
-                loaded[row.name] = load_tasks(row, settings.seed, settings.seeds, mirror, settings.chat_template)
+                loaded[row.name] = load_tasks(row, settings.seeds, mirror, settings.chat_template)
         except MissingData as error:
             missing.setdefault(str(error), row.name)
         except (ConnectionError, FileNotFoundError, RuntimeError) as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..folders import replaced_folder
 from ..messages import one_line, say
 from .loading import task_configs
-from .mirror import Mirror, write_card
+from .mirror import README, Mirror, card
 from .suites import Row
 
 SCRIPT_REVISION = "refs/convert/parquet"  # the hub's own conversion of data sets that come as a loading script
@@ -61,7 +61,7 @@ def _download(root: Path, repository: str, names: Iterable[str | None]) -> str:
             configs[label] = {split: f"{label}/{split}.parquet" for split in splits}
             for split, data in splits.items():
                 data.to_parquet(folder / configs[label][split])
-        write_card(folder, configs, f"Copy of {repository} from the hub.")
+        (folder / README).write_text(card(configs, f"Copy of {repository} from the hub."))
     return note
 
 

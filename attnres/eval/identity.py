@@ -8,8 +8,11 @@ import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from huggingface_hub.utils.sha import sha_fileobj
 
 from ..messages import one_line
 
@@ -81,6 +84,7 @@ def model_identity(model, tokenizer) -> dict[str, str]:
     }
 
 
+@cache
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of every installed package that a score may depend on."""
     own = __package__.partition(".")[0]  # not from its metadata: a checkout need not be installed
@@ -104,11 +108,8 @@ def _file_digest(path: Path) -> str:
     target = path.resolve()
     if target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name):
         return target.name  # the hub's cache names a large file by its SHA-256
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return sha_fileobj(file).hex()
 
 
 def _snapshot(model: str, revision: str | None, allow: list[str] | None = None) -> Path:

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -17,7 +17,6 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
 )
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
@@ -32,16 +31,6 @@ LENGTH_NAMES = (
 )  # fmt: skip
 PORTION = 64  # tokens that are generated before finished rows are dropped from a batch
 UNLIMITED = 10**9  # tokenizers without a limit give a huge number
-
-
-class NonFiniteLogits(ArithmeticError):
-    """The model's logits are NaN, so a score would be arbitrary."""
-
-
-class Request(NamedTuple):
-    """The part of an lm-eval request that the model reads."""
-
-    args: tuple
 
 
 class CausalLM(HFLM):
@@ -122,7 +111,7 @@ class CausalLM(HFLM):
             kinds.setdefault(repr(sorted(request.args[1].items())), []).append(unit)
         size = self.batch_size if self.batch_size != "auto" else self._detect_batch_size()
         batches = [batch for units in kinds.values() for batch in plan(units, size, self._shares)]
-        return self._run("generate", [Request(request.args) for request in requests], batches, limit)
+        return self._run("generate", [SimpleNamespace(args=request.args) for request in requests], batches, limit)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
         contexts, answers, questions = [], [], defaultdict(list)
@@ -303,7 +292,7 @@ class CausalLM(HFLM):
             with _plain_greedy(self.model):
                 output = super()._model_generate(
                     tokens, portion, stop, attention_mask=mask, past_key_values=state, return_dict_in_generate=True,
-                    logits_processor=LogitsProcessorList([_RefuseNaN()]), **generation_kwargs,
+                    logits_processor=LogitsProcessorList([lambda _, scores: _without_nan(scores)]), **generation_kwargs,
                 )  # fmt: skip
             tokens, state = output.sequences, output.past_key_values
             self.counts["tokens"] += (tokens.shape[1] - width) * len(rows)
@@ -361,25 +350,18 @@ def _plain_greedy(model) -> Iterator[None]:
     `generation_config=` argument. The object is changed in place, because wrappers such as PEFT share it.
     """
     config = model.generation_config
-    own = dict(vars(config))
-    neutral = GenerationConfig(**{name: own[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
-    vars(config).clear()
-    vars(config).update(vars(neutral))
+    own = vars(config)
+    tokens = {name: own[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config.__dict__ = vars(GenerationConfig(**tokens))
     try:
         yield
     finally:
-        vars(config).clear()
-        vars(config).update(own)
-
-
-class _RefuseNaN(LogitsProcessor):
-    def __call__(self, input_ids, scores):
-        return _without_nan(scores)
+        config.__dict__ = own
 
 
 def _without_nan(logits):
     if torch.isnan(logits).any():
-        raise NonFiniteLogits("the model's logits are NaN")
+        raise ArithmeticError("the model's logits are NaN")
     return logits
 
 
@@ -408,21 +390,21 @@ def with_padding(tokenizer):
     return tokenizer
 
 
-def load_model(folder: str, dtype: str, device_map, trust_remote_code: bool, device: str, load_in_4bit: bool = False):
+def load_model(folder: str, settings):
     """Loads a causal LM through transformers, on one device unless there is a device map.
 
     Raises:
         ValueError: transformers cannot load it, or the weight files lack tensors.
     """
     options = {}  # a None would replace the quantization_config of a quantised checkpoint
-    if load_in_4bit:
+    if settings.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=dtype,
-            device_map=device_map or {"": device},  # a quantised model cannot be moved afterwards
-            trust_remote_code=trust_remote_code,
+            dtype=settings.dtype,
+            device_map=settings.device_map or {"": settings.device},  # a quantised model cannot be moved afterwards
+            trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
             **options,
         )
@@ -448,12 +430,10 @@ def context_length(config, tokenizer, given: int | None, name: str) -> int:
     if given:
         return given
     nested = [getattr(config, key, None) for key in getattr(config, "sub_configs", {})]
-    for place in [config.get_text_config(), config, *nested]:
-        for key in LENGTH_NAMES:
-            value = getattr(place, key, None)
-            if isinstance(value, int) and value > 0:
-                return value
-    length = getattr(tokenizer, "model_max_length", None)
-    if length and length < UNLIMITED:
-        return int(length)
+    lengths = [
+        getattr(place, key, None) for place in (config.get_text_config(), config, *nested) for key in LENGTH_NAMES
+    ]
+    for length in (*lengths, getattr(tokenizer, "model_max_length", None)):
+        if isinstance(length, int) and 0 < length < UNLIMITED:
+            return length
     raise ValueError(f"{name}: neither configuration nor tokenizer says how long an input may be; pass --max-length")

@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -100,42 +100,24 @@ class Mirror:
         return total.hexdigest()
 
 
-def place(repository: str, name: str | None, mirror: Mirror | None) -> str:
-    """Returns the name of a config and its location, for messages."""
-    location = "on the hub" if mirror is None else f"in {mirror.root / repository}"
-    return f"{repository}{f', config {name!r}' if name else ''} {location}"
-
-
-def write_card(folder: Path, configs: dict[str, dict[str, str]], text: str, **fields: str) -> None:
-    """Writes a README.md with these fields and, for each config, the path of each split's file in its front matter."""
+def card(configs: dict[str, dict[str, str]], text: str, **fields: str) -> str:
+    """Returns a README.md whose front matter has these fields and, for each config, the path of each split's file."""
     listed = [
         {"config_name": name, "data_files": [{"split": split, "path": path} for split, path in files.items()]}
         for name, files in configs.items()
     ]
-    front = yaml.safe_dump({**fields, "configs": listed}, allow_unicode=True, sort_keys=False)
-    (folder / README).write_text(f"---\n{front}---\n{text}\n", encoding="utf-8")
+    return f"---\n{json.dumps({**fields, 'configs': listed}, indent=1)}\n---\n{text}\n"  # JSON is YAML
 
 
 @contextmanager
-def serving_metrics(offline: bool, code_metric: Callable[[], object] | None = None) -> Iterator[None]:
-    """Replaces `evaluate.load` in the block; two of lm-eval's tasks call it for "code_eval" when they are imported.
-
-    Args:
-        offline: whether to refuse all other metrics, which would come from the hub.
-        code_metric: makes the metric that runs programs; without it, code_eval is refused.
-    """
+def serving_code_eval(metric: object) -> Iterator[None]:
+    """Serves `evaluate.load("code_eval")` in the block; two of lm-eval's tasks call it when they are imported."""
     import evaluate
 
     metric_from_hub = evaluate.load
 
     def load_metric(path, *args, **options):
-        if path == "code_eval":
-            if code_metric is None:
-                raise ValueError("this task runs programs that the model wrote: it needs --allow-code-execution")
-            return code_metric()
-        if offline:
-            raise MissingData(f"metric {path!r}: without a network only lm-eval's own metrics are available")
-        return metric_from_hub(path, *args, **options)
+        return metric if path == "code_eval" else metric_from_hub(path, *args, **options)
 
     evaluate.load = load_metric
     try:

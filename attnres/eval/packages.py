@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..folders import replaced_folder
 from .loading import task_configs
-from .mirror import README, MissingData, write_card
+from .mirror import README, MissingData, card
 from .suites import Row
 
 ROW, REPOSITORY = "humaneval", "openai/openai_humaneval"
@@ -61,5 +61,5 @@ def lay_out(rows: Iterable[Row], root: str | Path) -> list[str]:
     with replaced_folder(root / REPOSITORY, overwrite=True) as folder:
         (folder / "test.jsonl").write_bytes(content)
         text = f"{REPOSITORY} as {PACKAGE}=={VERSION} carries it ({LICENCE})."
-        write_card(folder, {"default": {"test": "test.jsonl"}}, text, license=LICENCE.lower())
+        (folder / README).write_text(card({"default": {"test": "test.jsonl"}}, text, license=LICENCE.lower()))
     return [REPOSITORY]

@@ -15,10 +15,8 @@ Values = Sequence[float]
 Strata = Sequence[Hashable] | None
 
 
-class Test(NamedTuple):
+class Difference(NamedTuple):
     """A difference with its 95 % interval, in the unit of the values, and its two-sided p value."""
-
-    __test__ = False  # pytest collects classes of this name
 
     difference: float
     low: float
@@ -27,7 +25,7 @@ class Test(NamedTuple):
     method: str
 
 
-def mcnemar(first: Values, second: Values) -> Test:
+def mcnemar(first: Values, second: Values) -> Difference:
     """Runs McNemar's exact test on 0/1 values: the wins are binomial (wins + losses, 1/2) if the models are equal.
 
     The interval is Newcombe's for paired proportions (1998, method 10). Unlike a normal approximation, it stays within
@@ -37,7 +35,7 @@ def mcnemar(first: Values, second: Values) -> Test:
     wins, losses = int(np.sum(second > first)), int(np.sum(second < first))
     p = binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
     low, high = newcombe(int(np.sum(first * second)), losses, wins, int(np.sum((first + second) == 0)))
-    return Test((wins - losses) / len(first), low, high, float(p), "exact McNemar")
+    return Difference((wins - losses) / len(first), low, high, float(p), "exact McNemar")
 
 
 def newcombe(both: int, only_first: int, only_second: int, neither: int) -> tuple[float, float]:
@@ -64,7 +62,7 @@ def wilson(successes: int, total: int) -> tuple[float, float]:
 
 def paired_bootstrap(
     first: Values, second: Values, strata: Strata = None, *, resamples: int = 10_000, seed: int = 0, macro: bool = False
-) -> Test:
+) -> Difference:
     """Resamples pairs within their subtask: percentile interval and p value of the mean difference.
 
     The spread within each subtask of n items is widened by sqrt(n / (n - 1)), because a resample varies too little by
@@ -92,7 +90,7 @@ def paired_bootstrap(
         # Resampling equal pairs shows no spread, although other items could differ.
         reach = wilson(0, len(first))[1]
         low, high, method = -reach, reach, f"{method}; interval: Wilson's, as no item differs"
-    return Test(observed, float(low), float(high), p, method)
+    return Difference(observed, float(low), float(high), p, method)
 
 
 def equivalence(

@@ -64,10 +64,7 @@ class Origin:
 
         network = self.model
         if isinstance(network, Path):
-            network = load_model(
-                str(folder or network), settings.dtype, settings.device_map, settings.trust_remote_code,
-                settings.device, settings.load_in_4bit,
-            )  # fmt: skip
+            network = load_model(str(folder or network), settings)
         length = context_length(network.config, self.tokenizer, settings.max_length, self.name)
         with quiet_lm_eval():
             return CausalLM(network, self.tokenizer, length, settings.batch_size, team)
@@ -81,8 +78,6 @@ def find(model, tokenizer, revision: str | None, settings: Settings) -> Origin:
     """
     from .lm import load_tokenizer, with_padding
 
-    if model is None:
-        raise ValueError("no model is given; name a folder or a hub id")
     if isinstance(model, str | os.PathLike):
         if settings.device_map is None:
             _check_device(settings.device)
@@ -92,12 +87,10 @@ def find(model, tokenizer, revision: str | None, settings: Settings) -> Origin:
         tokenizer_folder = folder if tokenizer is None else hashes.tokenizer_source(str(tokenizer))
         tokenizer = load_tokenizer(str(tokenizer_folder), settings.trust_remote_code)
         origin = Origin(str(model), folder, tokenizer, tokenizer_folder)
-    elif settings.load_in_4bit:
-        raise ValueError("--load-in-4bit: a model in memory is loaded already; leave it out")
-    elif revision is not None:
-        raise ValueError(f"a model in memory has no revisions, got {revision!r}; leave it out")
-    elif tokenizer is None:
-        raise ValueError("a model in memory needs its tokenizer; pass tokenizer=")
+    elif tokenizer is None or revision is not None or settings.load_in_4bit:
+        raise ValueError(
+            "name a folder or a hub id, or pass a model in memory with its tokenizer= and without revision or 4 bits"
+        )
     else:
         origin = Origin(type(model).__name__, model, with_padding(tokenizer), None)
     if settings.chat_template and not getattr(origin.tokenizer, "chat_template", None):
