@@ -29,7 +29,7 @@ def fetch(rows: Iterable[Row], root: str | Path) -> dict[str, str]:
                 note = _download(mirror.root, repository, names)
                 say(f"{repository}: {len(names)} configs{note}")
         except (OSError, ValueError, RuntimeError) as error:
-            missing[repository] = _reason(repository, error)
+            missing[repository] = one_line(error, 400)
             say(f"{repository}: {missing[repository]}")
     return missing
 
@@ -63,11 +63,3 @@ def _download(root: Path, repository: str, names: Iterable[str | None]) -> str:
                 data.to_parquet(folder / configs[label][split])
         (folder / README).write_text(card(configs, f"Copy of {repository} from the hub."))
     return note
-
-
-def _reason(repository: str, error: Exception) -> str:
-    text = str(error)
-    if "gated" in text.lower() or "401" in text or "403" in text:
-        page = f"huggingface.co/datasets/{repository}"
-        return f"is gated: accept its terms at {page} and log in (hf auth login, or HF_TOKEN)"
-    return one_line(error)

@@ -11,19 +11,22 @@ import pytest
 from attnres.eval import evaluate, records
 
 ROWS = ("arc_challenge", "gsm8k")
-ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 IN_EACH_PROCESS = Path(__file__).with_name("in_each_process.py")
 
 
-def launch(launcher, *arguments):
+def launch(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", *launcher, *map(str, arguments)],
+        [sys.executable, *LAUNCH, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,  # a process that waited for one that is gone would take longer
     )
+
+
+def outcomes(folder) -> list[dict]:
+    return [json.loads((folder / f"outcome-{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,7 @@ def test_accelerate_launch_gives_the_bytes_of_one_process_and_says_everything_on
     alone, checkpoint, mirror_root, tmp_path
 ):
     options = ["--suite", ",".join(ROWS), "--data-dir", mirror_root, "--max-length", 900, "--batch-size", 2]
-    done = launch(ACCELERATE, "-m", "attnres", "eval", checkpoint, *options, "--out", tmp_path)
+    done = launch("-m", "attnres", "eval", checkpoint, *options, "--out", tmp_path)
     assert done.returncode == 0 and done.stdout.count("| GSM8K |") == 1
     assert done.stderr.count("Loading weights: 100%") == 1 and done.stderr.count(f"loading {checkpoint}\n") == 1
     assert "exceeds model's maximum length" not in done.stderr  # counted, see prompts_cut
@@ -52,23 +55,24 @@ def test_accelerate_launch_gives_the_bytes_of_one_process_and_says_everything_on
         assert [two[key] for key in same] == [one[key] for key in same]
 
 
-def test_an_error_fails_its_row_and_a_killed_process_the_run_and_finished_rows_are_kept(
-    alone, checkpoint, mirror_root, tmp_path
-):
-    done = launch(TORCHRUN, IN_EACH_PROCESS, checkpoint, mirror_root, tmp_path)
-    first, second = (json.loads((tmp_path / f"outcome-{rank}.json").read_text()) for rank in range(2))
+def test_an_error_in_one_share_fails_the_row_and_not_the_run(alone, checkpoint, mirror_root, tmp_path):
+    done = launch(IN_EACH_PROCESS, "nan", checkpoint, mirror_root, tmp_path)
+    assert done.returncode == 0
+    first, second = outcomes(tmp_path)
     assert first["failed"] == {"arc_challenge": "ArithmeticError: the model's logits are NaN"}
     assert first["rows"] == {"gsm8k": records.read_result(alone / "gsm8k")["score"]["value"]}
     assert {**first, "writes": False} == second
-    assert "in another process" in (tmp_path / "nan" / "arc_challenge" / "failure.txt").read_text()
+    assert "in another process" in (tmp_path / "arc_challenge" / "failure.txt").read_text()
+
+
+def test_a_killed_process_ends_the_run_and_keeps_finished_rows(checkpoint, mirror_root, tmp_path):
+    done = launch(IN_EACH_PROCESS, "lost", checkpoint, mirror_root, tmp_path)
     assert done.returncode != 0
     assert "finished rows are kept; run the same command again to continue" in done.stderr
-    assert records.read_result(tmp_path / "lost" / "arc_challenge") and not (tmp_path / "lost" / "gsm8k").exists()
+    assert records.read_result(tmp_path / "arc_challenge") and not (tmp_path / "gsm8k").exists()
 
 
 @pytest.mark.slow
 def test_a_mistake_ends_all_processes(checkpoint, tmp_path):
-    done = launch(
-        ACCELERATE, "-m", "attnres", "eval", checkpoint, "--data-dir", tmp_path / "nowhere", "--out", tmp_path
-    )
+    done = launch("-m", "attnres", "eval", checkpoint, "--data-dir", tmp_path / "nowhere", "--out", tmp_path)
     assert done.returncode != 0 and "nowhere: no such folder" in done.stderr
