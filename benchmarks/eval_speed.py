@@ -19,8 +19,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
-from attnres.eval.lm import context_length, load_tokenizer, wrap
-from attnres.eval.packages import PACKAGED
+from attnres.eval import packages
+from attnres.eval.lm import CausalLM, context_length, load_tokenizer
 from attnres.eval.progress import quiet_lm_eval
 
 SHOTS = 3
@@ -43,7 +43,7 @@ def main():
         "lm-eval": HFLM(
             model, tokenizer=tokenizer, backend="causal", max_length=length, batch_size=options.batch_size
         ),
-        "attnres": wrap(model, tokenizer, length, options.batch_size),
+        "attnres": CausalLM(model, tokenizer, length, options.batch_size),
     }  # fmt: skip
     print(f"{options.model}, {model.dtype}, {torch.get_num_threads()} threads, batch size {options.batch_size}\n")
     print("| Row | Requests | lm-eval, 1/s | attnres, 1/s | Ratio | Ratio of CPU time | Largest difference |")
@@ -75,7 +75,7 @@ def main():
 
 def rows(options):
     """(title, method, requests)."""
-    problems = [json.loads(line) for line in PACKAGED[0].read().splitlines()]
+    problems = [json.loads(line) for line in packages.read().splitlines()]
     shown, asked = problems[:SHOTS], problems[SHOTS : SHOTS + options.items]
     examples = "".join(f"{each['prompt']}{each['canonical_solution']}\n\n" for each in shown)
 

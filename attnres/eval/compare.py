@@ -14,15 +14,11 @@ from statistics import fmean
 
 from ..folders import check_writable
 from . import records, statistics
-from .published import TABLE_3
+from .results import markdown_table
 from .results import marks as marks_of_runs
+from .suites import ROWS
 
 KEY = ("task", "doc_id", "doc_hash", "prompt_hash", "target_hash", "filter", "seed")
-SHOWN = 3  # examples in an error
-SAMPLE_FIELDS = {
-    **dict.fromkeys(("task", "doc_hash", "prompt_hash", "target_hash", "filter"), str),
-    "doc_id": int, "seed": (int, None), "metrics": dict,
-}  # fmt: skip
 MOST_RESAMPLES = 1_000_000
 ALPHA = 0.05
 SHARED_SETTINGS = ("dtype", "batch_size", "seed", "seeds", "max_length", "chat_template")
@@ -169,8 +165,8 @@ def _rows(folder: Path) -> list[str]:
 
 def _ordered(names: Iterable[str]) -> list[str]:
     """Sorts rows in the paper's order; rows that the paper does not have come last."""
-    order = {name: place for place, name in enumerate(TABLE_3)}
-    return sorted(names, key=lambda name: (order.get(name, len(order)), name))
+    order = list(ROWS)
+    return sorted(names, key=lambda name: (order.index(name) if name in ROWS else len(order), name))
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -192,21 +188,19 @@ def _check_conditions(row: str, results: list[dict]):
 
 def _marks(results: list[dict]) -> list[str]:
     """Returns warnings about conditions that differ without forbidding a comparison."""
-    first, second = results
-    marks = marks_of_runs(results)
-    versions = first["versions"], second["versions"]
+    versions = [result["versions"] for result in results]
     packages = [f"{name} {_both(*(each.get(name) for each in versions))}" for name in records.differences(*versions)]
+    marks = marks_of_runs(results)
     marks += [f"OTHER PACKAGES, which change scores: {', '.join(packages)}"] * bool(packages)
     found = [sorted(map(str, result.get("batch_sizes_found") or [])) for result in results]
     quantised = [result["model"].get("quantization") or "none" for result in results]
-    devices, maps = (
-        [str(result["settings"].get(name)).split(":")[0] for result in results] for name in ("device", "device_map")
-    )
     for what, (one, other) in {
-        "DEVICES, which change scores": devices,
-        "DEVICE MAPS, which change scores": maps,
+        "DEVICES, which change scores": [str(each["settings"].get("device")).split(":")[0] for each in results],
+        "DEVICE MAPS, which change scores": [each["settings"].get("device_map") for each in results],
         "QUANTISATION": quantised,
-        f"BATCH SIZES FOUND, which change scores, in {first['row']}": [", ".join(each) or "none" for each in found],
+        f"BATCH SIZES FOUND, which change scores, in {results[0]['row']}": [
+            ", ".join(each) or "none" for each in found
+        ],
     }.items():
         marks += [f"OTHER {what}: {_both(one, other)}"] * (one != other)
     weights = [result["model"].get("weights") for result in results]
@@ -222,12 +216,16 @@ def _both(one, other) -> str:
 def _row(
     row: str, folders: Sequence[Path], results: list[dict], bootstrap: int, seed: int, margin: float | None
 ) -> RowComparison:
-    score, paper = results[0]["score"], TABLE_3.get(row)
-    sides = [_values(folder / row / records.SAMPLES, score["metric"], score["filter"]) for folder in folders]
-    for folder, result in zip(folders, results, strict=True):
-        records.check_samples(folder / row, result)
-    _check_same_items(row, folders, [set(side) for side in sides])
-    subtasks, befores, afters = _questions(*sides)
+    score = results[0]["score"]
+    before, after = (_values(folder / row, result) for folder, result in zip(folders, results, strict=True))
+    if before.keys() != after.keys():
+        task, number, *_ = min(before.keys() ^ after.keys(), key=repr)
+        raise ValueError(
+            f"{row}: not the same items, so not compared: {len(before.keys() - after.keys())} only in {folders[0]}, "
+            f"{len(after.keys() - before.keys())} only in {folders[1]}, such as {task} #{number}; an item is known by "
+            "its task, number and seed, and by the hashes of its text, prompt and target"
+        )
+    subtasks, befores, afters = _questions(before, after)
     # If all subtasks have the same number of items, their mean is the mean over items, which has an exact interval.
     macro = score["average"] == "subtasks" and len(set(Counter(subtasks).values())) > 1
     binary = statistics.is_binary(befores, afters)
@@ -246,6 +244,7 @@ def _row(
         )
     wins = sum(after > before for before, after in zip(befores, afters, strict=True))
     losses = sum(after < before for before, after in zip(befores, afters, strict=True))
+    paper = ROWS[row].paper if row in ROWS else None
     return RowComparison(
         row=row, title=results[0]["title"], metric=score["metric"], filter=score["filter"], average=score["average"],
         items=len(subtasks), first=100 * _mean(befores, subtasks, macro), second=100 * _mean(afters, subtasks, macro),
@@ -264,49 +263,13 @@ def _mean(values: Sequence[float], subtasks: Sequence[str], macro: bool) -> floa
     return fmean(map(fmean, groups.values()))
 
 
-def _values(path: Path, metric: str, filter_name: str) -> dict[tuple, float]:
-    """Reads the values of a metric by the items' keys.
-
-    Raises:
-        ValueError: a line is not a sample, an item comes twice, or no item has the metric.
-    """
-    found: dict[tuple, float] = {}
-    with path.open("rb") as file:  # in bytes, so that the error names the line that is not UTF-8
-        for number, line in enumerate(file, 1):
-            where = f"{path}: line {number} is not a sample"
-            try:
-                item = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where} ({error})") from None
-            if not isinstance(item, dict):
-                raise ValueError(f"{where}: must be a JSON object, got {type(item).__name__}")
-            records.check_fields(item, SAMPLE_FIELDS, where)
-            if item["filter"] != filter_name or metric not in item["metrics"]:
-                continue
-            value = item["metrics"][metric]
-            if type(value) not in records.NUMBER or not 0 <= value <= 1:
-                shown = repr(value)[:60]
-                raise ValueError(f"{path}: line {number}: {metric} must be a number from 0 to 1, got {shown}")
-            key = tuple(item[name] for name in KEY)
-            if key in found:
-                raise ValueError(f"{path}: line {number} repeats an item")
-            found[key] = float(value)
-    if not found:
-        raise ValueError(f"{path}: no sample has {metric} after the filter {filter_name}")
-    return found
-
-
-def _check_same_items(row: str, folders: Sequence[Path], keys: list[set]):
-    if keys[0] == keys[1]:
-        return
-    parts = []
-    for folder, only in zip(folders, (keys[0] - keys[1], keys[1] - keys[0]), strict=True):
-        if only:
-            shown = ", ".join(f"{key[0]} #{key[1]}" for key in sorted(only, key=repr)[:SHOWN])
-            parts.append(f"{len(only)} only in {folder} ({shown}{', ...' if len(only) > SHOWN else ''})")
-    questions = [{key[:2] for key in side} for side in keys]
-    reason = " (the same questions, but their text, prompt or target differs)" if questions[0] == questions[1] else ""
-    raise ValueError(f"{row}: not the same items, so not compared: {'; '.join(parts)}{reason}")
+def _values(folder: Path, result: dict) -> dict[tuple, float]:
+    """Reads the values of the printed metric by the items' keys."""
+    records.check_samples(folder, result)
+    metric, answers = result["score"]["metric"], result["score"]["filter"]
+    with (folder / records.SAMPLES).open(encoding="utf-8") as file:
+        items = [item for item in map(json.loads, file) if item["filter"] == answers and metric in item["metrics"]]
+    return {tuple(item[name] for name in KEY): item["metrics"][metric] for item in items}
 
 
 def _questions(before: dict[tuple, float], after: dict[tuple, float]) -> tuple[list[str], list[float], list[float]]:
@@ -354,7 +317,7 @@ def as_markdown(comparison: Comparison, tests: int | None = None) -> str:
             f"Same within {margin:g} points: two one-sided tests at {100 * ALPHA:g} % each. All rows: {every} "
             "(this needs every row to be the same, so p is not adjusted)."
         )
-    lines += [*_table(table), *notes, ""]
+    lines += [*markdown_table(table), *notes, ""]
     for row in rows:
         same = f"; sameness: {row.equivalence_method}" if row.equivalence_method else ""
         first, second = row.prompts_cut
@@ -366,49 +329,33 @@ def as_markdown(comparison: Comparison, tests: int | None = None) -> str:
 
 
 def matrix_as_markdown(matrix: Matrix) -> str:
-    """Returns the scores of all evaluations, the mean differences of every pair, and each pair's table."""
-    count = len(matrix.folders)
-    pairs = dict(zip(combinations(range(count), 2), matrix.pairs, strict=True))
+    """Returns the scores of all evaluations, the mean difference of every pair, and each pair's table."""
+    names = [f"{second} minus {first}" for first, second in combinations(range(1, len(matrix.folders) + 1), 2)]
     tests = sum(len(pair.rows) for pair in matrix.pairs)
-    same = ", and after = those shown to be the same" if matrix.pairs[0].margin is not None else ""
+    beside_the_first = matrix.pairs[: len(matrix.folders) - 1]
     scores = [
-        {"Row": row.title, "Items": row.items, "1": f"{row.first:.2f}"}
-        | {str(other + 1): f"{pairs[0, other].rows[place].second:.2f}" for other in range(1, count)}
-        for place, row in enumerate(matrix.pairs[0].rows)
+        {"Row": rows[0].title, "Items": rows[0].items, "1": f"{rows[0].first:.2f}"}
+        | {str(number): f"{row.second:.2f}" for number, row in enumerate(rows, 2)}
+        for rows in zip(*(pair.rows for pair in beside_the_first), strict=True)
     ]
+    means = []
+    for name, pair in zip(names, matrix.pairs, strict=True):
+        clear = [row.difference for row in pair.rows if row.p_holm < ALPHA]
+        cells = {"Difference": name, "Mean": f"{fmean(row.difference for row in pair.rows):+.2f}"}
+        cells |= {"Better": sum(each > 0 for each in clear), "Worse": sum(each < 0 for each in clear)}
+        means.append(cells | ({"Same": sum(row.equivalent for row in pair.rows)} if pair.margin is not None else {}))
     lines = [f"{number}. {folder}" for number, folder in enumerate(matrix.folders, 1)]
-    lines += ["", *_table(scores), ""]
+    lines += ["", *markdown_table(scores), ""]
     lines.append(
-        "Mean difference over the rows in points, column minus line; in brackets the rows on which the column is "
-        f"better and worse (p after Holm over {tests} tests below {ALPHA:g}){same}:\n"
+        f"Mean difference in points, and the rows that are better and worse (p after Holm over {tests} tests below "
+        f"{ALPHA:g}) or shown to be the same:\n"
     )
-    lines += _table(
-        [
-            {"": line + 1} | {str(column + 1): _cell(pairs, line, column) for column in range(count)}
-            for line in range(count)
-        ]
-    )
+    lines += markdown_table(means)
     if matrix.left_out:
         lines.append(f"\nNot compared, because not all have them: {', '.join(matrix.left_out)}.")
-    for (first, second), pair in pairs.items():
-        lines += ["", f"## {second + 1} minus {first + 1}", "", as_markdown(pair, tests)]
+    for name, pair in zip(names, matrix.pairs, strict=True):
+        lines += ["", f"## {name}", "", as_markdown(pair, tests)]
     return "\n".join([*lines, ""])
-
-
-def _table(rows: list[dict]) -> list[str]:
-    """Returns the lines of a Markdown table whose columns but the first are aligned to the right."""
-    lines = [f"| {' | '.join(map(str, cells))} |" for cells in [rows[0], *(row.values() for row in rows)]]
-    return [lines[0], f"|---{'|---:' * (len(rows[0]) - 1)}|", *lines[1:]]
-
-
-def _cell(pairs: dict[tuple[int, int], Comparison], line: int, column: int) -> str:
-    if line == column:
-        return ""
-    pair, sign = (pairs[line, column], 1) if line < column else (pairs[column, line], -1)
-    clear = [sign * row.difference for row in pair.rows if row.p_holm < ALPHA]
-    same = f" ={sum(row.equivalent for row in pair.rows)}" if pair.margin is not None else ""
-    mean = sign * fmean(row.difference for row in pair.rows) + 0.0  # no minus zero
-    return f"{mean:+.2f} (+{sum(each > 0 for each in clear)} -{sum(each < 0 for each in clear)}{same})"
 
 
 def write(comparison: Comparison | Matrix, out: str | PathLike) -> list[str]:

@@ -3,25 +3,27 @@
 import json
 import math
 import os
-import random
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
+from transformers import set_seed
 
 from .. import messages
 from ..folders import check_writable
 from . import records, sandbox
 from .identity import versions
 from .loading import LoadedTask, load_tasks, task_fingerprint
-from .mirror import Mirror, MissingData, serving_metrics
+from .mirror import Mirror, MissingData, serving_code_eval
 from .processes import RESUME, ProcessLost, join
-from .progress import quiet_lm_eval, request_bar
+from .progress import quiet_lm_eval
 from .results import write_tables
 from .sample import root as sample_root
 from .scores import row_scores, task_scores
@@ -103,7 +105,8 @@ def evaluate(
     out = Path(out)
     # The arguments are checked inside, so that all processes of a team end with the same error.
     with nullcontext() if team is None else team.leading() as end:
-        settings = replace(settings, limit=_checked_limit(limit))
+        if limit is not None and (not 0 < limit < math.inf or (limit > 1 and limit != int(limit))):
+            raise ValueError(f"limit must be a whole number of items, or a share between 0 and 1, got {limit}")
         if max_length is not None and max_length < 2:
             raise ValueError(f"--max-length {max_length}: must be at least 2, one token each for prompt and answer")
         if team is not None and device_map is not None:
@@ -117,7 +120,7 @@ def evaluate(
             check_writable(folder)
         mirror, suite = _mirror(suite, data_dir)
         missing_fences = _missing_fences(say) if any(row.code for row in rows) else []
-        with serving_metrics(mirror is not None, sandbox.SandboxedCodeEval if allow_code_execution else None):
+        with serving_code_eval(sandbox.SandboxedCodeEval()):
             tasks = _load_all(rows, settings, mirror, say)
             subject = describe(model, tokenizer, revision, lm, settings, out, team, say)
             run = _Run(out, suite, settings, mirror, subject, versions(), say, progress)
@@ -177,14 +180,14 @@ class _Run:
 
     def _measure_row(self, row: Row, tasks: list[LoadedTask], where: str) -> tuple[dict, list[dict]]:
         """Returns the row's result, without its fingerprint, and its items."""
-        lm, settings, bar = self.subject.lm, self.settings, nullcontext()
+        lm, settings = self.subject.lm, self.settings
         counts = getattr(lm, "counts", {})
         if hasattr(lm, "counts"):
             counts.clear()
             lm.batch_sizes_found.clear()
-            bar = request_bar(lm, where, sys.stderr) if self.progress else bar
+            lm.bar = partial(tqdm, desc=where, unit="request", file=sys.stderr, leave=False, disable=not self.progress)
         started = time.perf_counter()
-        with quiet_lm_eval(), bar:
+        with quiet_lm_eval():
             samples = self._lm_eval(row, tasks, lm)["samples"]
         seconds = time.perf_counter() - started
         items = [item for task in tasks for item in _items(task, samples[task.key])]
@@ -206,16 +209,12 @@ class _Run:
         return result, items
 
     def _lm_eval(self, row: Row, tasks: list[LoadedTask], lm):
-        import numpy
         from lm_eval.evaluator import evaluate as run
 
         # Seeded before every row, so that a row does not depend on the rows before it.
-        seed = self.settings.seed
-        random.seed(seed)
-        numpy.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        set_seed(self.settings.seed)
         for task in tasks:
-            task.task.set_fewshot_seed(seed=seed)
+            task.task.set_fewshot_seed(seed=self.settings.seed)
         return run(
             lm=lm,
             task_dict={"tasks": {task.key: task.task for task in tasks}, "groups": {}},
@@ -248,8 +247,7 @@ class _Run:
             return None
         changed = records.differences(result["fingerprint"], json.loads(json.dumps(fingerprint, default=str)))
         if changed:
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            self.say(f"{name}: the earlier result is set aside, because of another {', '.join(changed[:3])}{more}")
+            self.say(f"{name}: the earlier result is set aside, because of another {', '.join(changed[:3])}")
             return None
         return result
 
@@ -265,9 +263,7 @@ def _shown(result: dict) -> str:
     """Returns one line on a result."""
     score = result["score"]
     error = f" ± {score['stderr']:.2f}" if score["stderr"] is not None else ""
-    cut = f", {result['prompts_cut']} prompts longer than the context were cut" if result["prompts_cut"] else ""
-    limited = ", LIMITED RUN" if result["limit"] is not None else ""
-    return f"{score['metric']} {score['value']:.2f}{error} on {score['n']} items{cut}{limited}"
+    return f"{score['metric']} {score['value']:.2f}{error} on {score['n']} items"
 
 
 def _items(loaded: LoadedTask, samples: list[dict]) -> list[dict]:
@@ -291,7 +287,7 @@ def _load_all(rows: list[Row], settings: Settings, mirror: Mirror | None, say) -
     for row in rows:
         try:
             with quiet_lm_eval():
-                loaded[row.name] = load_tasks(row, settings.seed, settings.seeds, mirror, settings.chat_template)
+                loaded[row.name] = load_tasks(row, settings.seeds, mirror, settings.chat_template)
         except MissingData as error:
             missing.setdefault(str(error), row.name)
         except (ConnectionError, FileNotFoundError, RuntimeError) as error:
@@ -328,9 +324,3 @@ def _missing_fences(say) -> list[str]:
         lacking = ", ".join(sandbox.FENCES[name] for name in missing)
         say(f"this kernel does not grant model-written programs {lacking}; use a container or a virtual machine")
     return list(missing)
-
-
-def _checked_limit(limit: int | float | None) -> int | float | None:
-    if limit is not None and (not 0 < limit < math.inf or (limit >= 1 and limit != int(limit))):
-        raise ValueError(f"limit must be a whole number of items, or a share between 0 and 1, got {limit}")
-    return int(limit) if limit is not None and limit >= 1 else limit

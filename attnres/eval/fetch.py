@@ -6,7 +6,7 @@ from pathlib import Path
 from ..folders import replaced_folder
 from ..messages import one_line, say
 from .loading import task_configs
-from .mirror import Mirror, write_card
+from .mirror import README, Mirror, card
 from .suites import Row
 
 SCRIPT_REVISION = "refs/convert/parquet"  # the hub's own conversion of data sets that come as a loading script
@@ -29,7 +29,7 @@ def fetch(rows: Iterable[Row], root: str | Path) -> dict[str, str]:
                 note = _download(mirror.root, repository, names)
                 say(f"{repository}: {len(names)} configs{note}")
         except (OSError, ValueError, RuntimeError) as error:
-            missing[repository] = _reason(repository, error)
+            missing[repository] = one_line(error, 400)
             say(f"{repository}: {missing[repository]}")
     return missing
 
@@ -61,13 +61,5 @@ def _download(root: Path, repository: str, names: Iterable[str | None]) -> str:
             configs[label] = {split: f"{label}/{split}.parquet" for split in splits}
             for split, data in splits.items():
                 data.to_parquet(folder / configs[label][split])
-        write_card(folder, configs, f"Copy of {repository} from the hub.")
+        (folder / README).write_text(card(configs, f"Copy of {repository} from the hub."))
     return note
-
-
-def _reason(repository: str, error: Exception) -> str:
-    text = str(error)
-    if "gated" in text.lower() or "401" in text or "403" in text:
-        page = f"huggingface.co/datasets/{repository}"
-        return f"is gated: accept its terms at {page} and log in (hf auth login, or HF_TOKEN)"
-    return one_line(error)

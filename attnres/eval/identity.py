@@ -8,8 +8,11 @@ import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from huggingface_hub.utils.sha import sha_fileobj
 
 from ..messages import one_line
 
@@ -39,34 +42,6 @@ def checkpoint_folder(model: str, revision: str | None = None) -> Path:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{model}: has no config.json, so it is not a transformers checkpoint.")
     return folder
-
-
-def read_config(folder: Path) -> dict:
-    """Returns the content of a checkpoint's config.json.
-
-    Raises:
-        ValueError: the file is not a JSON object.
-    """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({one_line(error, 120)}).") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(config).__name__}.")
-    return config
-
-
-def is_kimi_k3(folder: Path, trust_remote_code: bool) -> bool:
-    """Returns whether a checkpoint has Kimi K3's layout, which transformers would load without its depth mixer.
-
-    A checkpoint that brings its own model code counts as another layout if that code is trusted.
-    """
-    config = read_config(folder)
-    if trust_remote_code and "AutoModelForCausalLM" in (config.get("auto_map") or {}):
-        return False
-    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-    return text.get("model_type") == "kimi_linear" and bool(text.get("attn_res_block_size"))
 
 
 def tokenizer_source(name: str) -> Path:
@@ -109,6 +84,7 @@ def model_identity(model, tokenizer) -> dict[str, str]:
     }
 
 
+@cache
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of every installed package that a score may depend on."""
     own = __package__.partition(".")[0]  # not from its metadata: a checkout need not be installed
@@ -132,11 +108,8 @@ def _file_digest(path: Path) -> str:
     target = path.resolve()
     if target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name):
         return target.name  # the hub's cache names a large file by its SHA-256
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return sha_fileobj(file).hex()
 
 
 def _snapshot(model: str, revision: str | None, allow: list[str] | None = None) -> Path:

@@ -2,21 +2,21 @@
 
 import copy
 import inspect
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
-from typing import NamedTuple
+from functools import cached_property, partial
+from types import SimpleNamespace
 
 import torch
 from lm_eval.models.huggingface import HFLM
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
 )
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
@@ -33,16 +33,6 @@ PORTION = 64  # tokens that are generated before finished rows are dropped from 
 UNLIMITED = 10**9  # tokenizers without a limit give a huge number
 
 
-class NonFiniteLogits(ArithmeticError):
-    """The model's logits are NaN, so a score would be arbitrary."""
-
-
-class Request(NamedTuple):
-    """The part of an lm-eval request that the model reads."""
-
-    args: tuple
-
-
 class CausalLM(HFLM):
     """HFLM that counts the prompts it cuts, and computes once what requests share.
 
@@ -54,14 +44,14 @@ class CausalLM(HFLM):
         counts: "tokens" through the model; "prompts_cut", the prompts cut from the left because they exceed the
             context; "answers_short", the answers with less room than the token limit. The driver clears them.
         batch_sizes_found: sizes found for the batch size "auto". The driver clears them.
-        expect: function that the progress bar sets to learn the number of requests.
+        bar: makes the progress bar of a number of requests, given as `total`.
     """
 
     def __init__(self, model, tokenizer, max_length: int, batch_size: int | str, team: Team | None = None):
         self._team = team
         self.counts: Counter[str] = Counter()
         self.batch_sizes_found: list[int] = []
-        self.expect = None
+        self.bar = partial(tqdm, disable=True)
         self._room = 0
         self._prefix: tuple[int, ...] = ()  # of the batch that is being generated
         self._state: tuple[tuple[int, ...], object] = ((), None)
@@ -111,10 +101,7 @@ class CausalLM(HFLM):
         return None if tokens is None else super().tok_decode(tokens, skip_special_tokens=skip_special_tokens)
 
     def generate_until(self, requests, disable_tqdm=False):
-        limits = {request.args[1].get("max_gen_toks", self.max_gen_toks) for request in requests}
-        if len(limits) > 1:
-            raise ValueError(f"a row must have one token limit, got {sorted(limits)}")
-        limit = max(limits, default=1)
+        limit = max(request.args[1].get("max_gen_toks", self.max_gen_toks) for request in requests)
         kinds: dict[str, list[Unit]] = {}
         for number, request in enumerate(requests):
             context = tuple(self.tok_encode(request.args[0]))
@@ -124,10 +111,10 @@ class CausalLM(HFLM):
             kinds.setdefault(repr(sorted(request.args[1].items())), []).append(unit)
         size = self.batch_size if self.batch_size != "auto" else self._detect_batch_size()
         batches = [batch for units in kinds.values() for batch in plan(units, size, self._shares)]
-        return self._run("generate", [Request(request.args) for request in requests], batches, limit)
+        return self._run("generate", [SimpleNamespace(args=request.args) for request in requests], batches, limit)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
-        questions: dict[tuple[int, ...], list[int]] = {}
+        contexts, answers, questions = [], [], defaultdict(list)
         for number, (_, context, answer) in enumerate(requests):
             if len(answer) > self._max_length:
                 raise ValueError(
@@ -136,17 +123,17 @@ class CausalLM(HFLM):
                 )
             room = self._max_length + 1 - len(answer)
             self.counts["prompts_cut"] += len(context) > room
-            questions.setdefault(tuple(context[-room:]), []).append(number)
+            contexts.append(tuple(context[-room:]))
+            answers.append(tuple(answer))
+            questions[contexts[-1]].append(number)
         size = override_bs or self.batch_size
         if size == "auto":
             size = self._detect_batch_size([max(requests, key=lambda request: len(request[1]) + len(request[2]))])
-        units = [unit for question in questions.items() for unit in _units(*question, requests, size)]
-        return self._run("score", requests, plan(units, size, self._shares), None)
+        units = [unit for question in questions.items() for unit in _units(*question, answers, size)]
+        return self._run("score", list(zip(contexts, answers, strict=True)), plan(units, size, self._shares), None)
 
     def _run(self, kind: str, items: Sequence, batches: list[Batch], limit: int | None) -> list:
         """Answers all batches; returns the answers in the order of the items."""
-        if self.expect:
-            self.expect(len(items))
         work = [(batch.prefix, [items[number] for number in batch.members]) for batch in batches]
         answer_all = self._work if self._team is None else self._distribute
         answers = [None] * len(items)
@@ -175,44 +162,39 @@ class CausalLM(HFLM):
     def _work(self, kind: str, batches: list[tuple[tuple[int, ...], list]], limit: int | None) -> list[list]:
         """Returns the answers per batch, where a batch is a prefix and its requests."""
         batch_size, self._room = self.batch_size_per_gpu, (limit or 1) - 1
+        answers = []
         try:
-            if kind == "score":
-                return [self._score(*batch) for batch in batches]
-            answers = []
-            for prefix, requests in batches:
-                self._prefix, self.batch_size_per_gpu = prefix, len(requests)
-                answers.append(super().generate_until(requests, disable_tqdm=True))
+            with self.bar(total=sum(len(requests) for _, requests in batches)) as bar:
+                for prefix, requests in batches:
+                    if kind == "score":
+                        answers.append(self._score(prefix, requests))
+                    else:
+                        self._prefix, self.batch_size_per_gpu = prefix, len(requests)
+                        answers.append(super().generate_until(requests, disable_tqdm=True))
+                    bar.update(len(requests))
             return answers
         finally:
             self.batch_size_per_gpu, self._room, self._prefix = batch_size, 0, ()
             self._state = ((), None)
 
     def _detect_batch_size(self, requests=None, pos=0):
-        tokens = self.counts["tokens"]
         found = super()._detect_batch_size(requests, pos)
-        self.counts["tokens"] = tokens  # the trials do not count
         self.batch_sizes_found.append(found)
         return found
 
     @torch.no_grad()
     def _score(self, prefix: tuple[int, ...], requests: list[tuple]) -> list[tuple[float, bool]]:
-        """Returns the log-likelihood of each answer, and whether greedy decoding would give it."""
-        answers = [tuple(answer) for _, _, answer in requests]
-        contexts = [
-            tuple(context[-(self._max_length + 1 - len(answer)) :])
-            for (_, context, _), answer in zip(requests, answers, strict=True)
-        ]
+        """Returns the log-likelihood of each answer to its context, and whether greedy decoding would give it."""
+        contexts, answers = zip(*requests, strict=True)
         if self._goes_on:
             scored = self._score_from_state(prefix, contexts, answers)
         else:
             scored = self._score_whole(contexts, answers)
         results = []
-        for (strings, *_), answer, each in zip(requests, answers, scored, strict=True):
+        for answer, each in zip(answers, scored, strict=True):
             wanted = torch.tensor(answer, device=each.device)
             total = each.gather(1, wanted[:, None]).sum()
             results.append((float(total), bool((each.argmax(dim=-1) == wanted).all())))
-            if strings is not None:  # windows of a rolling likelihood have none
-                self.cache_hook.add_partial("loglikelihood", strings, results[-1])
         return results
 
     def _score_from_state(self, prefix: tuple[int, ...], contexts: list, answers: list) -> list[torch.Tensor]:
@@ -292,11 +274,6 @@ class CausalLM(HFLM):
         mask = pad_sequence([torch.ones_like(row) for row in rows], **pad)
         return tokens.to(self.device), mask.to(self.device)
 
-    def _model_call(self, inps, attn_mask=None, labels=None):
-        logits = super()._model_call(inps, attn_mask=attn_mask, labels=labels)
-        self.counts["tokens"] += inps.numel()
-        return _without_nan(logits)
-
     def _model_generate(self, context, max_length, stop, **generation_kwargs):
         """Returns the contexts with their continuations: token ids `[R, T]`.
 
@@ -315,7 +292,7 @@ class CausalLM(HFLM):
             with _plain_greedy(self.model):
                 output = super()._model_generate(
                     tokens, portion, stop, attention_mask=mask, past_key_values=state, return_dict_in_generate=True,
-                    logits_processor=LogitsProcessorList([_RefuseNaN()]), **generation_kwargs,
+                    logits_processor=LogitsProcessorList([lambda _, scores: _without_nan(scores)]), **generation_kwargs,
                 )  # fmt: skip
             tokens, state = output.sequences, output.past_key_values
             self.counts["tokens"] += (tokens.shape[1] - width) * len(rows)
@@ -354,15 +331,15 @@ class CausalLM(HFLM):
         return torch.cat([same, tokens], dim=1), torch.cat([torch.ones_like(same), own], dim=1), state
 
 
-def _units(context: tuple[int, ...], numbers: list[int], requests: Sequence, size: int) -> Iterator[Unit]:
+def _units(context: tuple[int, ...], numbers: list[int], answers: list[tuple], size: int) -> Iterator[Unit]:
     """Splits the answers to one context into units that fit a batch; answers of one token take no room of their own."""
-    ordered = sorted(numbers, key=lambda number: (-len(requests[number][2]), tuple(requests[number][2]), number))
-    longer = [number for number in ordered if len(requests[number][2]) > 1]
+    ordered = sorted(numbers, key=lambda number: (-len(answers[number]), answers[number], number))
+    longer = [number for number in ordered if len(answers[number]) > 1]
     parts = [longer[start : start + size] for start in range(0, len(longer), size)] or [[]]
     weights = [max(1, len(part)) for part in parts]
     parts[-1] = parts[-1] + ordered[len(longer) :]
     for part, weight in zip(parts, weights, strict=True):
-        yield Unit(context, tuple(part), len(requests[part[0]][2]) - 1, weight)
+        yield Unit(context, tuple(part), len(answers[part[0]]) - 1, weight)
 
 
 @contextmanager
@@ -373,25 +350,18 @@ def _plain_greedy(model) -> Iterator[None]:
     `generation_config=` argument. The object is changed in place, because wrappers such as PEFT share it.
     """
     config = model.generation_config
-    own = dict(vars(config))
-    neutral = GenerationConfig(**{name: own[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
-    vars(config).clear()
-    vars(config).update(vars(neutral))
+    own = vars(config)
+    tokens = {name: own[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config.__dict__ = vars(GenerationConfig(**tokens))
     try:
         yield
     finally:
-        vars(config).clear()
-        vars(config).update(own)
-
-
-class _RefuseNaN(LogitsProcessor):
-    def __call__(self, input_ids, scores):
-        return _without_nan(scores)
+        config.__dict__ = own
 
 
 def _without_nan(logits):
     if torch.isnan(logits).any():
-        raise NonFiniteLogits("the model's logits are NaN")
+        raise ArithmeticError("the model's logits are NaN")
     return logits
 
 
@@ -420,21 +390,21 @@ def with_padding(tokenizer):
     return tokenizer
 
 
-def load_model(folder: str, dtype: str, device_map, trust_remote_code: bool, device: str, load_in_4bit: bool = False):
+def load_model(folder: str, settings):
     """Loads a causal LM through transformers, on one device unless there is a device map.
 
     Raises:
         ValueError: transformers cannot load it, or the weight files lack tensors.
     """
     options = {}  # a None would replace the quantization_config of a quantised checkpoint
-    if load_in_4bit:
+    if settings.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=dtype,
-            device_map=device_map or {"": device},  # a quantised model cannot be moved afterwards
-            trust_remote_code=trust_remote_code,
+            dtype=settings.dtype,
+            device_map=settings.device_map or {"": settings.device},  # a quantised model cannot be moved afterwards
+            trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
             **options,
         )
@@ -449,19 +419,6 @@ def load_model(folder: str, dtype: str, device_map, trust_remote_code: bool, dev
     return model.eval()
 
 
-def check_device(name: str) -> None:
-    """Checks that torch can use a device.
-
-    Raises:
-        ValueError: torch cannot use the device.
-    """
-    try:
-        torch.empty(1, device=name)
-    except Exception as error:  # each backend has its own exceptions
-        reason = one_line(error)
-        raise ValueError(f"--device {name}: torch cannot use it ({reason}); name another one, such as cpu") from None
-
-
 def context_length(config, tokenizer, given: int | None, name: str) -> int:
     """Returns the longest input in tokens: as given, else as the configuration or the tokenizer says.
 
@@ -473,15 +430,10 @@ def context_length(config, tokenizer, given: int | None, name: str) -> int:
     if given:
         return given
     nested = [getattr(config, key, None) for key in getattr(config, "sub_configs", {})]
-    for place in [config.get_text_config(), config, *nested]:
-        for key in LENGTH_NAMES:
-            value = getattr(place, key, None)
-            if isinstance(value, int) and value > 0:
-                return value
-    length = getattr(tokenizer, "model_max_length", None)
-    if length and length < UNLIMITED:
-        return int(length)
+    lengths = [
+        getattr(place, key, None) for place in (config.get_text_config(), config, *nested) for key in LENGTH_NAMES
+    ]
+    for length in (*lengths, getattr(tokenizer, "model_max_length", None)):
+        if isinstance(length, int) and 0 < length < UNLIMITED:
+            return length
     raise ValueError(f"{name}: neither configuration nor tokenizer says how long an input may be; pass --max-length")
-
-
-wrap = CausalLM  # the name in benchmarks/eval_speed.py

@@ -3,15 +3,13 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..messages import one_line
-from .mirror import Mirror, MissingData, place
+from .mirror import Mirror, MissingData
 from .suites import MIN_GENERATED_TOKENS, OWN_TASKS, Row
 
 if TYPE_CHECKING:
@@ -19,8 +17,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 
-@dataclass
-class LoadedTask:
+class LoadedTask(NamedTuple):
     """A leaf task with its data, ready to run.
 
     `name` is lm-eval's name of the task. `seed` is the number of the order of the choices, None if there is only one.
@@ -33,16 +30,15 @@ class LoadedTask:
     @property
     def key(self) -> str:
         """The name with the seed, which is unique within a row."""
-        return self.name if self.seed is None else f"{self.name}_seed{self.seed}"
+        return self.task.config.task
 
 
 def load_tasks(
-    row: Row, seed: int, seeds: int | None = None, mirror: Mirror | None = None, chat: bool = False
+    row: Row, seeds: int | None = None, mirror: Mirror | None = None, chat: bool = False
 ) -> list[LoadedTask]:
     """Returns all leaf tasks of a row with their data.
 
     Args:
-        seed: the seed that draws the few-shot examples of tasks with random ones.
         seeds: the number of orders of the choices, instead of the row's.
         mirror: the mirror to read the data from, instead of the hub.
         chat: whether prompts are wrapped in a chat template.
@@ -52,7 +48,7 @@ def load_tasks(
     """
     numbers = range(seeds or row.seeds) if row.seeds > 1 else [None]
     return [
-        LoadedTask(config["task"], number, _build(config, row, number, seed, mirror))
+        LoadedTask(config["task"], number, _build(config, row, number, mirror))
         for config in task_configs(row, resolve=True, chat=chat)
         for number in numbers
     ]
@@ -89,7 +85,7 @@ def task_fingerprint(loaded: LoadedTask, mirror: Mirror | None) -> dict:
     }
 
 
-def _build(config: dict, row: Row, number: int | None, seed: int, mirror: Mirror | None) -> "ConfigurableTask":
+def _build(config: dict, row: Row, number: int | None, mirror: Mirror | None) -> "ConfigurableTask":
     from lm_eval.api.task import ConfigurableTask
 
     config = {key: value for key, value in config.items() if key not in ("tag", "group", "task_alias")}
@@ -106,46 +102,25 @@ def _build(config: dict, row: Row, number: int | None, seed: int, mirror: Mirror
         config["generation_kwargs"] = generation
     if mirror is not None:
         config["custom_dataset"] = lambda **metadata: mirror.load(repository, name)
-    where = place(repository, name, mirror)
-    with _naming_the_data(where, config["task"]):
-        task = ConfigurableTask(config=config)
-    _check_shots(task, row.shots, where)
-    task.set_fewshot_seed(seed=seed)
-    build = task.build_all_requests
-
-    def build_all_requests(**options):
-        with _naming_the_data(where, config["task"]):
-            build(**options)
-
-    task.build_all_requests = build_all_requests
-    return task
-
-
-def _check_shots(task: "ConfigurableTask", shots: int, where: str) -> None:
-    """Checks that the split of the examples is large enough."""
-    available, split = len(task.sampler.df), task.fewshot_cfg.split
-    # lm-eval draws one more example if the question itself could be among them.
-    needed = shots + (split == task.config.test_split) if shots else 0
-    if available < needed:
-        source = f"the split {split!r}" if split else "it"
-        raise MissingData(
-            f"{where}: the task {task.config.task} shows {shots} examples from {source}, which needs at least {needed} "
-            f"items; it has {available}"
-        )
-
-
-@contextmanager
-def _naming_the_data(where: str, task: str) -> Iterator[None]:
-    """Adds the names of the data set and the task to the errors that a task's templates and functions raise."""
+    where = f"{repository}{f', config {name!r}' if name else ''} {mirror.root / repository if mirror else 'on the hub'}"
     try:
-        yield
+        task = ConfigurableTask(config=config)
     except (MissingData, OSError, RuntimeError):  # RuntimeError comes from the hub
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {one_line(error, 120)}"
         raise MissingData(
-            f"{where}: the task {task} cannot read its items ({reason}); compare their fields with those on the hub"
+            f"{where}: the task {config['task']} cannot read its items ({reason}); compare splits and fields with the "
+            "hub's"
         ) from error
+    # lm-eval draws one more example if the question itself could be among them.
+    needed = row.shots + (task.fewshot_cfg.split == task.config.test_split) if row.shots else 0
+    if (available := len(task.sampler.df)) < needed:
+        raise MissingData(
+            f"{where}: the task {task.config.task} shows {row.shots} examples, which needs at least {needed} items in "
+            f"the split {task.fewshot_cfg.split!r}; it has {available}"
+        )
+    return task
 
 
 @lru_cache

@@ -6,9 +6,10 @@ their option `custom_dataset` is set. fetch.py builds such a mirror on a machine
 
 import csv
 import hashlib
+import io
 import json
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,24 +36,14 @@ class Mirror:
         """Reads a config into memory as a `datasets.DatasetDict`, without the caches of `datasets.load_dataset`.
 
         Raises:
-            MissingData: something is missing or cannot be read, or a split is empty. The DatasetDict raises it for a
-                split that is not listed.
+            MissingData: something is missing or cannot be read.
         """
         import pyarrow
         from datasets import Dataset, DatasetDict
 
-        where = place(repository, name, self)
-
-        class Splits(DatasetDict):
-            def __missing__(self, split):
-                listed = ", ".join(self)
-                raise MissingData(f"{where}: has no split {split!r}, which the task reads; its {README} lists {listed}")
-
-        splits = Splits()
+        splits = DatasetDict()
         for split, paths in self.files(repository, name).items():
             table = pyarrow.concat_tables([_read(path) for path in paths], promote_options="permissive")
-            if not len(table):
-                raise MissingData(f"{where}: its split {split!r} has no items; fill {paths[0]} or leave the split out")
             # Without a fingerprint all tables would be hashed for a cache that is not used, which takes seconds.
             splits[split] = Dataset(table, fingerprint=uuid.uuid4().hex)
         return splits
@@ -63,14 +54,17 @@ class Mirror:
         Raises:
             MissingData: the data set, the config or a file is missing, or the front matter cannot be understood.
         """
+        from datasets.data_files import sanitize_patterns
+
         folder = self.root / repository
+        readme = folder / README
         if repository not in self._configs:
             if not folder.is_dir():
                 raise MissingData(
                     f"{repository} is not in {self.root}: expected the folder {folder} with its data files and a "
                     f"{README} whose front matter lists configs (attnres eval --fetch-only builds it)"
                 )
-            listed = _front_matter(folder)
+            listed = _front_matter(readme)
             self._configs[repository] = {str(config.get("config_name", "default")): config for config in listed}
         configs = self._configs[repository]
         if name is None:
@@ -78,11 +72,24 @@ class Mirror:
             name = next(marked, next(iter(configs)))
         if name not in configs:
             raise MissingData(
-                f"{repository} has no config {name!r}: expected it under configs in {folder / README}, "
+                f"{repository} has no config {name!r}: expected it under configs in {readme}, "
                 f"which has {', '.join(list(configs)[:8])}"
             )
-        patterns = _patterns(folder, configs[name].get("data_files"))
-        return {split: _matching(folder, each) for split, each in patterns.items()}
+        listed = configs[name].get("data_files")
+        try:
+            patterns = sanitize_patterns(listed).items()  # from any of the forms that the hub admits
+            matches = {(split, each): sorted(folder.glob(each)) for split, paths in patterns for each in paths}
+        except (AttributeError, NotImplementedError, TypeError, ValueError):
+            raise MissingData(
+                f"{readme}: the data_files of a config must be paths in its folder, or a list of split and path; "
+                f"got {one_line(repr(listed))}"
+            ) from None
+        found: dict[str, list[Path]] = {}
+        for (split, pattern), paths in matches.items():
+            if not paths:
+                raise MissingData(f"{folder / pattern} is missing, which {README} lists")
+            found[split] = found.get(split, []) + paths
+        return found
 
     def digest(self, repository: str, name: str | None = None) -> str:
         """Returns the SHA-256 over the contents of a config's files, which identifies the items of a result."""
@@ -93,42 +100,24 @@ class Mirror:
         return total.hexdigest()
 
 
-def place(repository: str, name: str | None, mirror: Mirror | None) -> str:
-    """Returns the name of a config and its location, for messages."""
-    location = "on the hub" if mirror is None else f"in {mirror.root / repository}"
-    return f"{repository}{f', config {name!r}' if name else ''} {location}"
-
-
-def write_card(folder: Path, configs: dict[str, dict[str, str]], text: str, **fields: str) -> None:
-    """Writes a README.md with these fields and, for each config, the path of each split's file in its front matter."""
+def card(configs: dict[str, dict[str, str]], text: str, **fields: str) -> str:
+    """Returns a README.md whose front matter has these fields and, for each config, the path of each split's file."""
     listed = [
         {"config_name": name, "data_files": [{"split": split, "path": path} for split, path in files.items()]}
         for name, files in configs.items()
     ]
-    front = yaml.safe_dump({**fields, "configs": listed}, allow_unicode=True, sort_keys=False)
-    (folder / README).write_text(f"---\n{front}---\n{text}\n", encoding="utf-8")
+    return f"---\n{json.dumps({**fields, 'configs': listed}, indent=1)}\n---\n{text}\n"  # JSON is YAML
 
 
 @contextmanager
-def serving_metrics(offline: bool, code_metric: Callable[[], object] | None = None) -> Iterator[None]:
-    """Replaces `evaluate.load` in the block; two of lm-eval's tasks call it for "code_eval" when they are imported.
-
-    Args:
-        offline: whether to refuse all other metrics, which would come from the hub.
-        code_metric: makes the metric that runs programs; without it, code_eval is refused.
-    """
+def serving_code_eval(metric: object) -> Iterator[None]:
+    """Serves `evaluate.load("code_eval")` in the block; two of lm-eval's tasks call it when they are imported."""
     import evaluate
 
     metric_from_hub = evaluate.load
 
     def load_metric(path, *args, **options):
-        if path == "code_eval":
-            if code_metric is None:
-                raise ValueError("this task runs programs that the model wrote: it needs --allow-code-execution")
-            return code_metric()
-        if offline:
-            raise MissingData(f"metric {path!r}: without a network only lm-eval's own metrics are available")
-        return metric_from_hub(path, *args, **options)
+        return metric if path == "code_eval" else metric_from_hub(path, *args, **options)
 
     evaluate.load = load_metric
     try:
@@ -137,68 +126,37 @@ def serving_metrics(offline: bool, code_metric: Callable[[], object] | None = No
         evaluate.load = metric_from_hub
 
 
-def _front_matter(folder: Path) -> list[dict]:
+def _front_matter(readme: Path) -> list[dict]:
     """Returns the `configs:` of a data set's README.md."""
-    readme = folder / README
-    if not readme.is_file():
-        raise MissingData(f"{readme} is missing: its front matter must list configs")
     try:
-        parts = readme.read_text(encoding="utf-8").split("---\n", 2)
-        content = yaml.load(parts[1], _LOADER) if len(parts) == 3 and not parts[0].strip() else None
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise MissingData(f"{readme}: front matter is not valid YAML in UTF-8 ({one_line(error, 120)})") from None
-    configs = content.get("configs") if isinstance(content, dict) else None
-    if not isinstance(configs, list) or not configs or not all(isinstance(config, dict) for config in configs):
-        raise MissingData(f"{readme}: front matter must have a list of configs, each with its data_files")
-    return configs
-
-
-def _patterns(folder: Path, data_files) -> dict[str, list[str]]:
-    """Returns the patterns of data files by split, from any of the forms that the hub admits."""
-    from datasets.data_files import sanitize_patterns
-
-    try:
-        patterns = sanitize_patterns(data_files)
-    except (ValueError, TypeError):
-        patterns = {}
-    valid = all(paths and all(isinstance(path, str) for path in paths) for paths in patterns.values())
-    if not patterns or not valid:
+        configs = yaml.load(readme.read_text(encoding="utf-8").split("---\n")[1], _LOADER)["configs"]
+        if not configs or not all(isinstance(config, dict) for config in configs):
+            raise ValueError("it has no configs")
+    except Exception as error:  # YAML can hold anything
         raise MissingData(
-            f"{folder / README}: the data_files of a config must be paths, or a list of split and path; "
-            f"got {one_line(repr(data_files))}"
-        )
-    return patterns
-
-
-def _matching(folder: Path, patterns: list[str]) -> list[Path]:
-    """Returns the files in the folder that match the patterns; each pattern must match at least one."""
-    found: list[Path] = []
-    for pattern in patterns:
-        if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-            raise MissingData(f"{folder / README}: data file {pattern!r} is outside the folder")
-        matches = sorted(folder.glob(pattern))
-        if not matches:
-            raise MissingData(f"{folder / pattern} is missing, which {README} lists")
-        found += matches
-    return found
+            f"{readme}: cannot be read ({type(error).__name__}: {one_line(error, 120)}); its front matter must be YAML "
+            "with a list of configs, each with its data_files"
+        ) from None
+    return configs
 
 
 def _read(path: Path):
     """Reads one data file into a `pyarrow.Table`."""
     from pyarrow import Table, parquet
 
-    if path.suffix not in (".jsonl", ".json", ".parquet", ".csv", ".tsv"):
-        raise MissingData(f"{path}: data files must be .jsonl, .json, .parquet, .csv or .tsv")
     try:
         if path.suffix == ".parquet":
             return parquet.read_table(path)
+        text = path.read_bytes().decode("utf-8")  # as it is, line ends included
         if path.suffix in (".csv", ".tsv"):
-            with path.open(encoding="utf-8", newline="") as file:
-                return Table.from_pylist([*csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")])
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            return Table.from_pylist(json.loads(text))
-        # Not splitlines: a text may hold U+2028, which does not end a line in JSON.
-        return Table.from_pylist([json.loads(line) for line in text.split("\n") if line.strip()])
+            rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ","))
+        elif path.suffix == ".json":
+            rows = json.loads(text)
+        elif path.suffix == ".jsonl":
+            # Not splitlines: a text may hold U+2028, which does not end a line in JSON.
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            raise ValueError("data files must be .jsonl, .json, .parquet, .csv or .tsv")
+        return Table.from_pylist(rows)
     except Exception as error:
         raise MissingData(f"{path}: cannot be read ({one_line(error, 160)})") from None

@@ -34,12 +34,9 @@ class Team:
     """The processes of one evaluation, which exchange objects over gloo on every kind of device."""
 
     def __init__(self, device: str):
-        self._owned = not distributed.is_initialized()
-        if self._owned:
+        if not distributed.is_initialized():
             distributed.init_process_group("gloo", timeout=TIMEOUT)
-            self._group = distributed.group.WORLD
-        else:
-            self._group = distributed.new_group(backend="gloo", timeout=TIMEOUT)
+        self._group = distributed.new_group(backend="gloo", timeout=TIMEOUT)
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         self._ended = False
         if device != "cpu" and torch.accelerator.is_available():
@@ -51,16 +48,23 @@ class Team:
     def leading(self) -> Iterator[Callable[[object], None]]:
         """Runs rank 0's block and yields a function that sends the outcome to the other ranks.
 
-        An exception in the block is raised on the other ranks as well.
+        An exception in the block is raised on the other ranks as well. SIGTERM is turned into a ProcessLost exception,
+        so that the command ends with one line.
         """
-        with _termination_raises(f"this process was told to end, as happens when another of {self.size} is lost"):
-            try:
-                yield self._end
-            except ProcessLost:
-                raise
-            except Exception as error:
-                self._end(_portable(error))
-                raise
+
+        def stop(number, frame):
+            raise ProcessLost(f"this process was told to end, as happens when another of {self.size} is lost; {RESUME}")
+
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            yield self._end
+        except ProcessLost:
+            raise
+        except Exception as error:
+            self._end(_portable(error))
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def follow(self, handlers: dict[str, Callable]):
         """Answers rank 0's calls until it ends; returns its outcome, or raises its exception."""
@@ -114,8 +118,6 @@ class Team:
             sys.stdout.flush()
         with suppress(RuntimeError, ValueError):  # raised where another process has ended already
             distributed.barrier(group=self._group)
-            if self._owned:
-                distributed.destroy_process_group()
 
     @contextmanager
     def _connected(self):
@@ -147,17 +149,3 @@ def _portable(error: Exception) -> Exception:
         if str(pickle.loads(pickle.dumps(error))) == str(error):
             return error
     return RuntimeError(f"{type(error).__name__}: {error}")
-
-
-@contextmanager
-def _termination_raises(reason: str):
-    """Turns SIGTERM into a ProcessLost exception inside the block, so that the command ends with one line."""
-
-    def stop(number, frame):
-        raise ProcessLost(f"{reason}; {RESUME}")
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

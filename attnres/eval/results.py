@@ -77,26 +77,24 @@ def as_csv(table: dict) -> str:
 
 
 def as_markdown(table: dict) -> str:
-    """Returns the numbers, which choices of the protocol are ours, and what the rows were measured with."""
+    """Returns the numbers, and which choices of the protocol are ours."""
     rows = table["rows"]
-    lines = [f"> **{mark}**\n" for mark in table["marks"]]
-    lines += [
-        "| Row | Measured | Shots | Metric | Items | Paper baseline | Paper AttnRes | Minus baseline | Minus AttnRes |",
-        "|---|---:|---:|---|---:|---:|---:|---:|---:|",
-    ]
     signs = {LIMITED: " †", SAMPLE: " ‡"}
-    for row in rows:
-        sign = next((signs[mark] for mark in _marks(row)), "")
-        lines.append(
-            f"| {row['title']}{sign} | {_with_error(row['measured'], row['stderr'])} | {row['shots']} "
-            f"| {row['metric']}, {row['filter']} | {row['n']} "
-            f"| {row['paper_baseline']:.1f} | {row['paper_attnres']:.1f} "
-            f"| {row['minus_baseline']:+.1f} | {row['minus_attnres']:+.1f} |"
-        )
+    cells = [
+        {
+            "Row": row["title"] + next((signs[mark] for mark in _marks(row)), ""),
+            "Measured": _with_error(row["measured"], row["stderr"]), "Shots": row["shots"],
+            "Metric": f"{row['metric']}, {row['filter']}", "Items": row["n"],
+            "Paper baseline": f"{row['paper_baseline']:.1f}", "Paper AttnRes": f"{row['paper_attnres']:.1f}",
+            "Minus baseline": f"{row['minus_baseline']:+.1f}", "Minus AttnRes": f"{row['minus_attnres']:+.1f}",
+        }
+        for row in rows
+    ]  # fmt: skip
+    lines = [*(f"> **{mark}**\n" for mark in table["marks"]), *markdown_table(cells)]
     lines.append("\nIn per cent, ± one standard error; differences from the paper's single runs in points.\n")
     lines += [f"{signs[mark].strip()} {mark}.\n" for mark in marks(rows)]
     for row in rows:
-        if row["micro"] != row["macro"] or row["row"] == "mmlu":
+        if row["micro"] != row["macro"]:
             micro, macro = (_with_error(row[key], row[f"{key}_stderr"]) for key in ("micro", "macro"))
             lines.append(f"{row['title']}: over items (micro) {micro}, over subtasks (macro) {macro}.\n")
     for row in rows:
@@ -114,26 +112,14 @@ def as_markdown(table: dict) -> str:
         choices = table["protocol"][row["row"]]
         ours = [f"{choice['choice']} {choice['value']}" for choice in choices if choice["origin"] == "ours"]
         lines.append(f"- {row['title']}: {'; '.join(ours)}")
-    return "\n".join([*lines, "", *_conditions(table), ""])
+    return "\n".join([*lines, "\nresults.json has the model's hashes, packages, settings and seeds.", ""])
 
 
-def _conditions(table: dict) -> list[str]:
-    lines = ["## Measured with", "", f"- model: {_pairs(table['model'])}"]
-    for name, title in (("versions", "packages"), ("settings", "settings")):
-        values = list(table[name].values())
-        if values and all(each == values[0] for each in values):
-            lines.append(f"- {title}: {_pairs(values[0])}")
-        else:
-            lines += [f"- {title} of {row}: {_pairs(each)}" for row, each in table[name].items()]
-    for row in table["rows"]:
-        speed = f", {row['tokens_per_second']:.0f} tokens/s" if row["tokens_per_second"] else ""
-        lines.append(f"- {row['title']}: {row['wall_seconds']:.1f} s{speed}, seeds {row['seeds']}")
-    return lines
+def markdown_table(rows: list[dict]) -> list[str]:
+    """Returns the lines of a Markdown table whose columns but the first are aligned to the right."""
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in [*rows[:1], *(row.values() for row in rows)]]
+    return lines and [lines[0], f"|---{'|---:' * (len(rows[0]) - 1)}|", *lines[1:]]
 
 
 def _with_error(value: float, error: float | None) -> str:
     return f"{value:.2f}" if error is None else f"{value:.2f} ± {error:.2f}"
-
-
-def _pairs(values: dict) -> str:
-    return ", ".join(f"{key} {value}" for key, value in values.items() if value not in (None, ""))

@@ -15,10 +15,8 @@ Values = Sequence[float]
 Strata = Sequence[Hashable] | None
 
 
-class Test(NamedTuple):
+class Difference(NamedTuple):
     """A difference with its 95 % interval, in the unit of the values, and its two-sided p value."""
-
-    __test__ = False  # pytest collects classes of this name
 
     difference: float
     low: float
@@ -27,22 +25,17 @@ class Test(NamedTuple):
     method: str
 
 
-def mcnemar(first: Values, second: Values) -> Test:
+def mcnemar(first: Values, second: Values) -> Difference:
     """Runs McNemar's exact test on 0/1 values: the wins are binomial (wins + losses, 1/2) if the models are equal.
 
     The interval is Newcombe's for paired proportions (1998, method 10). Unlike a normal approximation, it stays within
     -1 and 1 and keeps a width above 0 where the models agree on every item.
-
-    Raises:
-        ValueError: the arrays differ in length, are empty or hold values other than 0 and 1.
     """
-    first, second = _paired(first, second)
-    if not is_binary(first, second):
-        raise ValueError("McNemar's test takes 0 and 1 only")
+    first, second = np.asarray(first), np.asarray(second)
     wins, losses = int(np.sum(second > first)), int(np.sum(second < first))
     p = binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
     low, high = newcombe(int(np.sum(first * second)), losses, wins, int(np.sum((first + second) == 0)))
-    return Test((wins - losses) / len(first), low, high, float(p), "exact McNemar")
+    return Difference((wins - losses) / len(first), low, high, float(p), "exact McNemar")
 
 
 def newcombe(both: int, only_first: int, only_second: int, neither: int) -> tuple[float, float]:
@@ -69,7 +62,7 @@ def wilson(successes: int, total: int) -> tuple[float, float]:
 
 def paired_bootstrap(
     first: Values, second: Values, strata: Strata = None, *, resamples: int = 10_000, seed: int = 0, macro: bool = False
-) -> Test:
+) -> Difference:
     """Resamples pairs within their subtask: percentile interval and p value of the mean difference.
 
     The spread within each subtask of n items is widened by sqrt(n / (n - 1)), because a resample varies too little by
@@ -83,12 +76,9 @@ def paired_bootstrap(
         resamples: number of resamples.
         seed: seed of the resampling.
         macro: whether to average the subtasks' means instead of the items.
-
-    Raises:
-        ValueError: the arrays differ in length or are empty, or a value is not finite.
     """
-    first, second = _paired(first, second)
-    observed, drawn = _resampled(second - first, strata, resamples, seed, macro)
+    differences = np.subtract(second, first)
+    observed, drawn = _resampled(differences, strata, resamples, seed, macro)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
     # Differences of exactly zero count on both sides: p is 1 if all pairs are equal.
@@ -96,11 +86,11 @@ def paired_bootstrap(
     tails = min(np.sum(drawn <= tolerance), np.sum(drawn >= -tolerance))
     p = float(min(1.0, 2 * (tails + 1) / (resamples + 1)))
     method = f"paired bootstrap, {resamples} resamples"
-    if np.array_equal(first, second):
+    if not differences.any():
         # Resampling equal pairs shows no spread, although other items could differ.
         reach = wilson(0, len(first))[1]
         low, high, method = -reach, reach, f"{method}; interval: Wilson's, as no item differs"
-    return Test(observed, float(low), float(high), p, method)
+    return Difference(observed, float(low), float(high), p, method)
 
 
 def equivalence(
@@ -121,19 +111,14 @@ def equivalence(
 
     Args:
         margin: margin above 0 and below 1, in the unit of the values.
-
-    Raises:
-        ValueError: as in `paired_bootstrap`, or the margin is not between 0 and 1.
     """
-    if not 0 < margin < 1:
-        raise ValueError(f"a margin of equivalence lies between 0 and 1 (100 points), got {margin}")
-    first, second = _paired(first, second)
-    if (is_binary(first, second) and not macro) or np.array_equal(first, second):
-        wins, losses = int(np.sum(second > first)), int(np.sum(second < first))
+    differences = np.subtract(second, first)
+    if (is_binary(first, second) and not macro) or not differences.any():
+        wins, losses = int(np.sum(differences > 0)), int(np.sum(differences < 0))
         # The test in the other direction is the same one with the models swapped.
-        p = max(tango(wins, losses, len(first), margin), tango(losses, wins, len(first), margin))
+        p = max(tango(wins, losses, len(differences), margin), tango(losses, wins, len(differences), margin))
         return p, "Tango's score tests"
-    _, drawn = _resampled(second - first, strata, resamples, seed, macro)
+    _, drawn = _resampled(differences, strata, resamples, seed, macro)
     beyond = max(int(np.sum(drawn <= -margin)), int(np.sum(drawn >= margin)))
     return (beyond + 1) / (resamples + 1), f"paired bootstrap, {resamples} resamples"
 
@@ -188,12 +173,3 @@ def _resampled(
             means = group[generator.integers(0, size, (count, size))].mean(axis=1)
             drawn[start : start + count] += weight * (mean + widen * (means - mean))
     return float(observed), drawn
-
-
-def _paired(first, second) -> tuple[np.ndarray, np.ndarray]:
-    first, second = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
-    if first.shape != second.shape or first.ndim != 1 or not len(first):
-        raise ValueError(f"pairs need two arrays of one length above 0, got {first.shape} and {second.shape}")
-    if not (np.isfinite(first).all() and np.isfinite(second).all()):
-        raise ValueError("a value is not finite")
-    return first, second

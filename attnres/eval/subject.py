@@ -10,7 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ..messages import quiet_transformers
+import torch
+
+from ..messages import one_line, quiet_transformers
 from . import identity as hashes
 from .processes import Team
 from .progress import quiet_lm_eval
@@ -62,10 +64,7 @@ class Origin:
 
         network = self.model
         if isinstance(network, Path):
-            network = load_model(
-                str(folder or network), settings.dtype, settings.device_map, settings.trust_remote_code,
-                settings.device, settings.load_in_4bit,
-            )  # fmt: skip
+            network = load_model(str(folder or network), settings)
         length = context_length(network.config, self.tokenizer, settings.max_length, self.name)
         with quiet_lm_eval():
             return CausalLM(network, self.tokenizer, length, settings.batch_size, team)
@@ -77,25 +76,21 @@ def find(model, tokenizer, revision: str | None, settings: Settings) -> Origin:
     Raises:
         ValueError: the checkpoint, the device or the tokenizer is missing, or the settings do not suit the model.
     """
-    from .lm import check_device, load_tokenizer, with_padding
+    from .lm import load_tokenizer, with_padding
 
-    if model is None:
-        raise ValueError("no model is given; name a folder or a hub id")
     if isinstance(model, str | os.PathLike):
         if settings.device_map is None:
-            check_device(settings.device)
+            _check_device(settings.device)
+        if settings.load_in_4bit and find_spec("bitsandbytes") is None:
+            raise ValueError("--load-in-4bit needs bitsandbytes, which is not installed: pip install bitsandbytes")
         folder = hashes.checkpoint_folder(str(model), revision)
-        if settings.load_in_4bit:
-            _check_quantizable(folder)
         tokenizer_folder = folder if tokenizer is None else hashes.tokenizer_source(str(tokenizer))
         tokenizer = load_tokenizer(str(tokenizer_folder), settings.trust_remote_code)
         origin = Origin(str(model), folder, tokenizer, tokenizer_folder)
-    elif settings.load_in_4bit:
-        raise ValueError("--load-in-4bit: a model in memory is loaded already; leave it out")
-    elif revision is not None:
-        raise ValueError(f"a model in memory has no revisions, got {revision!r}; leave it out")
-    elif tokenizer is None:
-        raise ValueError("a model in memory needs its tokenizer; pass tokenizer=")
+    elif tokenizer is None or revision is not None or settings.load_in_4bit:
+        raise ValueError(
+            "name a folder or a hub id, or pass a model in memory with its tokenizer= and without revision or 4 bits"
+        )
     else:
         origin = Origin(type(model).__name__, model, with_padding(tokenizer), None)
     if settings.chat_template and not getattr(origin.tokenizer, "chat_template", None):
@@ -103,12 +98,12 @@ def find(model, tokenizer, revision: str | None, settings: Settings) -> Origin:
     return origin
 
 
-def _check_quantizable(folder: Path) -> None:
-    if find_spec("bitsandbytes") is None:
-        raise ValueError("--load-in-4bit needs bitsandbytes, which is not installed: pip install bitsandbytes")
-    if quantization := hashes.read_config(folder).get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ValueError(f"{folder}: is quantised already ({method}); leave --load-in-4bit out")
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(1, device=name)
+    except Exception as error:  # each backend has its own exceptions
+        reason = one_line(error)
+        raise ValueError(f"--device {name}: torch cannot use it ({reason}); name another one, such as cpu") from None
 
 
 def describe(
@@ -129,9 +124,7 @@ def describe(
     if origin.tokenizer_folder is None:
         identity = hashes.model_identity(origin.model, origin.tokenizer)
     else:
-        convert = hashes.is_kimi_k3(origin.model, settings.trust_remote_code)
-        if convert:
-            _check_kimi_k3(origin.model)
+        convert = _is_kimi_k3(origin.model, settings.trust_remote_code)
         say(f"hashing the weights of {origin.name}")
         identity = hashes.checkpoint_identity(origin.model)
         identity["tokenizer"] = hashes.tokenizer_identity(origin.tokenizer_folder)
@@ -167,12 +160,24 @@ def _quantization(config) -> str | None:
     return None if method is None else str(getattr(method, "value", method))
 
 
-def _check_kimi_k3(folder: Path) -> None:
-    """Checks, before hours of hashing, that a checkpoint can be converted."""
+def _is_kimi_k3(folder: Path, trust_remote_code: bool) -> bool:
+    """Returns whether a checkpoint has Kimi K3's layout, which transformers would load without its depth mixer.
+
+    A checkpoint that brings its own model code counts as another layout if that code is trusted.
+
+    Raises:
+        ValueError: the checkpoint has this layout but cannot be converted, which is said before hours of hashing.
+    """
     from ..conversion import read_checkpoint
+    from ..conversion.checkpoint import read_json
+    from ..conversion.kimi_k3 import is_k3
     from ..conversion.layouts import KIMI_K3, understand
 
+    config = read_json(folder / "config.json")
+    if not is_k3(config) or (trust_remote_code and "AutoModelForCausalLM" in (config.get("auto_map") or {})):
+        return False
     understand(read_checkpoint(folder), KIMI_K3)
+    return True
 
 
 @contextmanager

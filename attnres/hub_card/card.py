@@ -9,7 +9,6 @@ from huggingface_hub import ModelCard
 
 from ..configuration_attnres import AttnResConfig
 from ..conversion.inspection import EXPERT_KEYS, ROUTED_KEYS, shown_size
-from ..eval.published import TABLE_3
 from ..eval.results import SAMPLE
 from ..eval.suites import ROWS
 from .front_matter import front_matter, shown_value
@@ -68,7 +67,7 @@ def model_card(
         smoke=smoke,
         sample=SAMPLE,
         benchmarks=ROWS,
-        published=TABLE_3,
+        published={name: row.paper for name, row in ROWS.items()},
         conditions=sorted({_conditions(result) for result in rows.values()}),
         figures=figures,
         report=provenance.report,

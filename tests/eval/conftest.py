@@ -1,7 +1,18 @@
 """A mirror of three rows and a tiny checkpoint."""
 
+from functools import lru_cache
+
+import lm_eval.utils
 import pytest
 from tiny_eval import CONFIGS, ITEMS, byte_tokenizer, tiny_llama, write_data_set
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_templates():
+    """Compiles each template once; lm-eval compiles it anew for every item and field, which takes most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm_eval.utils.env, "from_string", lru_cache(lm_eval.utils.env.from_string))
+        yield
 
 
 @pytest.fixture(scope="session")

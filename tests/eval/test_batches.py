@@ -51,7 +51,9 @@ def model_of(name: str, seed: int):
     return model
 
 
-MODELS = [*FAMILY_OPTIONS, "llama-attnres", "kimi_linear-attnres"]
+# Caches of full attention, of sliding windows and of linear attention, and AttnRes over both; others run with -m slow.
+KINDS = ["llama", "gemma2", "kimi_linear", "llama-attnres", "kimi_linear-attnres"]
+OTHERS = [family for family in FAMILY_OPTIONS if family not in KINDS]
 
 
 def stock(model, batch_size):
@@ -64,13 +66,15 @@ def stock(model, batch_size):
     )
 
 
-def cases(names):
-    """Every model with a seed, and llama with a second one; further seeds of the others are in the slow suite."""
-    seeds = [(name, seed) for name in names for seed in (0, 1)]
-    return [pytest.param(*case, marks=pytest.mark.slow if case[1] and "llama" not in case[0] else ()) for case in seeds]
+def cases(names, slow=()):
+    return [
+        pytest.param(name, seed, marks=pytest.mark.slow if seed or name in slow else ())
+        for name in (*names, *slow)
+        for seed in (0, 1)
+    ]
 
 
-@pytest.mark.parametrize(("name", "seed"), cases(MODELS))
+@pytest.mark.parametrize(("name", "seed"), cases(KINDS, OTHERS))
 def test_likelihoods_are_those_of_lm_eval(name, seed):
     model = model_of(name, seed)
     expected = stock(model, 3).loglikelihood(likelihoods(), disable_tqdm=True)
@@ -92,11 +96,11 @@ def written(requests, model, batch_size, own):
     return lm.generate_until(requests, disable_tqdm=True)
 
 
-@pytest.mark.parametrize(("name", "seed"), cases(["llama", "deepseek_v3", "gemma2", "kimi_linear", "llama-attnres"]))
+@pytest.mark.parametrize(("name", "seed"), cases(KINDS[:4], ["deepseek_v3"]))
 def test_generated_answers_are_those_of_lm_eval_although_ended_rows_are_left_out(name, seed, monkeypatch):
     monkeypatch.setattr(lm_module, "PORTION", 3)
     model = model_of(name, seed)
-    options = {"until": ["\n\n"], "max_gen_toks": 41, "do_sample": False}
+    options = {"until": ["\n\n"], "max_gen_toks": 29, "do_sample": False}
     arguments = [(text, options) for text in [*QUESTIONS, "What?", "Where to?"]]
     whole = written(instances("generate_until", arguments), model, 3, own=False)
     # What two of them write in the middle ends them there, and some of the others elsewhere.

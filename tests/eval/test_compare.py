@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,28 +141,12 @@ def damage(folder, name, change):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("samples.jsonl", lambda text: text[text.index("\n") + 1 :], r"not the same items.* 1 only in .*a \(t #0\)"),
-        ("samples.jsonl", lambda text: text.replace('"p1"', '"px"'), r"the same questions, but their text, prompt"),
-        ("samples.jsonl", lambda text: text.replace('"t1', '"tx'), r"1 only in .*a \(t #1\); 1 only in .*b"),
-        ("samples.jsonl", lambda text: text[:-40], r"samples.jsonl: line 10 is not a sample"),
-        ("samples.jsonl", lambda text: text + text.splitlines()[0], "line 11 repeats an item"),
-        ("samples.jsonl", lambda text: text.replace('"doc_hash"', '"hash"'), "not a sample: it lacks doc_hash"),
-        ("samples.jsonl", lambda text: text.replace('"doc_id": 0', '"doc_id": []'), r"doc_id must be int, got \[\]"),
-        ("samples.jsonl", lambda text: text.replace('"seed": null', '"seed": {}'), "seed must be int or null, got {}"),
-        ("samples.jsonl", lambda text: text.replace('"doc_id": 0', '"doc_id": true'), "doc_id must be int, got True"),
-        ("samples.jsonl", lambda text: "5\n" + text, "line 1 is not a sample: must be a JSON object, got int"),
-        ("samples.jsonl", lambda text: "[" * 100_000 + text, "line 1 is not a sample .*recursion"),
-        ("samples.jsonl", lambda text: text.replace('"acc": 1.0', '"acc": NaN'), "line 1: acc must be .* 1, got nan"),
-        ("samples.jsonl", lambda text: text.replace('"acc": 1.0', '"acc": "1"'), "number from 0 to 1, got '1'"),
-        ("samples.jsonl", lambda text: text.replace('"acc": 1.0', '"acc": 1e308'), r"number from 0 to 1, got 1e\+308"),
-        ("samples.jsonl", lambda text: text.replace('"acc": 1.0', f'"acc": 1{"0" * 400}'), "from 0 to 1, got 1000"),
-        ("samples.jsonl", lambda text: "", "no sample has acc"),
+        ("samples.jsonl", lambda text: text[text.index("\n") + 1 :], r"not the same items.* 1 only in .*a, 0 only in"),
+        ("samples.jsonl", lambda text: text.replace('"p1"', '"px"'), r"hashes of its text, prompt and target"),
+        ("samples.jsonl", lambda text: text.replace('"t1', '"tx'), r"1 only in .*a, 1 only in .*b, such as t #1"),
         ("result.json", lambda text: text[:50], "not valid JSON"),
         ("result.json", lambda text: "[]", "not a result"),
         ("result.json", lambda text: text.replace('"filter": "none"', '"other": 1'), "it lacks score.filter"),
-        ("result.json", lambda text: text.replace('"settings": {', '"settings": 5, "x": {'), "settings must be dict"),
-        ("result.json", lambda text: text.replace('"wall_seconds": 1.5', '"wall_seconds": NaN'), "float, got nan"),
-        ("result.json", lambda text: text.replace('"protocol": []', '"protocol": [1]'), "protocol must hold choice"),
         ("result.json", lambda text: text.replace('"row": "mmlu"', '"row": "bbh"'), "row must be 'mmlu', the name"),
         ("result.json", lambda text: text.replace('"batch_size": 8', '"batch_size": 4'), r"batch_size \(8 and 4\)"),
         ("result.json", lambda text: text.replace('"limit": null', '"limit": 5'), r"limit \(None and 5\)"),
@@ -207,15 +192,6 @@ def test_missing_folders_and_files_are_refused(folders):
     for resamples in (1, 10**9):
         with pytest.raises(ValueError, match=f"must be 100 to 1000000 resamples, got {resamples}"):
             compare(*folders, bootstrap=resamples)
-
-
-@pytest.mark.parametrize("text", ["caf\xe9".encode("latin-1"), b"\xff\xfe"], ids=("latin-1", "utf-16"))
-def test_samples_in_another_encoding_are_named(folders, text):
-    for folder in folders:
-        write_row(folder, "mmlu", [("t", None, 1.0)])
-    (folders[1] / "mmlu" / "samples.jsonl").write_bytes(b'{"task": "' + text + b'"}\n')
-    with pytest.raises(ValueError, match=r"b/mmlu/samples.jsonl: line 1 is not a sample .*codec can't decode"):
-        compare(*folders)
 
 
 def test_a_folder_is_not_compared_with_itself(folders):
@@ -334,15 +310,12 @@ def test_several_evaluations_become_a_matrix_whose_pairs_are_those_of_two(tmp_pa
         assert [replace(row, p_holm=0) for row in alone.rows] == [replace(row, p_holm=0) for row in pair.rows]
 
 
-def test_the_matrix_is_antisymmetric_and_says_where_a_model_is_clearly_better(tmp_path):
+def test_several_evaluations_are_shown_with_where_a_model_is_clearly_better(tmp_path):
     folders = write_models(tmp_path, 0.5, 0.5, 0.7)
     text = matrix_as_markdown(compare_all(folders, equivalence=5))
-    lines = [line.split("|")[2:-1] for line in text.splitlines() if line.startswith(("| 1 |", "| 2 |", "| 3 |"))]
-    cells = [[cell.strip() for cell in line] for line in lines]
-    assert [cells[place][place] for place in range(3)] == [""] * 3
-    assert cells[0][1] == cells[1][0] == "+0.00 (+0 -0 =2)"
-    assert cells[0][2].endswith("(+2 -0 =0)") and cells[2][0].endswith("(+0 -2 =0)")
-    assert float(cells[0][2].split()[0]) == -float(cells[2][0].split()[0]) > 10
+    assert text.count("| 2 minus 1 | +0.00 | 0 | 0 | 2 |") == 1
+    (mean,) = {re.search(rf"\| {pair} \| \+(\S+) \| 2 \| 0 \| 0 \|", text)[1] for pair in ("3 minus 1", "3 minus 2")}
+    assert float(mean) > 10
 
 
 def test_sameness_is_shown_or_not_per_row_and_for_all(tmp_path):

@@ -20,9 +20,8 @@ def answers(folder, row):
     return {(item["task"], item["doc_id"], item["filter"]): item for item in items}
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_converted_model_answers_every_item_as_the_plain_one(mirror_root, tmp_path, seed):
-    torch.manual_seed(seed)
+def test_a_converted_model_answers_every_item_as_the_plain_one(mirror_root, tmp_path):
+    torch.manual_seed(0)
     ends = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
     plain = AutoModelForCausalLM.from_config(
         tiny_config("llama", vocab_size=257, max_position_embeddings=900, num_hidden_layers=5, **ends)

@@ -6,7 +6,7 @@ import pytest
 from tiny_eval import Scripted, arc_item, gpqa_item, gsm8k_item, write_data_set
 
 from attnres.eval import evaluate, fetch, mirror
-from attnres.eval.mirror import Mirror, MissingData, serving_metrics
+from attnres.eval.mirror import Mirror, MissingData, serving_code_eval
 from attnres.eval.suites import ROWS
 
 
@@ -36,25 +36,22 @@ def card(data_files: str) -> str:
 
 
 DAMAGED = {
-    "none": (None, "README.md is missing"),
-    "empty": ("no front matter", "must have a list of configs"),
-    "yaml": ("---\nconfigs: [\n---\n", "not valid YAML"),
-    "no-files": (card("null"), "must be paths, or a list of split and path; got None"),
+    "none": (
+        None,
+        "README.md: cannot be read .FileNotFoundError.*; its front matter must be YAML with a list of configs",
+    ),
+    "empty": ("no front matter", "README.md: cannot be read"),
+    "yaml": ("---\nconfigs: [\n---\n", "README.md: cannot be read .ParserError"),
+    "no-configs": ("---\nconfigs: [5]\n---\n", "README.md: cannot be read .ValueError: it has no configs"),
+    "no-files": (card("null"), "must be paths in its folder, or a list of split and path; got None"),
     "gone": (card("gone.jsonl"), "gone.jsonl is missing"),
-    "outside": (card("../x.jsonl"), "outside the folder"),
     "damaged": (card("bad.jsonl"), "bad.jsonl: cannot be read"),
     "format": (card("odd.zip"), "data files must be"),
     "number": (card("{test: 5}"), "list of split and path; got {'test'"),
     "numbers": (card("{test: [x, 5]}"), "list of split and path; got .*5"),
-    "no-paths": (card("[]"), "list of split and path; got"),
-    "binary": (b"---\nconfigs: \xff\n---\n", "README.md: front matter is not valid YAML in UTF-8 .*position 13"),
-    "deep-readme": ("---\nconfigs: " + "[" * 5000 + "\n---\n", "README.md: front matter is not valid YAML"),
-    "deep": (card("deep.jsonl"), "deep.jsonl: cannot be read .*recursion"),
+    "absolute": (card("/x.jsonl"), "must be paths in its folder"),
+    "binary": (b"---\nconfigs: \xff\n---\n", "README.md: cannot be read .UnicodeDecodeError.*position 13"),
     "values": (card("values.jsonl"), "values.jsonl: cannot be read"),
-    "no-items": (
-        card("{test: none.jsonl}"),
-        "org/name, config 'main' in .*org/name: its split 'test' has no items; fill .*none.jsonl",
-    ),
 }
 
 
@@ -64,9 +61,7 @@ def test_damaged_data_set_is_one_clear_line(tmp_path, readme, message):
     folder.mkdir(parents=True)
     (folder / "bad.jsonl").write_text('{"a": 1}\n{"a": ')
     (folder / "odd.zip").touch()
-    (folder / "deep.jsonl").write_text("[" * 100_000)
     (folder / "values.jsonl").write_text("5\n6\n")
-    (folder / "none.jsonl").touch()
     if readme is not None:
         (folder / "README.md").write_bytes(readme if isinstance(readme, bytes) else readme.encode())
     with pytest.raises(MissingData, match=message) as error:
@@ -74,21 +69,14 @@ def test_damaged_data_set_is_one_clear_line(tmp_path, readme, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_split_that_the_front_matter_lacks_is_named_with_those_that_it_has(tmp_path):
-    write_data_set(tmp_path, "openai/gsm8k", "main", {"train": [gsm8k_item(1)]})
-    message = "openai/gsm8k, config 'main' in .*gsm8k: has no split 'test', .* lists train"
-    with pytest.raises(MissingData, match=message):
-        Mirror(tmp_path).load("openai/gsm8k", "main")["test"]
-
-
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
-        ({"train": range(30)}, "has no split 'test', which the task reads; its README.md lists train"),
-        ({"train": [], "test": range(2)}, "its split 'train' has no items"),
+        ({"train": range(30)}, r"the task gsm8k cannot read its items \(KeyError: .*test.*; compare splits"),
+        ({"train": range(30), "test": []}, r"the task gsm8k cannot read its items \(IndexError"),
         (
             {"train": range(3), "test": range(2)},
-            "the task gsm8k shows 8 examples from the split 'train', which needs at least 8 items; it has 3",
+            "the task gsm8k shows 8 examples, which needs at least 8 items in the split 'train'; it has 3",
         ),
         ({"train": range(30), "test": None}, r"the task gsm8k cannot read its items \(UndefinedError: 'question'"),
     ],
@@ -100,13 +88,13 @@ def test_items_that_a_task_cannot_read_are_one_line_that_names_them(tmp_path, sp
         for split, numbers in splits.items()
     }
     write_data_set(tmp_path, "openai/gsm8k", "main", items)
-    with pytest.raises(MissingData, match=f"gsm8k: openai/gsm8k, config 'main' in {tmp_path}/openai/gsm8k.*{message}"):
+    with pytest.raises(MissingData, match=f"gsm8k: openai/gsm8k, config 'main' {tmp_path}/openai/gsm8k.*{message}"):
         evaluate(suite="gsm8k", lm=Scripted(), out=tmp_path / "out", data_dir=tmp_path, progress=False)
 
 
 def test_an_example_more_is_needed_where_the_question_is_left_out(tmp_path):
     write_data_set(tmp_path, "Idavidrein/gpqa", "gpqa_diamond", {"train": [gpqa_item(number) for number in range(5)]})
-    with pytest.raises(MissingData, match="shows 5 examples from the split 'train', which needs at least 6 items"):
+    with pytest.raises(MissingData, match="shows 5 examples, which needs at least 6 items in the split 'train'"):
         evaluate(suite="gpqa_diamond", lm=Scripted(), out=tmp_path / "out", data_dir=tmp_path, progress=False)
 
 
@@ -120,19 +108,17 @@ def test_an_item_without_a_field_fails_its_row_and_not_the_others(tmp_path):
     options = {"out": tmp_path / "out", "data_dir": tmp_path, "progress": False}
     outcome = evaluate(suite="arc_challenge,gsm8k", lm=Scripted(), **options)
     assert list(outcome["rows"]) == ["gsm8k"]
-    reason = outcome["failed"]["arc_challenge"]
-    assert f"allenai/ai2_arc, config 'ARC-Challenge' in {tmp_path}/allenai/ai2_arc: the task arc_challenge" in reason
-    assert reason.endswith("'None' has no attribute 'text'); compare their fields with those on the hub")
+    assert outcome["failed"] == {"arc_challenge": "UndefinedError: 'None' has no attribute 'text'"}
 
 
 def test_front_matter_is_read_once_in_a_run(mirror_root, monkeypatch):
     data, read = Mirror(mirror_root), []
     front_matter = mirror._front_matter
-    monkeypatch.setattr(mirror, "_front_matter", lambda folder: read.append(folder) or front_matter(folder))
+    monkeypatch.setattr(mirror, "_front_matter", lambda readme: read.append(readme) or front_matter(readme))
     for _ in range(3):
         data.load("openai/gsm8k", "main")
         data.digest("openai/gsm8k", "main")
-    assert read == [mirror_root / "openai/gsm8k"]
+    assert read == [mirror_root / "openai/gsm8k/README.md"]
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "json"])
@@ -164,21 +150,12 @@ def test_digest_follows_the_items(tmp_path):
     assert first == second != third
 
 
-def test_hub_functions_come_back_after_a_run_that_fails():
-    before = datasets.load_dataset, hf_evaluate.load
-    with pytest.raises(RuntimeError), serving_metrics(True):
-        assert datasets.load_dataset is before[0] and hf_evaluate.load is not before[1]
-        raise RuntimeError
-    assert (datasets.load_dataset, hf_evaluate.load) == before
-
-
-def test_code_eval_is_ours_or_none():
-    with serving_metrics(False), pytest.raises(ValueError, match="--allow-code-execution"):
-        hf_evaluate.load("code_eval")
-    with serving_metrics(False, lambda: "sandbox"):
+def test_code_eval_is_ours_in_the_block_even_if_it_fails():
+    before = hf_evaluate.load
+    with pytest.raises(RuntimeError), serving_code_eval("sandbox"):
         assert hf_evaluate.load("code_eval") == "sandbox"
-    with serving_metrics(True), pytest.raises(MissingData, match="metric 'bleu'"):
-        hf_evaluate.load("bleu")
+        raise RuntimeError
+    assert hf_evaluate.load == before
 
 
 def hub(failures: dict):
@@ -211,5 +188,5 @@ def test_gated_data_set_is_said_and_does_not_stop_the_others(tmp_path, monkeypat
     gated = datasets.exceptions.DatasetNotFoundError("Dataset 'Idavidrein/gpqa' is a gated dataset on the Hub.")
     monkeypatch.setattr(datasets, "load_dataset", hub({"Idavidrein/gpqa": gated}))
     missing = fetch.fetch([ROWS["gpqa_diamond"], ROWS["gsm8k"]], tmp_path)
-    assert list(missing) == ["Idavidrein/gpqa"] and "HF_TOKEN" in missing["Idavidrein/gpqa"]
+    assert list(missing) == ["Idavidrein/gpqa"] and "is a gated dataset" in missing["Idavidrein/gpqa"]
     assert Mirror(tmp_path).load("openai/gsm8k", "main") and not (tmp_path / "Idavidrein" / "gpqa").exists()

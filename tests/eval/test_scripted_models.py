@@ -1,8 +1,5 @@
 """Every row on the miniature items with models whose score is known beforehand."""
 
-from functools import lru_cache
-
-import lm_eval.utils
 import pytest
 from sample_rows import configs
 from scripted import guessing, otherwise, right, wrong
@@ -35,8 +32,6 @@ def measured(tmp_path_factory):
         tasks = {}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(driver, "load_tasks", load_once)
-            # lm-eval compiles a template anew for every item and field.
-            patch.setattr(lm_eval.utils.env, "from_string", lru_cache(lm_eval.utils.env.from_string))
             lm = make(tasks)
             describe = driver.describe
 

@@ -6,15 +6,14 @@ from tiny_eval import gpqa_item
 
 from attnres.eval import mirror
 from attnres.eval.loading import load_tasks, task_configs
-from attnres.eval.published import TABLE_3
 from attnres.eval.suites import ROWS, SUITES, select_rows
 from attnres.eval.tasks import cmath, gpqa
 
 
 def test_paper_has_fifteen_rows_and_a_published_pair_for_each():
     assert len(SUITES["paper"]) == 15
-    assert list(TABLE_3) == list(SUITES["paper"]) == list(ROWS)
-    assert (TABLE_3["mmlu"], TABLE_3["ceval"]) == ((73.5, 74.6), (79.6, 82.5))
+    assert list(SUITES["paper"]) == list(ROWS)
+    assert (ROWS["mmlu"].paper, ROWS["ceval"].paper) == ((73.5, 74.6), (79.6, 82.5))
 
 
 def test_readme_has_nine_rows():
@@ -67,13 +66,13 @@ def data(mirror_root):
 def test_token_limit_is_at_least_1024_where_lm_eval_stops_at_256(data):
     (config,) = task_configs(ROWS["gsm8k"])
     assert "max_gen_toks" not in config["generation_kwargs"]
-    (loaded,) = load_tasks(ROWS["gsm8k"], seed=1, mirror=data)
+    (loaded,) = load_tasks(ROWS["gsm8k"], mirror=data)
     assert loaded.task.config.generation_kwargs["max_gen_toks"] == 1024
 
 
 def test_shots_are_those_of_the_row(data):
-    assert load_tasks(ROWS["gsm8k"], seed=1, mirror=data)[0].task.config.num_fewshot == 8
-    assert load_tasks(ROWS["arc_challenge"], seed=1, mirror=data)[0].task.config.num_fewshot == 25
+    assert load_tasks(ROWS["gsm8k"], mirror=data)[0].task.config.num_fewshot == 8
+    assert load_tasks(ROWS["arc_challenge"], mirror=data)[0].task.config.num_fewshot == 25
 
 
 def prompts(loaded) -> list[str]:
@@ -83,7 +82,7 @@ def prompts(loaded) -> list[str]:
 
 
 def test_gpqa_never_shows_a_question_among_its_own_examples(data):
-    for loaded in load_tasks(ROWS["gpqa_diamond"], seed=1, mirror=data):
+    for loaded in load_tasks(ROWS["gpqa_diamond"], mirror=data):
         for prompt in prompts(loaded):
             *examples, question = prompt.split("Question: ")[1:]
             assert len(examples) == 5
@@ -92,7 +91,7 @@ def test_gpqa_never_shows_a_question_among_its_own_examples(data):
 
 
 def test_gpqa_runs_eight_seeds_that_order_the_choices_differently(data):
-    loaded = load_tasks(ROWS["gpqa_diamond"], seed=1, mirror=data)
+    loaded = load_tasks(ROWS["gpqa_diamond"], mirror=data)
     answers = [tuple(doc["answer"] for doc in each.task.eval_docs) for each in loaded]
     assert len(loaded) == len(set(answers)) == 8
     assert {each.name for each in loaded} == {"attnres_gpqa_diamond"}

@@ -17,7 +17,7 @@ from attnres import AttnResForCausalLM
 from attnres.analysis.dynamics_runs import PER_LAYER, layer_name
 from attnres.conversion import convert
 from attnres.eval import evaluate, sample
-from attnres.eval.published import TABLE_3
+from attnres.eval.suites import ROWS
 from attnres.hub_card import build
 from attnres.hub_card.figures import draw_depth_weights
 
@@ -69,7 +69,7 @@ def test_model_index_holds_the_measured_rows_and_nothing_of_the_paper(hub_folder
     assert list(found) == ["GPQA-Diamond", "ARC-Challenge", "GSM8K"]
     for row, title in (("gpqa_diamond", "GPQA-Diamond"), ("arc_challenge", "ARC-Challenge"), ("gsm8k", "GSM8K")):
         measured = json.loads((results / row / "result.json").read_text())["score"]
-        assert found[title].metric_value == round(measured["value"], 2) not in TABLE_3[row]
+        assert found[title].metric_value == round(measured["value"], 2) not in ROWS[row].paper
         assert found[title].metric_type == measured["metric"]
     assert (found["GSM8K"].dataset_type, found["GSM8K"].dataset_split) == ("openai/gsm8k", "test")
     assert card.data.model_name == "tiny-attnres"

@@ -1,9 +1,9 @@
 """The data of the `sample` suite: original miniature items in the schemas of the paper's fifteen data sets.
 
-Each file in items/ holds one data set: its `features` as on the hub (for GPQA only the columns that matter here), and
-the rows of each config and split, one per line. A split that is the same in all configs is stored once, under `shared`;
-the configs then have its name instead of rows. `root` writes the data sets as a mirror of the hub, which lm-eval's own
-task definitions read. It needs no network and no torch, and writes the same bytes on every machine.
+Each file in items/ holds one data set: the rows of each config and split, one per line (for GPQA only the columns that
+matter here). A split that is the same in all configs is stored once, under `shared`; the configs then have its name
+instead of rows. `root` writes the data sets as a mirror of the hub, which lm-eval's own task definitions read: the same
+bytes on every machine.
 """
 
 import hashlib
@@ -12,11 +12,14 @@ import os
 import tempfile
 from pathlib import Path
 
+from ...folders import write_text
+from ..mirror import README, card
+
 ITEMS = Path(__file__).parent / "items"
 
 
 def root(cache: str | Path | None = None) -> Path:
-    """Writes the mirror, unless it is there already, and returns its folder.
+    """Writes the files of the mirror that are not there or differ, and returns its folder.
 
     Args:
         cache: the folder to put it in; by default the user's cache folder, or a temporary folder if the user's cache
@@ -45,58 +48,23 @@ def files() -> dict[str, bytes]:
     for path in sorted(ITEMS.glob("*.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
         repository, configs = data["repository"], data["configs"]
-        found[f"{repository}/README.md"] = _card(repository, data["features"], configs).encode()
+        places = {
+            config: {split: f"data/{config}/{split}.jsonl" for split in splits} for config, splits in configs.items()
+        }
+        found[f"{repository}/{README}"] = card(
+            places, f"Items of attnres's own in the schema of {repository}."
+        ).encode()
         for config, splits in configs.items():
             for split, rows in splits.items():
                 rows = data["shared"][rows] if isinstance(rows, str) else rows
                 lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                found[f"{repository}/{_path(config, split)}"] = lines.encode()
+                found[f"{repository}/{places[config][split]}"] = lines.encode()
     return found
 
 
-def _path(config: str, split: str) -> str:
-    return f"data/{config}/{split}.jsonl"
-
-
-def _card(repository: str, features: list[dict], configs: dict) -> str:
-    """Returns a README.md that states the columns' types, which empty columns and integers do not show."""
-    lines = ["---", "configs:"]
-    # Names are quoted: "no" and the like are not strings in YAML.
-    for config, splits in configs.items():
-        entries = ", ".join(f"{{split: {split}, path: {_path(config, split)}}}" for split in splits)
-        lines.append(f"- {{config_name: {json.dumps(config)}, data_files: [{entries}]}}")
-    lines.append("dataset_info:")
-    for index, config in enumerate(configs):
-        # All configs have the same types. Written out for each of up to 67, they would make the card slow to parse.
-        reference = "*features" if index else f"&features {json.dumps(features)}"
-        lines.append(f"- config_name: {json.dumps(config)}\n  features: {reference}")
-    title = f"Miniature stand-in for {repository}"
-    text = "Items of attnres's own in that data set's schema, for trying out an evaluation. None is from the data set."
-    return "\n".join([*lines, "---", "", f"# {title}", "", text, ""])
-
-
 def _write(target: Path, content: dict[str, bytes]) -> Path:
-    if _is_complete(target, content):
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Without the fsync of folders.replaced_folder, which takes seconds here: a damaged mirror is written again anyway.
-    with tempfile.TemporaryDirectory(prefix=".sample-", dir=target.parent) as aside:
-        new, old = Path(aside, "new"), Path(aside, "old")
-        for path, data in content.items():
-            (new / path).parent.mkdir(parents=True, exist_ok=True)
-            (new / path).write_bytes(data)
-        try:
-            if target.exists():
-                target.rename(old)
-            new.rename(target)
-        except OSError:
-            if not _is_complete(target, content):  # unless another process was faster
-                raise
+    for path, data in content.items():
+        file = target / path
+        if not file.is_file() or file.read_bytes() != data:
+            write_text(file, data.decode())
     return target
-
-
-def _is_complete(target: Path, content: dict[str, bytes]) -> bool:
-    try:
-        return all((target / path).read_bytes() == data for path, data in content.items())
-    except OSError:
-        return False
