@@ -5,6 +5,7 @@
 accelerate (1.15) gives FSDP to accelerators only: here it takes the processes' CPUs for such.
 """
 
+import gc
 import io
 import json
 import os
@@ -199,6 +200,7 @@ def train(name: str, case: dict, out: Path) -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # Trainer collects garbage again and again, and modules are none
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         use_cpus_as_accelerators()
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
