@@ -70,13 +70,8 @@ def _find_backend(implementation: str, device_type: str, device_index: int | Non
         problem = "attnres is not installed; pip install attention-residuals[triton]"
     if problem is None:
         return backend
-    _warn_once(f'depth_implementation="{implementation}" falls back to "eager": {problem}')
+    warnings.warn(f'depth_implementation="{implementation}" falls back to "eager": {problem}', stacklevel=2)
     return None
-
-
-@lru_cache
-def _warn_once(message: str):
-    warnings.warn(message, stacklevel=2)
 
 
 def _abi_problem() -> str | None:

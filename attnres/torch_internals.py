@@ -1,9 +1,8 @@
 """Uses of torch's private API, collected in one place; tests/test_torch_internals.py covers them."""
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def in_function_transform() -> bool:
@@ -26,6 +25,3 @@ def in_dispatch_mode() -> bool:
 def is_fake(tensor: torch.Tensor) -> bool:
     """Returns whether a tensor has a shape but no memory, because a computation is only being planned."""
     return isinstance(tensor, FakeTensor)
-
-
-__all__ = ["FakeTensorMode", "TorchDispatchMode", "in_dispatch_mode", "in_function_transform", "is_fake"]

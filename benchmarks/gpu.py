@@ -339,7 +339,7 @@ def depth(run: Run):
     for name, (ms, gib) in PUBLISHED.items():
         run.emit(published=name, ms=ms, peak_gib=gib)
     chosen = arms.select(("full", "block", "fla-fused", "stacked"))
-    chosen["fla-fused-full"] = replace(ARMS["fla-fused"], full=True, reference="stacked-full")
+    chosen["fla-fused-full"] = replace(ARMS["fla-fused"], residual_mode="full", reference="stacked-full")
     chosen["stacked-full"] = ARMS["stacked-full"]  # the largest
     small = {"intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
     config = llama(shape.hidden_size, shape.sublayers // 2, 8, **small)

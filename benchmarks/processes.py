@@ -18,7 +18,8 @@ def run_ranks(function: Callable, ranks: int, *arguments, threads: int = 1) -> l
     """
     with tempfile.TemporaryDirectory(prefix="attnres-ranks-") as folder:
         job = (ranks, folder, threads, function, arguments)
-        torch.multiprocessing.spawn(_run_rank, job, nprocs=ranks, daemon=True)
+        # One server imports what the ranks need, and they are its forks.
+        torch.multiprocessing.start_processes(_run_rank, job, ranks, daemon=True, start_method="forkserver")
         return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(ranks)]
 
 

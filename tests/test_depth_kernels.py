@@ -16,11 +16,9 @@ from attnres import depth_kernels, kernels
 
 @pytest.fixture(autouse=True)
 def fresh_choice():
-    for function in (depth_kernels._warn_once, depth_kernels._find_backend):
-        function.cache_clear()
+    depth_kernels._find_backend.cache_clear()
     yield
-    for function in (depth_kernels._warn_once, depth_kernels._find_backend):
-        function.cache_clear()
+    depth_kernels._find_backend.cache_clear()
 
 
 def twins(implementation, mode="block", family="qwen3_moe", **options):
@@ -36,8 +34,8 @@ def twins(implementation, mode="block", family="qwen3_moe", **options):
 def test_logits_weights_and_gradients_are_those_of_eager(mode, implementation):
     if implementation == "triton":
         pytest.importorskip("triton")
-    eager, fused = twins(implementation, mode)
-    tokens = random_tokens(2, 5)
+    eager, fused = twins(implementation, mode, layers=3)
+    tokens = random_tokens(2, 3)
     outputs = [model(tokens, labels=tokens, output_depth_weights=True) for model in (eager, fused)]
     assert relative_error(outputs[1].logits, outputs[0].logits) < 1e-5
     for found, expected in zip(outputs[1].depth_weights, outputs[0].depth_weights, strict=True):
@@ -139,7 +137,7 @@ def test_activation_checkpointing_recomputes_the_same_gradients(use_reentrant):
 def test_a_compiler_sees_one_graph(implementation):
     if implementation == "triton":
         pytest.importorskip("triton")
-    model = random_attnres("llama")
+    model = random_attnres("llama", layers=3)
     model.set_depth_implementation(implementation)
     tokens = random_tokens(1, 5)
     expected = model(tokens, use_cache=False).logits

@@ -2,14 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnres.torch_internals import (
-    FakeTensorMode,
-    TorchDispatchMode,
-    in_dispatch_mode,
-    in_function_transform,
-    is_fake,
-)
+from attnres.torch_internals import in_dispatch_mode, in_function_transform, is_fake
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit warns of itself

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from importlib import import_module
-from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -29,9 +28,9 @@ class Variant:
 
     Attributes:
         description: text for the results.
-        residual_mode: mode of the package's own model; None: the variant runs inside the transformers model.
-        mixing: function that loads the function which mixes inside the transformers model; None: plain residuals.
-        full: whether every sublayer output is a source of its own.
+        residual_mode: "standard", "block" or "full"; None: the transformers model itself.
+        mixing: function that loads the function which mixes inside the transformers model; None: the package's own
+            model.
         reference: name of the variant that must compute the same logits.
         implementation: `depth_implementation` of the package's own model; None: the default.
     """
@@ -39,15 +38,12 @@ class Variant:
     description: str
     residual_mode: str | None = None
     mixing: Callable[[], Mixing] | None = None
-    full: bool = False
     reference: str | None = None
     implementation: str | None = None
 
 
 def _of_fla(module: str, name: str) -> Callable[[], Mixing]:
     def load() -> Mixing:
-        if find_spec("fla") is None:
-            raise ImportError("flash-linear-attention is not installed")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about a missing GPU, which the results show
@@ -67,16 +63,18 @@ ARMS = {
     "block": Variant("attnres, residual_mode=block", "block", reference="stacked"),
     "full": Variant("attnres, residual_mode=full", "full", reference="stacked-full"),
     "stacked": Variant(
-        "Block AttnRes by the paper's pseudo-code: stack, norm, softmax, sum", mixing=lambda: stack_and_mix
+        "Block AttnRes by the paper's pseudo-code: stack, norm, softmax, sum", "block", mixing=lambda: stack_and_mix
     ),
-    "stacked-full": Variant("Full AttnRes by the same pseudo-code", mixing=lambda: stack_and_mix, full=True),
+    "stacked-full": Variant("Full AttnRes by the same pseudo-code", "full", mixing=lambda: stack_and_mix),
     "fla-naive": Variant(
         "Block AttnRes by flash-linear-attention's naive_attnres",
+        "block",
         mixing=_of_fla("fla.ops.attnres.naive", "naive_attnres"),
         reference="stacked",
     ),
     "fla-fused": Variant(
         "Block AttnRes by flash-linear-attention's fused_attnres, without its fused output norm",
+        "block",
         mixing=_of_fla("fla.ops.attnres", "fused_attnres"),
         reference="stacked",
     ),
@@ -146,9 +144,7 @@ def check(
     Raises:
         ValueError: the logits of a variant differ from those of its reference.
     """
-    some = next(iter(models.values()))
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(some.config.vocab_size, (1, CHECK_TOKENS), generator=generator).to(some.device)
+    ids = random_ids(next(iter(models.values())), 1, CHECK_TOKENS, seed)
     logits, errors, left_out = {}, {}, {}
     for name, model in models.items():
         try:
@@ -171,6 +167,12 @@ def check(
     return errors, left_out
 
 
+def random_ids(model: PreTrainedModel, batch: int, tokens: int, seed: int) -> torch.Tensor:
+    """Returns `[B, T]` random token ids on the model's device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.vocab_size, (batch, tokens), generator=generator).to(model.device)
+
+
 def convert(models: dict[str, PreTrainedModel], dtype: torch.dtype):
     """Converts all parameters to another dtype, in place. Shared parameters stay shared; buffers keep their dtype."""
     converted = {}
@@ -183,15 +185,14 @@ def convert(models: dict[str, PreTrainedModel], dtype: torch.dtype):
 
 
 def _build_one(variant: Variant, plain: PreTrainedModel, depth: DepthMixer, layers_per_block: int) -> PreTrainedModel:
-    if variant.residual_mode is None:
+    per_block = layers_per_block if variant.residual_mode == "block" else None
+    if variant.mixing is not None:
         mixing = variant.mixing()
         shared = {id(each): nn.Parameter(each.detach()) for each in plain.parameters()}
         model = copy.deepcopy(plain, shared)  # new parameters with the same data
-        mix_over_depth(model, depth, None if variant.full else layers_per_block, mixing)
+        mix_over_depth(model, depth, per_block, mixing)
         return model
-    options = {"scale_norm_eps": False}  # as in the references
-    if variant.residual_mode == "block":
-        options["layers_per_block"] = layers_per_block
+    options = {"layers_per_block": per_block, "scale_norm_eps": False}  # the latter as in the references
     model = AttnResForCausalLM.from_backbone(plain, residual_mode=variant.residual_mode, **options)
     weights = dict(plain.named_parameters())
     for name, parameter in model.named_parameters():

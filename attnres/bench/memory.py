@@ -13,11 +13,7 @@ def saved_bytes(forward: Callable[[], torch.Tensor], exclude: Iterable[torch.Ten
     """Counts the bytes of the tensors that autograd saves in a forward pass.
 
     Each storage counts once and in full, however many views of it are saved. Tensors that an autograd function keeps
-    without `save_for_backward` are not counted.
-
-    Args:
-        forward: function to measure, which returns a differentiable tensor.
-        exclude: tensors whose storages do not count, such as the parameters.
+    without `save_for_backward` are not counted, nor are the storages of `exclude`, such as the parameters.
     """
     excluded = {tensor.untyped_storage().data_ptr() for tensor in exclude}
     storages = {}  # keeps the storages alive, so that no address is reused

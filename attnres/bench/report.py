@@ -33,12 +33,7 @@ MEMORY = {
 
 
 def write(result: dict, out: str | os.PathLike) -> list[Path]:
-    """Writes the files and returns their paths. The figure is left out if no model was timed.
-
-    Args:
-        result: result of `runner.run`.
-        out: folder to write into, created if needed.
-    """
+    """Writes the result of `runner.run` and returns the paths. The figure is left out if no model was timed."""
     written = [Path(out) / "bench.json", Path(out) / "bench.md"]
     write_text(written[0], json.dumps(result, indent=1, allow_nan=False) + "\n")
     write_text(written[1], as_markdown(result))

@@ -15,7 +15,7 @@ from .. import AttnResConfig
 from ..backbones import check_supported
 from ..messages import one_line, quiet_transformers, say
 from . import workloads
-from .arms import PLAIN, Variant, build, check, convert, select
+from .arms import PLAIN, Variant, build, check, convert, random_ids, select
 from .machine import describe, load_average
 from .memory import peak_bytes, saved_bytes
 from .settings import BACKBONE, DTYPES, MEASURES, Settings, check_names
@@ -178,7 +178,7 @@ class _Run:
         self.result["timings"].append(timing)
 
     def _memory(self, models: dict[str, PreTrainedModel], tokens: int, title: str) -> dict[str, dict]:
-        ids = workloads.random_ids(models[PLAIN], 1, tokens, self.settings.seed)
+        ids = random_ids(models[PLAIN], 1, tokens, self.settings.seed)
         measured = {}
         for name, model in tqdm(models.items(), desc=f"{title}: memory, {tokens} tokens", file=sys.stderr, leave=False):
             model.train()

@@ -30,15 +30,9 @@ def interleave(
     synchronize: Callable[[], None] = lambda: None,
     after_sample: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Measures the seconds of every variant in every round.
+    """Measures the seconds of every variant in every round, after `warmup` rounds that do not count.
 
-    Args:
-        samples: samples by variant.
-        rounds: number of rounds that count.
-        warmup: number of rounds before them.
-        clock: function that returns seconds.
-        synchronize: function that waits for an accelerator.
-        after_sample: function called after each sample, for progress.
+    `synchronize` waits for an accelerator.
     """
     names = list(samples)
     seconds = {name: [] for name in names}
@@ -71,10 +65,7 @@ def spread(values: list[float]) -> dict[str, float]:
 def compare(seconds: Mapping[str, list[float]], baseline: str, divisor: int = 1) -> dict[str, dict]:
     """Returns, per variant, median and quartiles of the ratio to the baseline within each round, and of the seconds.
 
-    Args:
-        seconds: result of `interleave`.
-        baseline: name of the variant to divide by.
-        divisor: units of work in one run, such as tokens; the seconds are per unit.
+    The seconds, of `interleave`, are divided by the units of work in one run, such as tokens.
     """
     return {
         name: {

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, StaticCache
 
-from .arms import PLAIN
+from .arms import PLAIN, random_ids
 from .settings import Settings
 from .timing import Sample
 
@@ -132,12 +132,6 @@ class _IdentityAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, **_) -> tuple[torch.Tensor, None]:
         return hidden_states, None
-
-
-def random_ids(model: PreTrainedModel, batch: int, tokens: int, seed: int) -> torch.Tensor:
-    """Returns `[B, T]` random token ids on the model's device."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(model.config.vocab_size, (batch, tokens), generator=generator).to(model.device)
 
 
 def loss_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

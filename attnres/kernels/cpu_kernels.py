@@ -59,23 +59,14 @@ def _cast(typing_context, pointer, number):
 
 
 @intrinsic
-def _pointer(typing_context, address, like):
-    """Turns an address into a pointer of the type of `like`."""
+def _pointer(typing_context, address, place, like):
+    """Returns the pointer to the number at a place after an address; `like` is a pointer to numbers of its type."""
 
     def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+        start = builder.inttoptr(arguments[0], context.get_value_type(like))
+        return builder.gep(start, [arguments[1]], source_etype=context.get_data_type(like.dtype))
 
-    return like(types.int64, like), generate
-
-
-@intrinsic
-def _at(typing_context, pointer, place):
-    """Advances a pointer by `place` numbers."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.gep(arguments[0], [arguments[1]], source_etype=context.get_data_type(pointer.dtype))
-
-    return pointer(pointer, types.int64), generate
+    return like(types.int64, types.int64, like), generate
 
 
 @intrinsic
@@ -189,8 +180,7 @@ def _mix(states):
     """Computes y and w; `states` points to the table, and its type is that of a pointer to the sources' numbers."""
     table, numbers, floats = _open(states)
     count, size, tokens, parts, gain = table[COUNT], table[SIZE], table[TOKENS], table[PARTS], table[GAIN]
-    query, gains = carray(_pointer(table[QUERY], floats), (size,)), carray(_pointer(gain, states), (size,))
-    written, all_weights = _pointer(table[RESULT], states), _pointer(table[WEIGHTS], floats)
+    query, gains = carray(_pointer(table[QUERY], 0, floats), (size,)), carray(_pointer(gain, 0, states), (size,))
     eps, offset, norm_eps = np.float32(numbers[EPS]), np.float32(numbers[OFFSET]), np.float32(numbers[NORM_EPS])
     scale, keep_weights = np.float32(numbers[SCALE]), table[WEIGHTS] != 0
     mixture, weights = np.empty(size, np.float32), np.empty(count, np.float32)
@@ -200,34 +190,34 @@ def _mix(states):
             break
         for token in range(tokens * part // parts, tokens * (part + 1) // parts):
             if keep_weights:
-                weights = carray(_at(all_weights, token * count), (count,))
+                weights = carray(_pointer(table[WEIGHTS], token * count, floats), (count,))
             for i in range(count):
-                state = carray(_at(_pointer(table[SOURCES + i], states), token * size), (size,))
+                state = carray(_pointer(table[SOURCES + i], token * size, states), (size,))
                 square, product = _squares_and_product(state, query)
                 weights[i] = product / np.float32(math.sqrt(square / np.float32(size) + eps))
             _softmax(weights)
 
             # Four sources at a time: with one, reading and writing the sum would take most of the time.
             first = (count - 1) % 4 + 1
-            weight, state = scale * weights[0], carray(_at(_pointer(table[SOURCES], states), token * size), (size,))
+            weight, state = scale * weights[0], carray(_pointer(table[SOURCES], token * size, states), (size,))
             for j in range(size):
                 mixture[j] = weight * _read(state[j])
             for i in range(1, first):
                 weight = scale * weights[i]
-                state = carray(_at(_pointer(table[SOURCES + i], states), token * size), (size,))
+                state = carray(_pointer(table[SOURCES + i], token * size, states), (size,))
                 for j in range(size):
                     mixture[j] += weight * _read(state[j])
             for i in range(first, count, 4):
                 a, b, c, d = scale * weights[i], scale * weights[i + 1], scale * weights[i + 2], scale * weights[i + 3]
-                va = carray(_at(_pointer(table[SOURCES + i], states), token * size), (size,))
-                vb = carray(_at(_pointer(table[SOURCES + i + 1], states), token * size), (size,))
-                vc = carray(_at(_pointer(table[SOURCES + i + 2], states), token * size), (size,))
-                vd = carray(_at(_pointer(table[SOURCES + i + 3], states), token * size), (size,))
+                va = carray(_pointer(table[SOURCES + i], token * size, states), (size,))
+                vb = carray(_pointer(table[SOURCES + i + 1], token * size, states), (size,))
+                vc = carray(_pointer(table[SOURCES + i + 2], token * size, states), (size,))
+                vd = carray(_pointer(table[SOURCES + i + 3], token * size, states), (size,))
                 for j in range(size):
                     number = (mixture[j] + a * _read(va[j])) + b * _read(vb[j])
                     mixture[j] = (number + c * _read(vc[j])) + d * _read(vd[j])
 
-            row = carray(_at(written, token * size), (size,))
+            row = carray(_pointer(table[RESULT], token * size, states), (size,))
             if gain:
                 square = _dot(mixture, mixture)
                 inverse = np.float32(1) / np.float32(math.sqrt(square / np.float32(size) + norm_eps))
@@ -247,8 +237,7 @@ def _mix_backward(states):
     """
     table, numbers, floats = _open(states)
     count, size, tokens, parts, gain = table[COUNT], table[SIZE], table[TOKENS], table[PARTS], table[GAIN]
-    query, gains = carray(_pointer(table[QUERY], floats), (size,)), carray(_pointer(gain, states), (size,))
-    given, all_weights = _pointer(table[RESULT_GRADIENT], states), _pointer(table[WEIGHTS], floats)
+    query, gains = carray(_pointer(table[QUERY], 0, floats), (size,)), carray(_pointer(gain, 0, states), (size,))
     given_weights = table[WEIGHTS_GRADIENT]
     eps, offset, norm_eps = np.float32(numbers[EPS]), np.float32(numbers[OFFSET]), np.float32(numbers[NORM_EPS])
     scale, width = np.float32(numbers[SCALE]), np.float32(size)
@@ -258,21 +247,21 @@ def _mix_backward(states):
         part = _take(_cast(states, np.int64))
         if part >= parts:
             break
-        query_sum = carray(_at(_pointer(table[QUERY_PARTS], floats), part * size), (size,))
-        gain_sum = carray(_at(_pointer(table[GAIN_PARTS], floats), part * size), (size,))
+        query_sum = carray(_pointer(table[QUERY_PARTS], part * size, floats), (size,))
+        gain_sum = carray(_pointer(table[GAIN_PARTS], part * size, floats), (size,))
         for token in range(tokens * part // parts, tokens * (part + 1) // parts):
-            weights = carray(_at(all_weights, token * count), (count,))
+            weights = carray(_pointer(table[WEIGHTS], token * count, floats), (count,))
             for j in range(size):
                 mixture[j] = np.float32(0)
             for i in range(count):
-                state = carray(_at(_pointer(table[SOURCES + i], states), token * size), (size,))
+                state = carray(_pointer(table[SOURCES + i], token * size, states), (size,))
                 square, products[i] = _squares_and_product(state, query)
                 weight = scale * weights[i]
                 for j in range(size):
                     mixture[j] += weight * _read(state[j])
                 inverses[i] = np.float32(1) / np.float32(math.sqrt(square / width + eps))
 
-            row = carray(_at(given, token * size), (size,))
+            row = carray(_pointer(table[RESULT_GRADIENT], token * size, states), (size,))
             if gain:
                 for j in range(size):
                     gradient[j] = _read(row[j]) * (_read(gains[j]) + offset)
@@ -289,13 +278,13 @@ def _mix_backward(states):
             mean = _dot(gradient, mixture)
             for j in range(size):
                 gradient[j] *= scale
-            changes = carray(_at(_pointer(given_weights, floats), token * count), (count,))
+            changes = carray(_pointer(given_weights, token * count, floats), (count,))
             if given_weights:
                 for i in range(count):
                     mean += weights[i] * changes[i]
 
             for i in range(count):
-                state = carray(_at(_pointer(table[SOURCES + i], states), token * size), (size,))
+                state = carray(_pointer(table[SOURCES + i], token * size, states), (size,))
                 change = _dot(gradient, state)
                 if given_weights:
                     change += changes[i]
@@ -304,7 +293,7 @@ def _mix_backward(states):
                 pull = slope * products[i] * inverses[i] * inverses[i] / width
                 address = table[SOURCES + count + i]
                 if address:
-                    by_state = carray(_at(_pointer(address, states), token * size), (size,))
+                    by_state = carray(_pointer(address, token * size, states), (size,))
                     for j in range(size):
                         number = _read(state[j])
                         query_sum[j] += slope * number

@@ -104,7 +104,7 @@ class Pipeline:
         self.stages = nn.ModuleList()
         self._summed: list[nn.Parameter] = []  # their gradients are parts that differ between the ranks of "tp"
         self._generation_config = getattr(model, "generation_config", None)
-        built = self._together("cannot build its stages", lambda: self._build_stages(model))
+        built = self._together("cannot build its stages", self._build_stages, model)
         self.dtype = built[0][0]  # of the embedding, and so of all sources
         embedding, head = built[0][1], built[-1][1]
         if embedding != head:
@@ -358,28 +358,27 @@ class Pipeline:
         together = partial(self._together, "cannot save its stages")
         writes = self.tensor_mesh is None or self.tensor_mesh.get_local_rank() == 0
         leads = writes and self.is_first
-        start = partial(stage_files.start_folder, folder, self.config, self._generation_config)
-        temporary: Path = together(start if leads else lambda: None)[0]
+        temporary = folder.with_name(f".{folder.name}.partial")
         try:
+            together(stage_files.start_folder if leads else _nothing, temporary, self.config, self._generation_config)
             shards = []
             for number, stage in zip(self.stage_numbers, self.stages, strict=True):
                 target = temporary if writes else None
-                shards += together(partial(stage_files.write_shard, stage, target, number, self.num_stages))
-            finish = partial(stage_files.finish_folder, temporary, folder, shards)
-            together(finish if leads else lambda: None)
+                shards += together(stage_files.write_shard, stage, target, number, self.num_stages)
+            together(stage_files.finish_folder if leads else _nothing, temporary, folder, shards)
         finally:
             if leads:
                 shutil.rmtree(temporary, ignore_errors=True)
 
-    def _together(self, what: str, action: Callable[[], object]) -> list:
-        """Runs an action on every rank of this replica and returns the results of all ranks.
+    def _together(self, what: str, action: Callable, *arguments) -> list:
+        """Calls `action(*arguments)` on every rank of this replica and returns the results of all ranks.
 
         Raises:
             PipelineError: the action failed on a rank; all ranks raise it, with `what` the rank cannot do.
         """
         result, failure, problem = None, None, None
         try:
-            result = action()
+            result = action(*arguments)
         except Exception as error:
             failure, problem = error, f"{type(error).__name__}: {one_line(error, limit=1000)}"
         outcomes = self._of_replica((dist.get_rank(), problem, result))
@@ -396,6 +395,10 @@ class Pipeline:
             dist.all_gather_object(parts, every, group=group)
             every = [each for part in parts for each in part]
         return every
+
+
+def _nothing(*_):
+    """Is what ranks do that take no part in an action."""
 
 
 def _dimensions(mesh) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None, DeviceMesh | None]:

@@ -56,13 +56,7 @@ class CountedStage(PipelineStage):
     torch allocates the receive buffers of all micro-batches before the first step and keeps them. Here a buffer is
     made when its message is posted, and autograd owns it once it is read. torch's runtime for several stages per rank
     keeps all sent messages until the end of the step; with `posts_sends`, this stage posts and awaits them itself.
-
-    Args:
-        module: stage of the model.
-        index: number of the stage.
-        shape: `[B, T]` of a micro-batch.
-        pipeline: pipeline of this rank.
-        posts_sends: whether this stage, not the schedule, posts what it sends.
+    `shape` is the `[B, T]` of a micro-batch.
     """
 
     def __init__(

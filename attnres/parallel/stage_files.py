@@ -1,7 +1,6 @@
 """The stages of a pipelined model on disk: each reads its own tensors and writes its own shard of one checkpoint."""
 
 import json
-import os
 import shutil
 from collections.abc import Collection
 from itertools import pairwise
@@ -10,7 +9,6 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
@@ -73,14 +71,7 @@ def fill_stage(stage: AttnResStage, device: torch.device, loaded: Collection[str
     """Allocates the tensors on the meta device and initialises all but the `loaded` ones as the family does."""
     for name, tensor in (*stage.named_parameters(), *stage.named_buffers()):
         tensor._is_hf_initialized = name in loaded
-    for module in stage.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_meta:
-                real = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
-                setattr(module, name, real)
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:
-                module._buffers[name] = torch.empty_like(buffer, device=device)
+    stage._apply(lambda each: torch.empty_like(each, device=device) if each.is_meta else each)  # as `to_empty` does
     stage.initialize_weights()
 
 
@@ -122,23 +113,18 @@ def write_shard(stage: AttnResStage, folder: Path | None, number: int, count: in
     return dict.fromkeys(tensors, file), sum(tensor.nbytes for tensor in tensors.values())
 
 
-def start_folder(folder: Path, config: AttnResConfig, generation_config: GenerationConfig | None) -> Path:
-    """Writes the configurations, and the code that loads them without this package, to a temporary folder.
+def start_folder(temporary: Path, config: AttnResConfig, generation_config: GenerationConfig | None):
+    """Writes the configurations, and the code that loads them without this package, to a new temporary folder.
 
     This comes before the shards, because `save_pretrained` deletes shards that it has not written.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
     shell = empty_model(config)
     if generation_config is not None:
         shell.generation_config = generation_config
-    try:
-        shell.save_pretrained(temporary, state_dict={})
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    shell.save_pretrained(temporary, state_dict={})
     (temporary / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)  # a file without tensors
-    return temporary
 
 
 def finish_folder(temporary: Path, folder: Path, shards: list[tuple[dict[str, str], int]]):

@@ -34,15 +34,10 @@ def check_division(model: AttnResForCausalLM, ranks: int):
 
 
 def divide(stage: AttnResStage, plan: dict[str, str], mesh: DeviceMesh) -> list[nn.Parameter]:
-    """Replaces the parameters of a stage by this rank's parts of them.
-
-    Args:
-        stage: stage that is whole on all ranks of the mesh.
-        plan: `tp_plan` of the whole model.
-        mesh: mesh of one dimension.
+    """Replaces the parameters of a whole stage by this rank's parts, by the `tp_plan` of the whole model.
 
     Returns:
-        The parameters whose gradients have to be added up over the mesh.
+        The parameters whose gradients have to be added up over the mesh, which has one dimension.
     """
     summed = {name for name, style in plan.items() if style == SUMMED}
     plan = {name: style for name, style in plan.items() if name not in summed}
@@ -62,12 +57,9 @@ def start_alike(stages: nn.Module, group: dist.ProcessGroup):
 
 
 def settle_gradients(parameters: Iterable[nn.Parameter], summed: Iterable[nn.Parameter], mesh: DeviceMesh):
-    """Completes the gradients of divided parameters and divides each gradient as its parameter is divided.
+    """Completes the gradients of this rank's parameters and divides each gradient as its parameter is divided.
 
-    Args:
-        parameters: all parameters of this rank.
-        summed: parameters that `divide` has returned.
-        mesh: mesh of one dimension.
+    Those of the `summed` parameters, which `divide` has returned, are added up over the mesh.
     """
     for parameter in summed:
         if parameter.grad is not None:

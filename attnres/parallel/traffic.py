@@ -40,11 +40,7 @@ def plan_routes(config: AttnResConfig, bounds: list[int], ranks: int, caching: b
     With caching, a stage receives the sources that were completed since the previous stage of its rank ended and takes
     older ones from the store. Without caching, all complete sources cross every time.
 
-    Args:
-        config: configuration of the whole model.
-        bounds: C + 1 numbers; stage c has the decoder layers from bounds[c] up to bounds[c + 1].
-        ranks: P.
-        caching: whether the stages of a rank share a store.
+    Stage c has the decoder layers from bounds[c] up to bounds[c + 1]; `ranks` is P.
     """
     stages = len(bounds) - 1
     mode, per_block = config.residual_mode, config.layers_per_block

@@ -7,6 +7,7 @@ import matplotlib.image
 import pytest
 from families import tiny_config
 from helpers import random_attnres, short_config
+from once import once
 
 from attnres import cli, plots
 from attnres.bench import report, runner, settings, workloads
@@ -27,10 +28,14 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
     """The files of a whole run with two depths and two numbers of blocks."""
-    out = tmp_path_factory.mktemp("bench") / "made" / "here"
-    options = ["--depths", "2,4", "--num-blocks", "2,1", "--batches", "1,3", "--arms", "standard,block,full,stacked"]
-    assert cli.main(["bench", "--model", str(folder), "--out", str(out), *SMALL, *options]) == 0
-    return out, json.loads((out / "bench.json").read_text())
+
+    def make(top):
+        out = top / "made" / "here"
+        sizes, arms = ["--depths", "2,4", "--num-blocks", "2,1", "--batches", "1,3"], "standard,block,full,stacked"
+        assert cli.main(["bench", "--model", str(folder), "--out", str(out), *SMALL, *sizes, "--arms", arms]) == 0
+        return out, json.loads((out / "bench.json").read_text())
+
+    return once(tmp_path_factory, "bench", make)
 
 
 def test_bench_writes_its_three_files_and_nothing_else(run):

@@ -1,5 +1,6 @@
 """What several tests of parallel training start from."""
 
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from once import once
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+multiprocessing.set_forkserver_preload(["attnres.parallel"])  # importing takes seconds: once, not in every rank
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # processes.py starts ranks
 
 
@@ -24,6 +26,15 @@ def material(tmp_path_factory):
     random_attnres("qwen3_moe").save_pretrained(folder / "model")
     (folder / "book.txt").write_text("\n".join(" ".join(f"w{3 + i * j % 93}" for j in range(30)) for i in range(90)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory):
+    """What one process makes of the cases."""
+    from launching import outcomes_of
+    from training_cases import ALONE
+
+    return once(tmp_path_factory, "alone", lambda folder: outcomes_of(ALONE, folder)[0])
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ from transformers.utils import logging
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CASES = HERE / "training_cases.py"
-CPUS_AS_ACCELERATORS = HERE / "cpus_as_accelerators.py"
 DDP = ("--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
 
 
@@ -80,8 +79,8 @@ def run(*command, cwd: Path | None = None, **environment) -> str:
     return output
 
 
-def outcomes_of(cases: list[dict], out: Path, launch=(sys.executable,), cwd=None, **environment) -> list[dict]:
-    """What each process noted of the cases, by the case's name."""
+def outcomes_of(cases: dict[str, dict], out: Path, launch=(sys.executable,), cwd=None, **environment) -> list[dict]:
+    """What each process noted of the cases, by their names."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "cases.json").write_text(json.dumps(cases))
     run(*launch, CASES, out / "cases.json", out, cwd=cwd, **environment)

@@ -11,56 +11,37 @@ import time
 import pytest
 import torch
 from helpers import random_attnres
-from launching import DDP, finish, largest_error, launcher, outcomes_of, run, start, train_options
+from launching import DDP, finish, largest_error, launcher, outcomes_of, start, train_options
 from once import once
+from training_cases import ACCUMULATION, ALONE, BASE, CHECKPOINTING, EXACT, MODELS
 
 from attnres import AttnResForCausalLM
 
 LOSSES = {"rel": 1e-6}
 WEIGHTS = 1e-9
-MODELS = [("qwen3", "block"), ("qwen3", "full"), ("qwen3", "standard"), ("qwen3_moe", "block")]
-BASE = "qwen3-block"
-CASES = [{"name": f"{family}-{mode}", "family": family, "mode": mode, "float64": True} for family, mode in MODELS] + [
-    {"name": "frozen-backbone", "family": "qwen3", "mode": "block", "float64": True, "freeze_backbone": True},
-    {"name": "zero-pseudo-queries", "family": "qwen3", "mode": "block", "float64": True, "as_converted": True},
-    {"name": "float32", "family": "qwen3", "mode": "block"},
-]
+CASES = {name: ALONE[name] for name in (*MODELS, "frozen-backbone", "zero-pseudo-queries", "float32")}
 # What must not change anything: compared with BASE in one process.
-SAME = [
-    {
-        "name": "accumulation",
-        "family": "qwen3",
-        "mode": "block",
-        "float64": True,
-        "options": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
-    },
-    *(
-        {
-            "name": f"checkpointing-{use_reentrant}",
-            "family": "qwen3",
-            "mode": "block",
-            "float64": True,
-            "options": {
-                "activation_checkpointing": True,
-                "activation_checkpointing_kwargs": {"use_reentrant": use_reentrant},
-            },
-        }
-        for use_reentrant in (False, True)
-    ),
-]
+SAME = {
+    "accumulation": {**EXACT, "options": ACCUMULATION},
+    **{name: {**EXACT, "options": options} for name, options in CHECKPOINTING.items()},
+}
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    return once(tmp_path_factory, "data-alone", lambda folder: outcomes_of(CASES, folder)[0])
+def saved_and_ranks(material, tmp_path_factory):
+    def make(folder):
+        command = {"command": ["train", *train_options(material, folder / "trained", 2)]}
+        return folder, outcomes_of({**CASES, **SAME, "command": command}, folder, launcher(*DDP))
+
+    return once(tmp_path_factory, "data-ranks", make)
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    return once(tmp_path_factory, "data-ranks", lambda folder: outcomes_of(CASES + SAME, folder, launcher(*DDP)))
+def ranks(saved_and_ranks):
+    return saved_and_ranks[1]
 
 
-@pytest.mark.parametrize("name", [case["name"] for case in CASES + SAME])
+@pytest.mark.parametrize("name", [*CASES, *SAME])
 def test_two_processes_train_as_one_with_the_same_global_batch(alone, ranks, name):
     expected = alone.get(name, alone[BASE])
     assert len(ranks) == 2
@@ -73,7 +54,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(alone, ranks, nam
     assert largest_error(ranks[0][name]["weights"], ranks[1][name]["weights"]) == 0
 
 
-@pytest.mark.parametrize("name", [case["name"] for case in CASES if "standard" not in case["name"]])
+@pytest.mark.parametrize("name", [name for name in CASES if "standard" not in name])
 def test_the_depth_mixers_gradients_are_those_of_the_global_batch(alone, ranks, name):
     for outcome in (rank[name] for rank in ranks):
         found = {key: value for key, value in outcome["gradients"].items() if "depth_mixer" in key}
@@ -92,10 +73,10 @@ def test_a_frozen_backbone_stays_while_its_depth_mixer_trains(ranks):
         assert all("depth_mixer" in name for name in rank["frozen-backbone"]["gradients"])
 
 
-def test_attnres_train_gives_the_model_of_one_process(material, trained_alone, tmp_path):
-    output = run(*launcher(*DDP), "-m", "attnres", "train", *train_options(material, tmp_path / "two", 2))
-    assert output.count("step 3: loss") == 1  # the first process speaks
-    one, two = (AttnResForCausalLM.from_pretrained(folder) for folder in (trained_alone, tmp_path / "two"))
+def test_attnres_train_gives_the_model_of_one_process(trained_alone, saved_and_ranks):
+    folder, ranks = saved_and_ranks
+    assert ["step 3: loss" in rank["command"]["said"] for rank in ranks] == [True, False]
+    one, two = (AttnResForCausalLM.from_pretrained(path) for path in (trained_alone, folder / "trained"))
     assert largest_error(dict(two.named_parameters()), dict(one.named_parameters())) < 1e-4
 
 

@@ -5,6 +5,7 @@ then, and its gradients have to come from all processes. Models are float64 wher
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import pytest
 import torch
 import yaml
 from helpers import random_attnres, short_config
-from launching import CPUS_AS_ACCELERATORS, ROOT, largest_error, launcher, outcomes_of, run, train_options
+from launching import ROOT, largest_error, launcher, outcomes_of, run, train_options
 from once import once
 from safetensors.torch import load_file
+from training_cases import ACCUMULATION, ALONE, BASE, CHECKPOINTING, EXACT, MIXED, MODELS
 from transformers import AutoModelForCausalLM
 
 from attnres import AttnResForCausalLM
@@ -22,73 +24,41 @@ from attnres.conversion import convert
 
 CONFIG = ROOT / "examples" / "accelerate" / "fsdp2.yaml"
 WEIGHTS = 1e-9
-BASE = "qwen3-block"
-EXACT = {"family": "qwen3", "mode": "block", "float64": True}
 NO_CHECKPOINTING = {"FSDP_ACTIVATION_CHECKPOINTING": "false"}
 SAVING = {"save_strategy": "steps", "save_steps": 2}
-FULL = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
 
-CASES = [
-    {**EXACT, "name": f"{family}-{mode}", "family": family, "mode": mode}
-    for family, mode in (("qwen3", "block"), ("qwen3", "full"), ("qwen3", "standard"), ("qwen3_moe", "block"))
-] + [
-    {**EXACT, "name": "tied-embeddings", "model": {"tie_word_embeddings": True}},
-    {**EXACT, "name": "frozen-backbone", "freeze_backbone": True},
-    {**EXACT, "name": "clipped", "options": {"max_grad_norm": 0.5}},
-]
+CASES = {name: ALONE[name] for name in (*MODELS, "tied-embeddings", "frozen-backbone", "clipped")}
 # Must not change anything: compared with BASE in one process.
-SAME = [
-    {**EXACT, "name": "layers-stay-whole", "environment": {"FSDP_RESHARD_AFTER_FORWARD": "false"}},
-    {**EXACT, "name": "all-load", "environment": {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}},
-    {**EXACT, "name": "no-checkpointing", "environment": NO_CHECKPOINTING},
-    *(
-        {
-            **EXACT,
-            "name": f"trainers-checkpointing-{use_reentrant}",
-            "environment": NO_CHECKPOINTING,
-            "options": {
-                "activation_checkpointing": True,
-                "activation_checkpointing_kwargs": {"use_reentrant": use_reentrant},
-            },
-        }
-        for use_reentrant in (False, True)
-    ),
-    {
-        **EXACT,
-        "name": "accumulation",
-        "options": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+SAME = {
+    "layers-stay-whole": {**EXACT, "environment": {"FSDP_RESHARD_AFTER_FORWARD": "false"}},
+    "all-load": {**EXACT, "environment": {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}},
+    "no-checkpointing": {**EXACT, "environment": NO_CHECKPOINTING},
+    **{
+        f"trainers-{name}": {**EXACT, "environment": NO_CHECKPOINTING, "options": options}
+        for name, options in CHECKPOINTING.items()
     },
-]
-MIXED = [
-    {"name": f"mixed-{family}-{mode}", "family": family, "mode": mode, "options": {"bf16": True}, "model": model}
-    for family, mode, model in (("qwen3", "block", {}), ("qwen3_moe", "full", {"moe_intermediate_size": 16}))
-]
+    "accumulation": {**EXACT, "options": ACCUMULATION},
+}
 
 
-def saving_cases(out: Path) -> list[dict]:
+def saving_cases(out: Path) -> dict[str, dict]:
     """Each saved half-way and at the end; each resumed from half-way with other weights to start from."""
-    cases = []
-    for name, environment in (("shards", {}), ("full", FULL)):
-        case = {"name": name, "family": "qwen3_moe", "mode": "block", "environment": environment, "options": SAVING}
-        cases.append({**case, "save": True})
-        resume = str(out / name / "checkpoint-2")
-        cases.append({**case, "name": f"{name}-resumed", "model": {"seed": 7}, "resume": resume})
+    cases = {}
+    for name, environment in (("shards", {}), ("full", {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"})):
+        case = {"family": "qwen3_moe", "mode": "block", "environment": environment, "options": SAVING}
+        cases[name] = {**case, "save": True}
+        cases[f"{name}-resumed"] = {**case, "model": {"seed": 7}, "resume": str(out / name / "checkpoint-2")}
     return cases
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    plain = [{key: value for key, value in case.items() if key != "environment"} for case in CASES]
-    plain += [{**case, "options": {}} for case in MIXED]
-    return once(tmp_path_factory, "fsdp-alone", lambda folder: outcomes_of(plain, folder)[0])
-
-
-@pytest.fixture(scope="module")
-def saved_and_ranks(tmp_path_factory):
-    options = ("--config_file", CONFIG, "--mixed_precision", "no", "--dynamo_backend", "no")
-
+def saved_and_ranks(material, tmp_path_factory):
     def make(folder):
-        return folder, outcomes_of(CASES + SAME + MIXED + saving_cases(folder), folder, launcher(*options))
+        mixed = {name: {**case, "options": {"bf16": True}} for name, case in MIXED.items()}
+        options = [*train_options(material, folder / "trained", 2), "--save-steps", "2"]
+        cases = {**CASES, **SAME, **mixed, **saving_cases(folder), "command": {"command": ["train", *options]}}
+        launch = launcher("--config_file", CONFIG, "--mixed_precision", "no", "--dynamo_backend", "no")
+        return folder, outcomes_of(cases, folder, launch)
 
     return once(tmp_path_factory, "fsdp-ranks", make)
 
@@ -108,7 +78,7 @@ def test_the_example_configuration_wraps_decoder_layers_of_any_model():
     assert config["fsdp_transformer_layer_cls_to_wrap"] in AttnResForCausalLM._no_split_modules
 
 
-@pytest.mark.parametrize("name", [case["name"] for case in CASES + SAME])
+@pytest.mark.parametrize("name", [*CASES, *SAME])
 def test_two_processes_train_as_one_with_the_same_global_batch(alone, ranks, name):
     expected = alone.get(name, alone[BASE])
     assert len(ranks) == 2
@@ -120,7 +90,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(alone, ranks, nam
         assert largest_error(outcome["weights"], expected["weights"]) < WEIGHTS
 
 
-@pytest.mark.parametrize("name", [case["name"] for case in CASES + SAME if "standard" not in case["name"]])
+@pytest.mark.parametrize("name", [name for name in (*CASES, *SAME) if "standard" not in name])
 def test_the_depth_mixer_is_sharded_whole_where_it_is_used_and_its_gradients_are_reduced(alone, ranks, name):
     expected = alone.get(name, alone[BASE])["gradients"]
     for outcome in (rank[name] for rank in ranks):
@@ -131,7 +101,7 @@ def test_the_depth_mixer_is_sharded_whole_where_it_is_used_and_its_gradients_are
         assert largest_error(found, {key: expected[key] for key in found}) < WEIGHTS
 
 
-@pytest.mark.parametrize("name", [case["name"] for case in MIXED])
+@pytest.mark.parametrize("name", MIXED)
 def test_in_mixed_precision_scores_stay_float32_and_losses_close(alone, ranks, name):
     """Accelerate has FSDP return the loss itself in bfloat16: 0.4 % of it are rounding alone."""
     for outcome in (rank[name] for rank in ranks):
@@ -164,17 +134,15 @@ def test_a_full_save_is_a_folder_with_its_own_code(saved, ranks):
         assert (folder / "modeling_attnres.py").is_file() and not list(folder.glob("_fsdp*"))
 
 
-def test_attnres_train_by_the_example_configuration(material, trained_alone, tmp_path):
-    launch = launcher("--config_file", CONFIG, "--mixed_precision", "no")
-    options = [*train_options(material, tmp_path / "two", 2), "--save-steps", 2]
-    run(*launch, CPUS_AS_ACCELERATORS, "attnres", "train", *options)
-    one, two = (AttnResForCausalLM.from_pretrained(folder) for folder in (trained_alone, tmp_path / "two"))
+def test_attnres_train_by_the_example_configuration(saved, trained_alone, tmp_path):
+    one, two = (AttnResForCausalLM.from_pretrained(folder) for folder in (trained_alone, saved / "trained"))
     assert largest_error(dict(two.named_parameters()), dict(one.named_parameters())) < 1e-4
 
     # A sharded checkpoint holds all that is needed, also away from its run.
-    convert((tmp_path / "two" / "checkpoint-3").rename(tmp_path / "checkpoint"), tmp_path / "whole")
+    convert(shutil.copytree(saved / "trained" / "checkpoint-3", tmp_path / "checkpoint"), tmp_path / "whole")
     assert (tmp_path / "whole" / "tokenizer.json").is_file()
-    joined, saved_whole = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "two"))
+    files = (tmp_path / "whole" / "model.safetensors", saved / "trained" / "model.safetensors")
+    joined, saved_whole = map(load_file, files)
     assert joined.keys() == saved_whole.keys()
     assert all(torch.equal(joined[key], saved_whole[key]) for key in joined)
 

@@ -1,19 +1,17 @@
 """What pipeline stages send: as planned, and as benchmarks/pipeline.py counts it beside the paper's formulas."""
 
+import io
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
+from contextlib import redirect_stdout
+from unittest.mock import patch
 
 import pytest
 from once import once
-from pipeline import cached_blocks, naive_blocks
+from pipeline import cached_blocks, main, naive_blocks
 
 from attnres.configuration_attnres import AttnResConfig
 from attnres.parallel.traffic import plan_routes, split_layers
-
-ROOT = Path(__file__).parents[2]
 
 
 def crossings(mode, ranks, virtual, layers, per_block, caching):
@@ -65,15 +63,9 @@ def measured(tmp_path_factory):
 def measure(_):
     """2 ranks with 4 virtual stages, 11 layers in blocks of 2: neither divides."""
     sizes = "--ranks 2 --virtual-stages 4 --layers 11 --hidden-size 64 --tokens 8 --rounds 1 --json"
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "pipeline.py"), *sizes.split()],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    with patch.object(sys, "argv", ["pipeline.py", *sizes.split()]), redirect_stdout(io.StringIO()) as printed:
+        main()
+    return json.loads(printed.getvalue())
 
 
 @pytest.mark.parametrize("mode", ["block", "full"])

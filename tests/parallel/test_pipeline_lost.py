@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import random_attnres, random_tokens
+from torch.multiprocessing import start_processes
 
 from attnres.parallel import Pipeline
 
@@ -42,11 +43,11 @@ def train(rank: int, folder: str, way: signal.Signals, seconds: int):
 
 @pytest.mark.parametrize(
     ("way", "seconds", "said"),
-    [(signal.SIGKILL, 200, "Connection (closed|reset) by peer"), (signal.SIGSTOP, 15, "Timed out waiting 15000ms")],
+    [(signal.SIGKILL, 200, "Connection (closed|reset) by peer"), (signal.SIGSTOP, 8, "Timed out waiting 8000ms")],
 )
 def test_the_other_rank_ends_with_an_error(way, seconds, said, tmp_path):
     arguments = (str(tmp_path), way, seconds)
-    processes = torch.multiprocessing.start_processes(train, arguments, 2, join=False, daemon=True)
+    processes = start_processes(train, arguments, 2, join=False, daemon=True, start_method="forkserver")
     first, second = processes.processes
     try:
         first.join(300)

@@ -7,6 +7,7 @@ next float32 now and then, which shows in some gradients.
 import pytest
 from helpers import random_attnres
 from launching import case, in_ranks
+from once import once
 
 LOSS = 1e-6  # transformers computes it in float32
 EXACT = 1e-12
@@ -25,7 +26,10 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pipeline-tensor")
+    return once(tmp_path_factory, "pipeline-tensor", run_all)
+
+
+def run_all(folder):
     # Grouped matrix products on a CPU take multiples of 16 bytes.
     random_attnres("mixtral", layers=5, seed=3, intermediate_size=64).save_pretrained(folder / "stored")
     cases = {name: case("step", folder=str(folder / name / "saved"), **options) for name, options in STEPS.items()}

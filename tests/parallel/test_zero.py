@@ -30,25 +30,23 @@ def folder(tmp_path_factory):
     return folder
 
 
-def cases(folder, options) -> list[dict]:
+def cases(folder, **options) -> dict[str, dict]:
     # Loaded, not built: with zero3_init_flag a checkpoint's tensors are converted while they are partitioned.
-    return [
-        {"name": f"{family}-{mode}", "load": str(folder / f"{family}-{mode}"), "options": options}
-        for family, mode in MODELS
-    ]
+    names = [f"{family}-{mode}" for family, mode in MODELS]
+    return {name: {"load": str(folder / name), **options} for name in names}
 
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    (outcomes,) = outcomes_of(cases(folder, {}), folder / "alone")
+    (outcomes,) = outcomes_of(cases(folder), folder / "alone")
     return outcomes
 
 
 @pytest.fixture(scope="module")
 def ranks(folder):
     resume = str(folder / "ranks" / "qwen3_moe-block" / "checkpoint-2")
-    trained = [{**case, "save": True} for case in cases(folder, SAVING)]
-    trained.append({"name": "resumed", "load": str(folder / "other"), "resume": resume, "options": SAVING})
+    trained = cases(folder, options=SAVING, save=True)
+    trained["resumed"] = {"load": str(folder / "other"), "resume": resume, "options": SAVING}
     return outcomes_of(trained, folder / "ranks", LAUNCH, **ON_CPUS)
 
 

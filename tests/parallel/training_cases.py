@@ -5,9 +5,12 @@
 accelerate (1.15) gives FSDP to accelerators only: here it takes the processes' CPUs for such.
 """
 
+import gc
+import io
 import json
 import os
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
@@ -16,7 +19,37 @@ from accelerate.utils import DistributedType, patch_environment
 from helpers import random_attnres, random_tokens
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from attnres import depth_mixer
+from attnres import AttnResForCausalLM, cli, depth_mixer
+
+EXACT = {"family": "qwen3", "mode": "block", "float64": True}
+MODELS = {
+    f"{family}-{mode}": {**EXACT, "family": family, "mode": mode}
+    for family, mode in (("qwen3", "block"), ("qwen3", "full"), ("qwen3", "standard"), ("qwen3_moe", "block"))
+}
+MIXED = {
+    f"mixed-{family}-{mode}": {"family": family, "mode": mode, "model": model}
+    for family, mode, model in (("qwen3", "block", {}), ("qwen3_moe", "full", {"moe_intermediate_size": 16}))
+}
+# What one process trains, and what several are compared with.
+ALONE = {
+    **MODELS,
+    "frozen-backbone": {**EXACT, "freeze_backbone": True},
+    "zero-pseudo-queries": {**EXACT, "as_converted": True},
+    "float32": {"family": "qwen3", "mode": "block"},
+    "tied-embeddings": {**EXACT, "model": {"tie_word_embeddings": True}},
+    "clipped": {**EXACT, "options": {"max_grad_norm": 0.5}},
+    **MIXED,
+}
+BASE = "qwen3-block"
+# Options that must not change anything.
+ACCUMULATION = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+CHECKPOINTING = {
+    f"checkpointing-{use_reentrant}": {
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": {"use_reentrant": use_reentrant},
+    }
+    for use_reentrant in (False, True)
+}
 
 GLOBAL_BATCH = 4
 OPTIONS = {
@@ -107,16 +140,20 @@ def note_scores(found: set):
     depth_mixer.DepthState.read = noted
 
 
-def train(case: dict, out: Path) -> dict:
+def command(line: list[str]) -> dict:
+    """What `attnres` says."""
+    with redirect_stderr(io.StringIO()) as said:
+        status = cli.main(line)
+    assert status == 0, said.getvalue()
+    return {"said": said.getvalue()}
+
+
+def train(name: str, case: dict, out: Path) -> dict:
     """What became of one case."""
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
     per_device = GLOBAL_BATCH // int(os.environ.get("WORLD_SIZE", "1"))
     options = {**OPTIONS, "per_device_train_batch_size": per_device, **case.get("options", {})}
-    args = TrainingArguments(output_dir=str(out / case["name"]), **options)
+    args = TrainingArguments(output_dir=str(out / name), **options)
     if "load" in case:
-        from attnres import AttnResForCausalLM
-
         model = AttnResForCausalLM.from_pretrained(case["load"], attn_implementation="eager", dtype=torch.float32)
     else:
         model = random_attnres(case["family"], case["mode"], **case.get("model", {}))
@@ -142,7 +179,7 @@ def train(case: dict, out: Path) -> dict:
     trainer = Trainer(model=model, args=args, train_dataset=Data(), callbacks=[notes])
     trainer.train(resume_from_checkpoint=case.get("resume"))
     if case.get("save"):
-        trainer.save_model(str(out / case["name"] / "final"))
+        trainer.save_model(str(out / name / "final"))
     parameters = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
     local = {
         plain(name): list(parameter.to_local().shape)
@@ -163,11 +200,14 @@ def train(case: dict, out: Path) -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # Trainer collects garbage again and again, and modules are none
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         use_cpus_as_accelerators()
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     outcomes = {}
-    for case in cases:
+    for name, case in cases.items():
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
         with patch_environment(**case.get("environment", {})):
-            outcomes[case["name"]] = train(case, out)
+            outcomes[name] = command(case["command"]) if "command" in case else train(name, case, out)
     torch.save(outcomes, out / f"rank-{os.environ.get('RANK', '0')}.pt")
