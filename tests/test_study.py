@@ -212,3 +212,17 @@ def test_every_arm_of_the_grid_builds_and_every_stage_names_arms_and_sizes_of_it
     assert {run["arm"] for run in expand(grid)} == set(grid["arms"])
     for arm in grid["arms"].values():
         build_model(grid, grid["sizes"]["middle"], arm, 17)
+
+
+def test_a_size_without_the_plain_model_is_compared_to_the_one_with_scaled_initialisation(tmp_path):
+    from benchmarks.study.report import draw, report
+
+    run = {"seed": 1, "steps": 5, "sweep": False, "learning_rate": 0.01, "corpus": "c", "batches": "b", "flops": 8}
+    run |= {"hidden": 8, "parameters": 9, "tokens": 10, "bits_per_byte": 1.0, "wall_seconds": 1.0, "layers": 12}
+    run |= {"core_seconds": 1.0, "tokens_per_second": 10, "size": "wide"}
+    losses = {"plain, scaled init": 3.0, "block, scaled init": 2.75}
+    runs = [run | {"arm": arm, "held_out_loss": loss} for arm, loss in losses.items()]
+    text = report(runs)
+    assert "against plain, scaled init" in text
+    assert "| block, scaled init | 12 | 9 | 1 | 2.750 |  | 1.000 | -0.250 |" in text
+    draw(runs, tmp_path / "figure.png")

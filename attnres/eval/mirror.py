@@ -78,6 +78,8 @@ class Mirror:
         listed = configs[name].get("data_files")
         try:
             patterns = sanitize_patterns(listed).items()  # from any of the forms that the hub admits
+            if any(".." in Path(each).parts for _, paths in patterns for each in paths):
+                raise ValueError("a path leaves the folder")
             matches = {(split, each): sorted(folder.glob(each)) for split, paths in patterns for each in paths}
         except (AttributeError, NotImplementedError, TypeError, ValueError):
             raise MissingData(

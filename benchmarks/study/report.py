@@ -20,7 +20,7 @@ from matplotlib import pyplot as plt
 T_975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 1.96]
 T_80 = [1.376, 1.061, 0.978, 0.941, 0.920, 0.906, 0.896, 0.889, 0.883, 0.879, 0.842]
 RESAMPLES = 1000
-SCALED = "plain, scaled init"  # the second baseline, which block is compared to as well
+SCALED = "plain, scaled init"  # the second baseline, which block is compared to as well, and the only one of a size
 
 
 def quantile(table: list[float], freedom: int) -> float:
@@ -33,7 +33,13 @@ def group(results: list[dict]) -> dict[tuple[str, int], dict[str, dict[int, dict
     for result in results:
         if not result["sweep"]:
             groups[result["size"], result["steps"]][result["arm"]][result["seed"]] = result
-    return dict(sorted(groups.items(), key=lambda item: next(iter(item[1]["plain"].values()), {"flops": 0})["flops"]))
+    found = {key: dict(arms) for key, arms in groups.items()}
+    return dict(sorted(found.items(), key=lambda item: next(iter(item[1][baseline(item[1])].values()))["flops"]))
+
+
+def baseline(arms: dict) -> str:
+    """The model of a size that the others are compared to; a size without any plain model is an error of the grid."""
+    return "plain" if "plain" in arms else SCALED
 
 
 def differences(arm: dict[int, dict], plain: dict[int, dict]) -> np.ndarray:
@@ -60,7 +66,8 @@ def smallest_difference(arms: dict[str, dict[int, dict]]) -> tuple[float, int] |
 
     The variance of the differences is pooled over the models.
     """
-    found = [d for name, runs in arms.items() if name != "plain" and len(d := differences(runs, arms["plain"])) > 1]
+    base = baseline(arms)
+    found = [d for name, runs in arms.items() if name != base and len(d := differences(runs, arms[base])) > 1]
     if not found:
         return None
     freedom = sum(len(d) - 1 for d in found)
@@ -71,7 +78,7 @@ def smallest_difference(arms: dict[str, dict[int, dict]]) -> tuple[float, int] |
 
 def widths_only(groups: dict) -> dict:
     """The sizes at which plain has the number of layers that most sizes have: those that differ by width and data."""
-    layers = {key: next(iter(arms["plain"].values()))["layers"] for key, arms in groups.items() if "plain" in arms}
+    layers = {key: next(iter(arms[baseline(arms)].values()))["layers"] for key, arms in groups.items()}
     common = [value for value, _ in Counter(layers.values()).most_common(1)]
     return {key: groups[key] for key, value in layers.items() if value in common}
 
@@ -99,13 +106,17 @@ def advantage(fits: np.ndarray, plain: np.ndarray, cost: float) -> tuple[float, 
 
 
 def fit_lines(groups: dict) -> list[str]:
-    """Fits of the models that have three sizes of one depth, against training FLOPs and seconds of one core."""
+    """Fits of the models that have three sizes of one depth, against training FLOPs and seconds of one core.
+
+    What a model gains is counted against the plain model with the same initialisation.
+    """
     groups = widths_only(groups)
-    arms = [name for name in next(iter(groups.values()), {}) if sum(name in g for g in groups.values()) >= 3]
+    names = dict.fromkeys(name for arms in groups.values() for name in arms)
+    arms = [name for name in names if sum(name in g for g in groups.values()) >= 3]
     if "plain" not in arms:
         return ["No fit: it takes three sizes of the plain model."]
     lines = [
-        "| model | cost | a | b (95 %) | cost of plain at equal loss, over the model's (95 %) |",
+        "| model | cost | a | b (95 %) | cost of plain, with the same init, at equal loss, over the model's (95 %) |",
         "|:--|:--|--:|:-:|:-:|",
     ]
     for cost in ("flops", "core_seconds"):
@@ -113,21 +124,23 @@ def fit_lines(groups: dict) -> list[str]:
             arm: [[(r[cost], r["held_out_loss"]) for r in g[arm].values()] for g in groups.values() if arm in g]
             for arm in arms
         }
-        middle = np.exp(np.mean([np.log(c) for size in points["plain"] for c, _ in size]))
         fits = {arm: resampled_fits(points[arm], np.random.default_rng(0)) for arm in arms}
         for arm in arms:
             a, b = power_law(*np.array([point for size in points[arm] for point in size]).T)
             low, high = np.quantile(fits[arm][:, 1], [0.025, 0.975])
-            gain, least, most = advantage(fits[arm], fits["plain"], middle)
-            gained = "1" if arm == "plain" else f"{gain:.2f} ({least:.2f} to {most:.2f})"
+            base = SCALED if arm.endswith("scaled init") else "plain"
+            middle = np.exp(np.mean([np.log(c) for size in points[base] for c, _ in size]))
+            gain, least, most = advantage(fits[arm], fits[base], middle)
+            gained = "1" if arm == base else f"{gain:.2f} ({least:.2f} to {most:.2f})"
             name = {"flops": "FLOPs (6 N tokens)", "core_seconds": "seconds of one core"}[cost]
             lines.append(f"| {arm} | {name} | {a:.3g} | {b:.4f} ({low:.4f} to {high:.4f}) | {gained} |")
     return lines
 
 
 def table(arms: dict[str, dict[int, dict]]) -> list[str]:
+    base = baseline(arms)
     lines = [
-        "| model | layers | parameters | seeds | nats/token | SD | bits/byte | against plain, same batches (95 %) "
+        f"| model | layers | parameters | seeds | nats/token | SD | bits/byte | against {base}, same batches (95 %) "
         "| core s | wall s | tokens/s |",
         "|:--|--:|--:|--:|--:|--:|--:|:-:|--:|--:|--:|",
     ]
@@ -139,7 +152,7 @@ def table(arms: dict[str, dict[int, dict]]) -> list[str]:
 
         losses = [value["held_out_loss"] for value in values]
         spread = f"{np.std(losses, ddof=1):.3f}" if len(losses) > 1 else ""
-        against = "" if name == "plain" else mean_difference(runs, arms["plain"])
+        against = "" if name == base else mean_difference(runs, arms[base])
         lines.append(
             f"| {name} | {values[0]['layers']} | {values[0]['parameters']:,} | {len(values)} "
             f"| {mean('held_out_loss'):.3f} | {spread} | {mean('bits_per_byte'):.3f} | {against} "
@@ -172,13 +185,14 @@ def report(results: list[dict]) -> str:
         first = next(iter(next(iter(arms.values())).values()))
         heading = f"**{size}**: D = {first['hidden']}, {steps} steps, {first['tokens']:,} tokens, learning rate "
         used = {name: next(iter(runs.values()))["learning_rate"] for name, runs in arms.items()}
-        others = ", ".join(f"{name}: {rate}" for name, rate in used.items() if rate != used["plain"])
-        heading += f"{used['plain']} ({others})." if others else f"{used['plain']}."
+        usual = used[baseline(arms)]
+        others = ", ".join(f"{name}: {rate}" for name, rate in used.items() if rate != usual)
+        heading += f"{usual} ({others})." if others else f"{usual}."
         lines += ["", heading, "", *table(arms)]
         lines += [
             f"\n{name} less {SCALED}, same batches (95 %): {mean_difference(arms[name], arms[SCALED])} nats/token."
             for name in ("block", "block, scaled init")
-            if {name, SCALED} <= arms.keys()
+            if {name, SCALED, "plain"} <= arms.keys()
         ]
         if seen := smallest_difference(arms):
             lines += ["", f"Power: with {seen[1]} seeds this design sees a difference of {seen[0]:.3f} nats/token "]
@@ -190,20 +204,21 @@ def report(results: list[dict]) -> str:
 def draw(results: list[dict], path: Path):
     """Left: each model less plain, a point per seed. Right: loss against seconds of one core, by model and size."""
     groups = group(results)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     names = list(dict.fromkeys(arm for arms in groups.values() for arm in arms if arm != "plain"))
     for index, ((size, steps), arms) in enumerate(groups.items()):
-        label = f"{size}, {steps} steps"
+        base = baseline(arms)
+        label = f"{size}, {steps} steps" + ("" if base == "plain" else f", less {base}")
         for row, name in enumerate(names):
-            values = differences(arms[name], arms["plain"]) if name in arms else []
-            height = np.full(len(values), row + 0.18 * (index - (len(groups) - 1) / 2))
+            values = differences(arms[name], arms[base]) if name in arms and name != base else []
+            height = np.full(len(values), row + 0.16 * (index - (len(groups) - 1) / 2))
             left.plot(values, height, "o", color=f"C{index}", label=label, ms=5)
             label = None
     left.axvline(0, color="0.5", lw=1)
     left.set_yticks(range(len(names)), names)
     left.invert_yaxis()
     left.set_xlabel("held-out loss less that of plain, same seed (nats/token)")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.13), ncols=3)
     widths = widths_only(groups)
     for index, name in enumerate(["plain", *names]):
         points = [

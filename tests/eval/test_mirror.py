@@ -50,6 +50,7 @@ DAMAGED = {
     "number": (card("{test: 5}"), "list of split and path; got {'test'"),
     "numbers": (card("{test: [x, 5]}"), "list of split and path; got .*5"),
     "absolute": (card("/x.jsonl"), "must be paths in its folder"),
+    "outside": (card("../name/values.jsonl"), "must be paths in its folder"),
     "binary": (b"---\nconfigs: \xff\n---\n", "README.md: cannot be read .UnicodeDecodeError.*position 13"),
     "values": (card("values.jsonl"), "values.jsonl: cannot be read"),
 }
