@@ -123,7 +123,9 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def _read_run(folder: Path, name: str, step: int | None) -> Dynamics:
     if not folder.is_dir():
         raise ValueError(f"{folder}: not a folder; RUN is the output_dir of a Trainer.")
-    paths = [*folder.glob(STATE), *folder.glob(f"checkpoint-*/{STATE}")]
+    states = [path for path in folder.glob(f"checkpoint-*/{STATE}") if path.parent.name[11:].isdecimal()]
+    states.sort(key=lambda path: int(path.parent.name[11:]))
+    paths = [*folder.glob(STATE), *states[-1:]]  # older ones may be damaged without harm
     if not paths:
         raise ValueError(
             f"{folder}: no {STATE} in it and no checkpoint-N/{STATE}; let the Trainer save a checkpoint, "

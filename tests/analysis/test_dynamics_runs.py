@@ -60,6 +60,14 @@ def test_the_state_with_the_most_steps_counts(tmp_path, newest):
     assert run.step == {"folder": 12, "checkpoint-10": 10, "checkpoint-9": 9}[newest]
 
 
+def test_a_damaged_older_checkpoint_does_no_harm(tmp_path):
+    for step in (9, 10):
+        save(tmp_path / f"checkpoint-{step}", [entry(step)], global_step=step)
+    (tmp_path / "checkpoint-9" / "trainer_state.json").write_text("{")
+    (run,) = read_runs([tmp_path])
+    assert run.step == 10
+
+
 def test_runs_are_named_by_as_much_of_their_path_as_tells_them_apart(tmp_path):
     folders = [save(tmp_path / name, HISTORY) for name in ("a/run", "b/run", "c/other")]
     assert [run.name for run in read_runs(folders)] == ["a/run", "b/run", "c/other"]
