@@ -17,8 +17,8 @@ SIZES = {"tiny": 0.002, "usual": 0.02, "large": 0.2}
 SINGLE = {"qwen3_next": 1e-5}
 
 
-def plain_model(family, size):
-    torch.manual_seed(0)
+def plain_model(family, size, seed=0):
+    torch.manual_seed(seed)
     config = short_config(family, 5, initializer_range=size)
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
@@ -36,10 +36,11 @@ def error_of(family, logits, expected):
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_conversion_is_exact_in_single_and_double_precision(family, size):
+def test_a_conversion_is_exact_in_single_and_double_precision(family, seed, size):
     tokens = random_tokens(2, 9)
-    single = plain_model(family, SIZES[size])
+    single = plain_model(family, SIZES[size], seed)
     expected = single(tokens).logits
     double = copy.deepcopy(single).double()
     if any(hasattr(module, "num_experts") for module in double.modules()):
