@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SHOWN = 8  # leading characters of a finding: enough to look it up, too few to use it
 
 # A path right after a word, a dot or a slash is part of a web address or of another path.
@@ -25,12 +26,13 @@ PATTERNS = {
 
 
 def check_folder(folder: Path, private: tuple[Path, ...] = ()):
-    """Checks that nothing in a folder must stay private.
+    """Checks that nothing in a folder must stay private, and that none of its files is a pickle.
 
     Raises:
         ValueError: the folder must not be published; the message lists every finding on one line.
     """
-    if found := find_leaks(folder, private):
+    pickles = sorted(path.name for path in folder.rglob("*") if path.suffix in PICKLES)
+    if found := [*(f"{name}: a pickle can run code" for name in pickles), *find_leaks(folder, private)]:
         raise ValueError(f"not fit to be published: {'; '.join(found)}.")
 
 

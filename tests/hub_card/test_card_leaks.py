@@ -43,6 +43,11 @@ def test_planted_secrets_are_found_in_every_text_file(folder):
         assert all(f"{name}: {what}" in message for name in names) and secret not in message
 
 
+def test_a_pickle_is_found(folder):
+    (folder / "training_args.bin").write_bytes(b"x")
+    assert "training_args.bin: a pickle can run code" in found(folder)
+
+
 @pytest.mark.parametrize("escaped", [False, True])
 def test_planted_secrets_are_found_in_every_json_file_however_they_are_escaped(folder, escaped):
     names = ("config.json", "tokenizer_config.json", "generation_config.json")
