@@ -6,7 +6,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+
+from ..messages import one_line
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SHOWN = 8  # leading characters of a finding: enough to look it up, too few to use it
@@ -66,8 +68,11 @@ def find_leaks(folder: Path, private: tuple[Path, ...] = ()) -> list[str]:
 def _texts(path: Path) -> Iterator[str]:
     """Yields the content of a file and, for JSON, the content with its escapes resolved."""
     if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as weights:
-            text = json.dumps(weights.metadata())
+        try:
+            with safe_open(path, "pt") as weights:
+                text = json.dumps(weights.metadata())
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a safetensors file, or a damaged one ({one_line(error)}).") from None
     else:
         text = path.read_text(encoding="utf-8", errors="replace")
     yield text

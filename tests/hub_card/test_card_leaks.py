@@ -43,6 +43,12 @@ def test_planted_secrets_are_found_in_every_text_file(folder):
         assert all(f"{name}: {what}" in message for name in names) and secret not in message
 
 
+def test_a_damaged_weight_file_is_named(folder):
+    (folder / "model.safetensors").write_bytes(b"\xff" * 40)
+    with pytest.raises(ValueError, match="model.safetensors: not a safetensors file, or a damaged one"):
+        check_folder(folder)
+
+
 def test_a_pickle_is_found(folder):
     (folder / "training_args.bin").write_bytes(b"x")
     assert "training_args.bin: a pickle can run code" in found(folder)
