@@ -191,11 +191,7 @@ class AttnResConfig(PreTrainedConfig):
         self._depth_implementation_internal = value
 
     def check_depth_options(self):
-        """Checks the depth options.
-
-        Raises:
-            ValueError: a depth option is out of range or does not fit the backbone.
-        """
+        """Checks the depth options."""
         if self.residual_mode not in RESIDUAL_MODES:
             raise ValueError(f"residual_mode must be one of {', '.join(RESIDUAL_MODES)}, got {self.residual_mode!r}.")
         if not isinstance(self.scale_norm_eps, bool):

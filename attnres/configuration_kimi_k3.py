@@ -143,11 +143,7 @@ class KimiK3Config(KimiLinearConfig):
         self.check_options()
 
     def check_options(self):
-        """Checks the options that this class adds.
-
-        Raises:
-            ValueError: an option is out of range or missing.
-        """
+        """Checks the options that this class adds."""
         bound = self.linear_gate_lower_bound
         if bound is not None and not -5 <= bound < 0:
             raise ValueError(f"linear_gate_lower_bound must be at least -5 and below 0, or None, got {bound!r}.")

@@ -14,11 +14,7 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 def check_writable(folder: str | os.PathLike):
-    """Checks, before the work starts, that results can be written to a folder.
-
-    Raises:
-        OSError: it is a file, or it or the closest existing parent is not writable.
-    """
+    """Checks, before the work starts, that results can be written to a folder."""
     folder = Path(os.path.abspath(folder))
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir():

@@ -34,9 +34,6 @@ def loss_curves(
         curves: per model `train_steps`, `train_loss`, `held_out_steps`, `held_out_loss`; losses in nats per token.
         baseline: name of the model whose loss the right panel subtracts.
         step_label: label of the horizontal axis, with its unit.
-
-    Raises:
-        ValueError: `baseline` is not among the curves.
     """
     if baseline not in curves:
         raise ValueError(f"baseline {baseline!r} is not among the curves: {', '.join(curves)}.")
@@ -70,9 +67,6 @@ def depth_panels(path: str | PathLike, models: Sequence[Mapping]):
         path: PNG to write.
         models: each with `title`; `columns`, names of the sources from the embedding on; `rows`, weights of the 2 L + 1
             mixtures (attention, MLP, attention, MLP, ..., output), each of which may end before the last column.
-
-    Raises:
-        ValueError: a row is longer than `columns`.
     """
     heights = [_inches(model) for model in models]
     figure = Figure(figsize=(13, 0.5 + sum(heights) + 1.9 * len(models)), layout="constrained")
@@ -160,9 +154,6 @@ def overhead(path: str | PathLike, panels: Sequence[Mapping], title: str):
         panels: each with `title`; `depth` and `blocks`: per model `x`, `median`, `q1`, `q3`, overheads in per cent;
             `depth_note` and `blocks_note`: what is held constant in each of the two.
         title: title of the figure.
-
-    Raises:
-        ValueError: there is no panel.
     """
     if not panels:
         raise ValueError("an overhead plot needs at least one panel.")

@@ -77,7 +77,7 @@ def test_an_option_for_several_values_takes_all_up_to_the_next_option(monkeypatc
     monkeypatch.setattr("attnres.hub_card.build", lambda *places, **options: asked.update(options, places=places))
     command = [
         "card",
-        "m",
+        str(tmp_path),
         "--results",
         "a",
         "b",
@@ -90,15 +90,15 @@ def test_an_option_for_several_values_takes_all_up_to_the_next_option(monkeypatc
         "de",
     ]
     assert cli.main(command) == 0
-    assert asked["places"] == ("m", "card-out", ["a", "b", "c"])
+    assert asked["places"] == (tmp_path, "card-out", ["a", "b", "c"])
     assert asked["language"] == ["en", "zh", "de"] and asked["link"] and asked["dynamics"] == []
 
 
 @pytest.mark.parametrize(("words", "tokens"), [([], None), (["--ablate"], 512), (["--ablate", "20"], 20)])
-def test_the_number_of_an_ablation_may_be_left_out(words, tokens, monkeypatch):
+def test_the_number_of_an_ablation_may_be_left_out(words, tokens, monkeypatch, tmp_path):
     asked = {}
     monkeypatch.setattr("attnres.analysis.inspection.inspect", lambda *_, **options: asked.update(options) or ([], []))
-    assert cli.main(["inspect", "m", *words, "--text", "t"]) == 0
+    assert cli.main(["inspect", str(tmp_path), *words, "--text", "t"]) == 0
     assert asked["ablation_tokens"] == tokens
 
 

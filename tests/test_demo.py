@@ -17,13 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attnres import AttnResForCausalLM
 from attnres.demo import QUICK, backbone_config, build_plain, build_scratch, corpus, run
-from attnres.demo.evaluation import (
-    compare_logits,
-    doublings,
-    held_out_loss,
-    interval_over_files,
-    loss_by_position,
-)
+from attnres.demo.evaluation import compare_logits, held_out_loss, interval_over_files
 from attnres.demo.training import batch_trainer, learning_rate_factor, train_model
 
 TINY = replace(
@@ -268,42 +262,23 @@ def test_quick_demo_results_are_finite_and_the_same_in_every_place(quick):
             pytest.approx(row["bits_per_byte"], abs=1e-4),
         ]
         assert 0.5 < row["bits_per_byte"] < 5
-        assert row["byte_perplexity"] == pytest.approx(2 ** row["bits_per_byte"], rel=1e-6)
     assert results["lossless_start"]["max_abs_logit_difference"] < 0.01 * results["lossless_start"]["logit_std"]
     assert results["arms"]["plain"]["bits_per_byte"] < results["arms"]["half-way"]["bits_per_byte"]
     for name in ("converted", "from-scratch"):
         assert [sum(row) for row in results["depth_weights"][name]] == pytest.approx([1.0] * 9, abs=1e-4)
 
 
-def test_quick_demo_says_how_sure_bits_per_byte_are_and_what_context_gains(quick):
-    process, out, _ = quick
+def test_quick_demo_says_how_sure_bits_per_byte_are(quick):
+    _, out, _ = quick
     results = json.loads((out / "results.json").read_text("utf-8"))
     documents = [json.loads(line) for line in (out / "held-out.jsonl").read_text("utf-8").splitlines()]
     total = sum(len(document["text"].encode()) for document in documents)
-    for name, row in results["arms"].items():
+    for row in results["arms"].values():
         assert sum(row["file_bits"]) / total == pytest.approx(row["bits_per_byte"], rel=1e-9)
         assert len(row["file_bits"]) == len(documents)
         assert row["interval"][0] < row["bits_per_byte"] < row["interval"][1]
-        losses = results["loss_by_position"][name]
-        assert len(losses) == QUICK.sequence_length - 1
-        assert sum(losses) / len(losses) == pytest.approx(row["held_out_loss"], rel=1e-5)
     assert results["arms"]["plain"]["minus_plain_interval"] == [0, 0]
     assert results["arms"]["half-way"]["minus_plain_interval"][0] > 0
-    for text in (process.stdout, (out / "results.md").read_text("utf-8")):
-        assert "| preceding tokens | 1 | 2 to 3 | 4 to 7 | 8 to 15 | 16 to 31 | 32 to 63 |" in text
-
-
-def test_loss_by_position_is_that_of_each_token(held_out):
-    model = build_plain(TINY, 0)
-    logits = model(held_out).logits[:, :-1].log_softmax(-1)
-    expected = -logits.gather(-1, held_out[:, 1:, None])[..., 0].mean(0)
-    assert loss_by_position(model, held_out, batch_size=3) == pytest.approx(expected.tolist(), rel=1e-5)
-
-
-@pytest.mark.parametrize("length", [2, 3, 5, 13, 64, 128])
-def test_doublings_hold_every_position_once(length):
-    spans = doublings(length)
-    assert [place for first, last in spans for place in range(first, last + 1)] == list(range(1, length))
 
 
 def test_intervals_over_files_are_those_of_whole_files():

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "attnres"
 
 # What lies beside the flat files that travel to the Hub, and stays here.
-SHARED = {"folders", "messages"}  # by all commands, and not by the model
+SHARED = {"hub", "folders", "messages"}  # by all commands, and not by the model
 NOT_REMOTE_CODE = {"__init__", "__main__", "demo", "plots", "registration", *SHARED}
 REMOTE_CODE = sorted({path.stem for path in PACKAGE.glob("*.py")} - NOT_REMOTE_CODE)
 MODEL = {"attnres", *REMOTE_CODE, *SHARED}  # "attnres" are the public names
@@ -33,13 +33,14 @@ MODEL = {"attnres", *REMOTE_CODE, *SHARED}  # "attnres" are the public names
 MAY_IMPORT = {
     "plots": set(),
     **{name: set() for name in SHARED},
+    "hub": {"messages"},
     "kernels": set(),  # depth_kernels reaches them by name
     **{name: set(REMOTE_CODE) for name in REMOTE_CODE},
     "registration": set(REMOTE_CODE),
     "__init__": {*REMOTE_CODE, "analysis"},  # whose callback it hands out on demand
     "conversion": MODEL,
     "analysis": MODEL | {"plots"},
-    "parallel": MODEL,
+    "parallel": MODEL | {"conversion"},  # for the index and the names of files in a checkpoint
     "bench": MODEL | {"plots"},
     "training": MODEL,
     "eval": {"plots", "conversion", *SHARED},

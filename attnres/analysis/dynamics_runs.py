@@ -63,22 +63,13 @@ def parse(name: str) -> tuple[str, int | str] | None:
 
 
 def read_runs(folders: Sequence[str | PathLike], step: int | None = None) -> list[Dynamics]:
-    """Reads the last measurement, or the last one up to `step`, from the newest state in each Trainer's output folder.
-
-    Raises:
-        ValueError: a folder has no state, a damaged one, or one without dynamics.
-        OSError: a file cannot be read.
-    """
+    """Reads the last measurement, or the last up to `step`, from the newest state in each Trainer's output folder."""
     paths = [Path(folder) for folder in folders]
     return [_read_run(path, name, step) for path, name in zip(paths, _names(paths), strict=True)]
 
 
 def write(runs: Sequence[Dynamics], out: str | PathLike) -> list[Path]:
-    """Writes dynamics.json and dynamics.png and returns their paths.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    """Writes dynamics.json and dynamics.png and returns their paths."""
     from ..plots import training_dynamics
 
     numbers, figure = Path(out) / "dynamics.json", Path(out) / "dynamics.png"

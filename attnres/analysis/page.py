@@ -7,6 +7,7 @@ JSON in HTML. The page's Content-Security-Policy allows its own style and script
 import base64
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 from matplotlib import colormaps
@@ -15,9 +16,9 @@ from matplotlib.colors import to_hex
 from ..plots import COLOUR_MAP
 from .ablation import Ablation
 from .depth_weights import DepthWeights
-from .page_template import PAGE, SCRIPT, STYLE
 from .text import printable
 
+PAGE, STYLE, SCRIPT = (Path(__file__).with_name(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
 DIGITS = 5
 SPACES = str.maketrans({" ": "\u2423", "\n": "\u21b5", "\r": "\u240d", "\t": "\u21e5"})
 

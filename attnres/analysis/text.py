@@ -7,11 +7,7 @@ PIECE = 2**16  # characters tokenised at a time
 
 
 def read_pieces(file: io.TextIOBase, name: str) -> Iterator[str]:
-    """Yields a text in pieces, cut at ends of lines where possible so that most tokens are those of the whole text.
-
-    Raises:
-        ValueError: the file is not UTF-8 text.
-    """
+    """Yields a text in pieces, cut at ends of lines where possible so that most tokens are those of the whole text."""
     try:
         while piece := file.read(PIECE) + file.readline(PIECE):
             if "\0" in piece:

@@ -82,11 +82,7 @@ ARMS = {
 
 
 def select(names: Collection[str], implementations: Collection[str] = ()) -> dict[str, Variant]:
-    """Returns the named variants, with block and full repeated for each implementation of the depth mixing.
-
-    Raises:
-        ValueError: a name is unknown.
-    """
+    """Returns the named variants, with block and full repeated for each implementation of the depth mixing."""
     check_names("variant", names, ARMS)
     check_names("implementation", implementations, DEPTH_IMPLEMENTATIONS)
     chosen = {name: variant for name, variant in ARMS.items() if name == PLAIN or name in names}
@@ -109,9 +105,6 @@ def build(
 
     Returns:
         The models by variant, and the reasons why some variants could not be built.
-
-    Raises:
-        ValueError: the configuration makes no model.
     """
     torch.manual_seed(seed)
     with torch.device(device):
@@ -140,9 +133,6 @@ def check(
     Returns:
         The relative errors by variant (norm of the difference over norm of the reference), and the reasons why some
         optional variants cannot run.
-
-    Raises:
-        ValueError: the logits of a variant differ from those of its reference.
     """
     ids = random_ids(next(iter(models.values())), 1, CHECK_TOKENS, seed)
     logits, errors, left_out = {}, {}, {}

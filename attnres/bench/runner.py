@@ -29,9 +29,6 @@ def run(settings: Settings) -> dict:
 
     Returns:
         The content of bench.json.
-
-    Raises:
-        ValueError: an option is out of range, a variant does not compute what it should, or memory runs out.
     """
     variants = select(settings.arms, settings.implementations)
     check_names("measure", settings.measures, MEASURES)
@@ -70,11 +67,7 @@ def run(settings: Settings) -> dict:
 
 
 def backbone_config(settings: Settings) -> PreTrainedConfig:
-    """Returns the configuration of the backbone: the default one, or that of a checkpoint.
-
-    Raises:
-        ValueError: the configuration cannot be read, or its family is not supported.
-    """
+    """Returns the configuration of the backbone: the default one, or that of a checkpoint."""
     if settings.model is None:
         return AutoConfig.for_model(**settings.backbone)
     if not Path(settings.model).exists() and (settings.model.count("/") != 1 or settings.model.startswith((".", "/"))):

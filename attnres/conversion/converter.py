@@ -14,15 +14,13 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers.dynamic_module_utils import custom_object_save
 
 from ..configuration_attnres import DEPTH_OPTIONS, AttnResConfig
 from ..folders import replaced_folder
 from ..messages import say
-from ..modeling_attnres import AUTO_MAP, AttnResForCausalLM
 from . import kimi_k3
 from .checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, CheckpointError, inside, read_checkpoint
-from .files import copy_file, write_companions
+from .files import check_apart, copy_file, write_code, write_companions, write_index
 from .layouts import ATTNRES, KIMI_K3, PRENORM, Source, new_depth_tensors, understand
 from .pieces import TORCH_DTYPES, Piece, write_pieces
 from .sharded import find_shards, join_shards
@@ -100,7 +98,7 @@ def convert(
     source, result, to = Path(source), Path(result), to or ATTNRES
     if to not in (ATTNRES, PRENORM, KIMI_K3):
         raise CheckpointError(f"--to must be {ATTNRES}, {PRENORM} or {KIMI_K3}, got {to!r}.")
-    _check_places(source, result)
+    check_apart(source, result)
     if find_shards(source):
         others = {"to": to != ATTNRES, "from_layout": from_layout, "link": link, "reinit_depth": reinit_depth}
         others |= {"keep_packed": keep_packed, "engine": engine, **depth_options}
@@ -144,8 +142,7 @@ def convert(
             weight_map.update(dict.fromkeys(depth_tensors, name))
         if set(weight_map.values()) != {SINGLE_NAME}:
             size = sum((folder / shard).stat().st_size for shard in set(weight_map.values()))
-            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-            (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+            write_index(folder, weight_map, size)
         if depth_tensors:
             shutil.copymode(folder / INDEX_NAME, folder / name)  # safetensors makes it readable for the owner only
         write_companions(origin.checkpoint.folder, folder)
@@ -159,14 +156,6 @@ def convert(
             outcome.report = verify_conversion(origin, understand(written), verify, progress, change == "zero")
             (folder / "conversion_report.json").write_text(json.dumps(outcome.report, indent=2) + "\n")
     return outcome
-
-
-def _check_places(source: Path, result: Path):
-    inner, outer = result.resolve(), source.resolve()
-    if inner.is_relative_to(outer):
-        raise CheckpointError(f"{result}: the result must not be the source or inside it; name another folder.")
-    if outer.is_relative_to(inner):
-        raise CheckpointError(f"{result}: the source {source} is inside the result, which would replace it.")
 
 
 def _depth_text(config: AttnResConfig, to: str) -> str:
@@ -251,10 +240,7 @@ def _write_shards(origin: Source, pieces: list[Piece], to: str, folder: Path, li
 
 def _write_config(folder: Path, config: AttnResConfig, to: str, engine: str | None, quantised: dict | None):
     if to == ATTNRES:
-        config.architectures = [AttnResForCausalLM.__name__]
-        config.auto_map = dict(AUTO_MAP)
-        custom_object_save(AttnResForCausalLM, folder)  # the folder's remote code
-        config.save_pretrained(folder)
+        write_code(config, folder)
         return
     if to == KIMI_K3:
         content = kimi_k3.write_config(config, engine, quantised)

@@ -1,12 +1,17 @@
-"""Copies and links the files of a checkpoint: weights, and what lies beside them."""
+"""Copies and writes the files of a checkpoint: weights, and what lies beside them."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 
-from .checkpoint import CONFIG_NAME, inside
+from transformers.dynamic_module_utils import custom_object_save
+
+from ..configuration_attnres import AttnResConfig
+from ..modeling_attnres import AUTO_MAP, AttnResForCausalLM
+from .checkpoint import CONFIG_NAME, INDEX_NAME, CheckpointError, inside
 
 # Tokenizer, generation configuration, licence, documentation; never weights or model code. A tokenizer's own code runs
 # only where the user passes trust_remote_code.
@@ -33,3 +38,24 @@ def write_companions(source: Path, folder: Path):
         is_companion = any(fnmatch(path.name, pattern) for pattern in COMPANIONS) and path.name != CONFIG_NAME
         if is_companion and inside(source, path.name).is_file():
             shutil.copyfile(path, folder / path.name)
+
+
+def write_index(folder: Path, weight_map: dict[str, str], size: int):
+    """Writes the index of weight files with `size` bytes of tensors, given the file of every tensor."""
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_code(config: AttnResConfig, folder: Path):
+    """Writes the model's code and a configuration that refers to it."""
+    config.architectures = [AttnResForCausalLM.__name__]
+    config.auto_map = dict(AUTO_MAP)
+    custom_object_save(AttnResForCausalLM, folder)
+    config.save_pretrained(folder)
+
+
+def check_apart(source: Path, result: Path):
+    """Checks that a result replaces neither its source nor a part of it."""
+    inner, outer = result.resolve(), source.resolve()
+    if inner.is_relative_to(outer) or outer.is_relative_to(inner):
+        raise CheckpointError(f"{result}: must be another folder than {source}, and neither may contain the other.")

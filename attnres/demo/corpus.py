@@ -53,11 +53,7 @@ def standard_library() -> Path:
 
 
 def read_corpus(root: Path) -> Corpus:
-    """Reads all Python sources below `root`; their order and split depend only on their relative paths.
-
-    Raises:
-        OSError: `root` has too few sources for a training and a held-out part.
-    """
+    """Reads all Python sources below `root`; their order and split depend only on their relative paths."""
     texts: dict[str, str] = {}
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
@@ -103,11 +99,7 @@ def train_tokenizer(documents: list[Document], vocab_size: int, max_length: int)
 def pack(
     documents: list[Document], tokenizer: PreTrainedTokenizerBase, num_sequences: int, length: int
 ) -> torch.Tensor:
-    """Joins documents, each after an end-of-text token, and cuts them into sequences `[N, T]`.
-
-    Raises:
-        OSError: the documents have fewer than N * T tokens.
-    """
+    """Joins documents, each after an end-of-text token, and cuts them into sequences `[N, T]`."""
     needed, ids = num_sequences * length, []
     for document in documents:
         # The end-of-text token comes first because lm-eval puts it before each text that it scores.

@@ -7,41 +7,29 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 from ..eval.progress import quiet_lm_eval
 from ..messages import say
 from .settings import Settings
 
-TASK = "standard_library"
-PROMPT = 'def read_config(path, encoding="utf-8"):\n    """Read'
-
-
-def held_out_loss(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int) -> float:
-    """Returns the mean next-token loss over `[N, T]` in nats per token, without any load-balancing term."""
-    return fmean(loss_by_position(model, sequences, batch_size))
+TASK, METRIC = "standard_library", "bits_per_byte"
 
 
 @torch.no_grad()
-def loss_by_position(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int) -> list[float]:
-    """Returns the mean loss over `[N, T]` in nats after 1, 2, ..., T - 1 preceding tokens."""
+def held_out_loss(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int) -> float:
+    """Returns the mean next-token loss over `[N, T]` in nats per token, without any load-balancing term."""
     training = model.training
     model.eval()
-    total = torch.zeros(sequences.shape[1] - 1, dtype=torch.double)
+    total = 0.0
     for batch in sequences.split(batch_size):
         logits = model(input_ids=batch, output_router_logits=False, use_cache=False).logits[:, :-1]
-        total += torch.nn.functional.cross_entropy(logits.mT, batch[:, 1:], reduction="none").double().sum(dim=0)
+        total += torch.nn.functional.cross_entropy(logits.mT, batch[:, 1:], reduction="none").double().sum().item()
     model.train(training)
-    return (total / len(sequences)).tolist()
-
-
-def doublings(length: int) -> list[tuple[int, int]]:
-    """Returns the first and last number of each of the ranges 1, 2 to 3, 4 to 7, ... below `length`."""
-    return [(1 << power, min((2 << power) - 1, length - 1)) for power in range((length - 1).bit_length())]
+    return total / sequences[:, 1:].numel()
 
 
 def interval_over_files(bits: Sequence[float], sizes: Sequence[int], settings: Settings) -> tuple[float, float]:
@@ -66,23 +54,8 @@ def compare_logits(model: PreTrainedModel, other: PreTrainedModel, sequences: to
     }
 
 
-def complete(model: PreTrainedModel, tokenizer, settings: Settings) -> str:
-    """Returns `PROMPT` with a sampled continuation; the seed is the same for every model."""
-    set_seed(settings.seed)
-    inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
-    output = model.generate(
-        **inputs,
-        max_new_tokens=settings.new_tokens,
-        do_sample=True,
-        temperature=0.7,
-        top_k=20,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    return tokenizer.decode(output[0], skip_special_tokens=True)
-
-
 def evaluate_with_lm_eval(model: PreTrainedModel, tokenizer, documents: Path, settings: Settings, name: str) -> dict:
-    """Returns lm-eval's `bits_per_byte` of the documents with its `interval`, `byte_perplexity`, and `file_bits`.
+    """Returns lm-eval's `bits_per_byte` of the documents with its `interval` and `file_bits`.
 
     `documents` is a file of JSON lines with a `text` each; `name` names the model in the progress messages.
     """
@@ -101,10 +74,7 @@ def evaluate_with_lm_eval(model: PreTrainedModel, tokenizer, documents: Path, se
         "test_split": "test",
         "doc_to_text": "",
         "doc_to_target": lambda document: document["text"],
-        "metric_list": [
-            {"metric": metric, "aggregation": aggregation, "higher_is_better": False}
-            for metric, aggregation in (("bits_per_byte", "bits_per_byte"), ("byte_perplexity", "weighted_perplexity"))
-        ],
+        "metric_list": [{"metric": METRIC, "aggregation": METRIC, "higher_is_better": False}],
     }
     with quiet_lm_eval():
         results = simple_evaluate(
@@ -120,9 +90,9 @@ def evaluate_with_lm_eval(model: PreTrainedModel, tokenizer, documents: Path, se
             bootstrap_iters=0,
         )
     samples = sorted(results["samples"][TASK], key=lambda sample: sample["doc_id"])
-    file_bits = [-sample["bits_per_byte"][0] / math.log(2) for sample in samples]  # lm-eval: log-likelihood and bytes
+    file_bits = [-sample[METRIC][0] / math.log(2) for sample in samples]  # lm-eval: log-likelihood and bytes
     return {
-        **{metric: results["results"][TASK][f"{metric},none"] for metric in ("bits_per_byte", "byte_perplexity")},
+        METRIC: results["results"][TASK][f"{METRIC},none"],
         "file_bits": file_bits,
         "interval": interval_over_files(file_bits, [len(row["text"].encode()) for row in rows], settings),
     }

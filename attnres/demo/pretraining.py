@@ -7,7 +7,6 @@ end, and Block AttnRes trained from scratch.
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
@@ -17,14 +16,7 @@ from ..analysis.depth_weights import depth_weights
 from ..analysis.inspection import panels
 from ..hub_card import build as build_card
 from .corpus import prepare_data
-from .evaluation import (
-    compare_logits,
-    complete,
-    doublings,
-    evaluate_with_lm_eval,
-    interval_over_files,
-    loss_by_position,
-)
+from .evaluation import compare_logits, evaluate_with_lm_eval, interval_over_files
 from .report import interval_text, markdown_table
 from .settings import Settings
 from .training import History, OptimizerState, train_model
@@ -122,9 +114,8 @@ def _train_models(data: dict, settings: Settings, folder: Path) -> tuple[dict[st
 
 def _evaluate_models(data: dict, histories: dict[str, History], settings: Settings, folder: Path) -> dict:
     """Evaluates the saved models and draws the figures."""
-    tokenizer, held_out = data["tokenizer"], data["held_out"]
     models = {name: AutoModelForCausalLM.from_pretrained(folder / name) for name in MODELS}
-    tokens = held_out.flatten().tolist()
+    tokens = data["held_out"].flatten().tolist()
     options = {"token_ids": tokens, "context": settings.sequence_length, "keep_tokens": 0, "text_name": "held-out text"}
     mixed = {name: depth_weights(models[name], None, name=name, **options) for name in (CONVERTED, SCRATCH)}
     results = {
@@ -132,10 +123,6 @@ def _evaluate_models(data: dict, histories: dict[str, History], settings: Settin
         "threads": torch.get_num_threads(),
         "corpus": data["corpus"],
         "arms": {name: _evaluate(name, model, histories, data, settings) for name, model in models.items()},
-        "loss_by_position": {
-            name: loss_by_position(model, held_out, settings.eval_batch_size) for name, model in models.items()
-        },
-        "completions": {name: complete(model, tokenizer, settings) for name, model in models.items()},
         "curves": {name: asdict(history) for name, history in histories.items()},
         "depth_weights": {name: [mixture.mean for mixture in found.mixtures] for name, found in mixed.items()},
     }
@@ -174,15 +161,8 @@ def summary(results: dict) -> str:
             f"| {row['training_seconds'] or ''}"
         )
     columns = "model | steps | tokens | held-out loss | bits per byte | 95 % interval | minus plain | 95 % interval"
-    spans = doublings(results["settings"]["sequence_length"])
-    positions = [str(first) if first == last else f"{first} to {last}" for first, last in spans]
-    losses = [
-        " | ".join([name, *(f"{fmean(losses[first - 1 : last]):.3f}" for first, last in spans)])
-        for name, losses in results["loss_by_position"].items()
-    ]
     corpus, lossless = results["corpus"], results["lossless_start"]
     models = "\n".join(f"- {name}: {description}" for name, description in MODELS.items())
-    completions = "\n\n".join(f"{name}:\n\n```\n{text}\n```" for name, text in results["completions"].items())
     return f"""{markdown_table(f"{columns} | parameters | training s", rows)}
 
 {models}
@@ -191,16 +171,9 @@ Lower is better. Held-out loss is in nats per token; bits per byte are lm-eval's
 {corpus["evaluated_files"]} held-out files ({corpus["evaluated_bytes"]:,} bytes), and "minus plain" is their difference
 from the plain model. Intervals come from resampling the files. With one run and one seed, small differences are noise.
 
-Conversion: the largest logit difference on held-out text is {lossless["max_abs_logit_difference"]:.1e} (the standard
-deviation of the logits is {lossless["logit_std"]:.2f}), and {lossless["top1_agreement"]:.2%} of the top-1 tokens agree.
-
-## Held-out loss (nats per token) by the number of preceding tokens
-
-{markdown_table(" | ".join(["preceding tokens", *positions]), losses)}
-
-## Completions
-
-{completions}"""
+Conversion: the largest logit difference on held-out text is {lossless["max_abs_logit_difference"]:.1e} (the
+standard deviation of the logits is {lossless["logit_std"]:.2f}), and {lossless["top1_agreement"]:.2%} of the top-1
+tokens agree."""
 
 
 def next_steps(out: Path) -> str:

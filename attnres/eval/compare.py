@@ -137,12 +137,7 @@ def compare(
 
 
 def compare_all(folders: Sequence[str | PathLike], **options) -> Matrix:
-    """Compares every evaluation with every later one; options are those of `compare`.
-
-    Raises:
-        ValueError: as in `compare`, or there are fewer than two folders.
-        OSError: a file is missing or cannot be read.
-    """
+    """Compares every evaluation with every later one; options are those of `compare`."""
     if len(folders) < 2:
         raise ValueError(f"a comparison takes at least two folders, got {len(folders)}")
     names = {str(folder): set(_rows(Path(folder))) for folder in folders}
@@ -363,9 +358,6 @@ def write(comparison: Comparison | Matrix, out: str | PathLike) -> list[str]:
 
     Returns:
         The names of the files.
-
-    Raises:
-        OSError: the folder cannot be written.
     """
     out = Path(out)
     check_writable(out)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from huggingface_hub.utils.sha import sha_fileobj
 
-from ..messages import one_line
+from .. import hub
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 OTHER_FORMATS = ["*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]  # of weights, which are not loaded
@@ -27,18 +27,8 @@ PACKAGES = (
 
 
 def checkpoint_folder(model: str, revision: str | None = None) -> Path:
-    """Returns the folder of a checkpoint, downloading it first if `model` is a hub id.
-
-    Raises:
-        ValueError: there is no such checkpoint, it cannot be downloaded, or a local folder is given with a revision.
-    """
-    folder = Path(model).expanduser()
-    if folder.is_dir() and revision is not None:
-        raise ValueError(f"{model}: a folder has no revisions, got --revision {revision}; leave it out.")
-    if not folder.is_dir():
-        if model.count("/") != 1 or model.startswith((".", "/", "~")):
-            raise ValueError(f"{model}: no such folder.")
-        folder = _snapshot(model, revision)
+    """Returns the folder of a checkpoint, downloading it first if `model` is a hub id."""
+    folder = hub.local_folder(model, revision, ignore_patterns=OTHER_FORMATS)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{model}: has no config.json, so it is not a transformers checkpoint.")
     return folder
@@ -49,7 +39,7 @@ def tokenizer_source(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    return _snapshot(name, None, allow=["*token*", "*vocab*", "merges*", "*.model", "*.jinja"])
+    return hub.download(name, allow_patterns=["*token*", "*vocab*", "merges*", "*.model", "*.jinja"])
 
 
 def tokenizer_identity(folder: Path) -> str:
@@ -85,11 +75,11 @@ def model_identity(model, tokenizer) -> dict[str, str]:
 
 
 @cache
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and of every installed package that a score may depend on."""
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """Returns the versions of Python, this package and those of `packages` that are installed."""
     own = __package__.partition(".")[0]  # not from its metadata: a checkout need not be installed
     found = {"python": platform.python_version(), own: sys.modules[own].__version__}
-    for package in PACKAGES:
+    for package in packages:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
@@ -110,13 +100,3 @@ def _file_digest(path: Path) -> str:
         return target.name  # the hub's cache names a large file by its SHA-256
     with path.open("rb") as file:
         return sha_fileobj(file).hex()
-
-
-def _snapshot(model: str, revision: str | None, allow: list[str] | None = None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=allow, ignore_patterns=OTHER_FORMATS))
-    except (OSError, ValueError) as error:  # the hub's own errors are among these
-        reason = one_line(error)
-        raise ValueError(f"{model}: no such folder, and it cannot be downloaded from the hub ({reason})") from None

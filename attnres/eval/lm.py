@@ -366,11 +366,7 @@ def _without_nan(logits):
 
 
 def load_tokenizer(source: str, trust_remote_code: bool):
-    """Loads the tokenizer of a checkpoint and gives it a padding token.
-
-    Raises:
-        ValueError: the tokenizer cannot be loaded or has no tokens.
-    """
+    """Loads the tokenizer of a checkpoint and gives it a padding token."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         if len(tokenizer) == 0:
@@ -391,11 +387,7 @@ def with_padding(tokenizer):
 
 
 def load_model(folder: str, settings):
-    """Loads a causal LM through transformers, on one device unless there is a device map.
-
-    Raises:
-        ValueError: transformers cannot load it, or the weight files lack tensors.
-    """
+    """Loads a causal LM through transformers, on one device unless there is a device map."""
     options = {}  # a None would replace the quantization_config of a quantised checkpoint
     if settings.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
@@ -423,9 +415,6 @@ def context_length(config, tokenizer, given: int | None, name: str) -> int:
     """Returns the longest input in tokens: as given, else as the configuration or the tokenizer says.
 
     lm-eval falls back to 2048 if it finds nothing, and would cut long prompts that the model could read.
-
-    Raises:
-        ValueError: the length is not given and not found.
     """
     if given:
         return given

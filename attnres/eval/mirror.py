@@ -33,11 +33,7 @@ class Mirror:
         self._configs: dict[str, dict[str, dict]] = {}
 
     def load(self, repository: str, name: str | None = None):
-        """Reads a config into memory as a `datasets.DatasetDict`, without the caches of `datasets.load_dataset`.
-
-        Raises:
-            MissingData: something is missing or cannot be read.
-        """
+        """Reads a config into memory as a `datasets.DatasetDict`, without the caches of `datasets.load_dataset`."""
         import pyarrow
         from datasets import Dataset, DatasetDict
 
@@ -49,11 +45,7 @@ class Mirror:
         return splits
 
     def files(self, repository: str, name: str | None = None) -> dict[str, list[Path]]:
-        """Returns the data files of a config by split, as the README.md lists them; without a name, the default config.
-
-        Raises:
-            MissingData: the data set, the config or a file is missing, or the front matter cannot be understood.
-        """
+        """Returns the data files of a config (the default one without a name) by split, as the README.md lists them."""
         from datasets.data_files import sanitize_patterns
 
         folder = self.root / repository

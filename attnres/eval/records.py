@@ -39,11 +39,7 @@ def write_text(path: Path, pieces: Iterable[str]) -> str:
 
 
 def read_result(folder: Path) -> dict | None:
-    """Reads the result in a row's folder; None if there is none.
-
-    Raises:
-        ValueError: the file is not a result, or its samples are missing.
-    """
+    """Reads the result in a row's folder; None if there is none."""
     path = folder / RESULT
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -65,11 +61,7 @@ def read_result(folder: Path) -> dict | None:
 
 
 def check_samples(folder: Path, result: dict) -> None:
-    """Checks that a row's samples are those that its result was computed from.
-
-    Raises:
-        ValueError: the samples were cut or changed, or written by another evaluation at the same time.
-    """
+    """Checks that a row's samples are those that its result was computed from."""
     if hashlib.sha256((folder / SAMPLES).read_bytes()).hexdigest() != result["samples_sha256"]:
         raise ValueError(f"{folder / SAMPLES}: not the samples that {RESULT} beside it was computed from")
 

@@ -71,11 +71,7 @@ class Origin:
 
 
 def find(model, tokenizer, revision: str | None, settings: Settings) -> Origin:
-    """Finds the model and loads its tokenizer.
-
-    Raises:
-        ValueError: the checkpoint, the device or the tokenizer is missing, or the settings do not suit the model.
-    """
+    """Finds the model and loads its tokenizer."""
     from .lm import load_tokenizer, with_padding
 
     if isinstance(model, str | os.PathLike):
@@ -109,11 +105,7 @@ def _check_device(name: str) -> None:
 def describe(
     model, tokenizer, revision: str | None, lm, settings: Settings, out: Path, team: Team | None, say: Callable
 ) -> Subject:
-    """Hashes what is to be evaluated, without loading it; converts a checkpoint in Kimi K3's layout inside `out`.
-
-    Raises:
-        ValueError: as in `find`, or a checkpoint cannot be converted.
-    """
+    """Hashes what is to be evaluated, without loading it; converts a checkpoint in Kimi K3's layout inside `out`."""
     if lm is not None:
         if team is not None:
             raise ValueError("lm= is measured by a single process; start it without accelerate launch")

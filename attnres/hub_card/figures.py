@@ -23,9 +23,6 @@ def draw_depth_weights(
     """Draws the mean depth weights of a checkpoint over a text and returns the Markdown of the section.
 
     The figure is written to `folder`. Without a UTF-8 file `text`, short texts that come with the package are read.
-
-    Raises:
-        ValueError: the text is missing, unreadable or too short, or model and tokenizer do not belong together.
     """
     if text is not None and not Path(text).is_file():
         raise ValueError(f"{text}: no such text file.")
@@ -53,11 +50,7 @@ def draw_depth_weights(
 
 
 def draw_dynamics(folder: Path, runs: Sequence[str | PathLike]) -> str:
-    """Draws the logged dynamics of training runs and returns the Markdown of the section.
-
-    Raises:
-        ValueError: a run has no logged dynamics, or its trainer state is damaged.
-    """
+    """Draws the logged dynamics of training runs and returns the Markdown of the section."""
     found = read_runs(runs)
     plots.training_dynamics(folder / DYNAMICS, [asdict(run) for run in found])
     table = as_markdown([replace(run, name=plain(run.name)) for run in found])

@@ -11,17 +11,14 @@ import transformers
 import yaml
 from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
-from transformers.dynamic_module_utils import custom_object_save
 
-from ..configuration_attnres import AttnResConfig
 from ..conversion.checkpoint import INDEX_NAME, Checkpoint, inside, read_checkpoint
-from ..conversion.files import COMPANIONS, copy_file
+from ..conversion.files import COMPANIONS, check_apart, copy_file, write_code
 from ..conversion.inspection import inspect_checkpoint
 from ..conversion.layouts import ATTNRES, understand
 from ..eval.identity import checkpoint_identity
 from ..folders import replaced_folder, write_text
 from ..messages import say
-from ..modeling_attnres import AUTO_MAP, AttnResForCausalLM
 from . import figures, usage
 from .card import model_card
 from .front_matter import eval_results
@@ -78,11 +75,7 @@ def build(
     source, out = Path(model_folder), Path(os.path.abspath(out))
     if repo is not None:
         validate_repo_id(repo)
-    inner, outer = out.resolve(), source.resolve()
-    if inner.is_relative_to(outer) or outer.is_relative_to(inner):
-        raise ValueError(
-            f"{out}: must be a different folder from the checkpoint {source}, and neither may contain the other."
-        )
+    check_apart(source, out)
     checkpoint = read_checkpoint(source)
     understood = understand(checkpoint)
     if understood.layout != ATTNRES:
@@ -107,7 +100,7 @@ def build(
                 say("hashing the weights")
             rows, smoke = read_measured(results, source, checkpoint_identity(source))
         _carry(checkpoint, folder, link, progress)
-        _write_code(config, folder)
+        write_code(config, folder)
         snippets = usage.snippets(name, mixes)
         if execute_snippets:
             if mixes:
@@ -135,11 +128,3 @@ def _carry(checkpoint: Checkpoint, folder: Path, link: bool, progress: bool):
     for path in sorted(checkpoint.folder.iterdir()):
         if any(fnmatch(path.name, pattern) for pattern in CARRIED) and inside(checkpoint.folder, path.name).is_file():
             shutil.copyfile(path, folder / path.name)
-
-
-def _write_code(config: AttnResConfig, folder: Path):
-    """Writes the model's code and a configuration that refers to it."""
-    config.architectures = [AttnResForCausalLM.__name__]
-    config.auto_map = dict(AUTO_MAP)
-    custom_object_save(AttnResForCausalLM, folder)
-    config.save_pretrained(folder)

@@ -28,11 +28,7 @@ PATTERNS = {
 
 
 def check_folder(folder: Path, private: tuple[Path, ...] = ()):
-    """Checks that nothing in a folder must stay private, and that none of its files is a pickle.
-
-    Raises:
-        ValueError: the folder must not be published; the message lists every finding on one line.
-    """
+    """Checks that nothing in a folder must stay private, and that none of its files is a pickle."""
     pickles = sorted(path.name for path in folder.rglob("*") if path.suffix in PICKLES)
     if found := [*(f"{name}: a pickle can run code" for name in pickles), *find_leaks(folder, private)]:
         raise ValueError(f"not fit to be published: {'; '.join(found)}.")

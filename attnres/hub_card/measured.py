@@ -22,9 +22,6 @@ def read_measured(
 
     Returns:
         Benchmark results, and results of the sample suite, which is no benchmark; by row, in the paper's order.
-
-    Raises:
-        ValueError: results are missing, damaged, limited, of another model, or given twice for one row.
     """
     found: dict[str, tuple[Path, dict]] = {}
     for folder in map(Path, folders):

@@ -49,11 +49,7 @@ def read_provenance(
     language: str | list[str] | None = None,
     base_model: str | None = None,
 ) -> Provenance:
-    """Reads a checkpoint's card, licence file and conversion report; arguments take precedence over them.
-
-    Raises:
-        ValueError: the card cannot be read, or a value is not a licence, a language or a hub id.
-    """
+    """Reads a checkpoint's card, licence file and conversion report; arguments take precedence over them."""
     stated = _front_matter(folder / README)
     if base_model is None and OWN_TAG in _strings(stated.get("tags")):
         # Any other card is that of the plain checkpoint which was converted: its base model is one generation too old.

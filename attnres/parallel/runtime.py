@@ -28,11 +28,7 @@ SCHEDULES = {
 
 
 def schedule_class(name: str, ranks: int, virtual_stages: int, micro_batches: int) -> type:
-    """Returns torch's class for the schedule of a name.
-
-    Raises:
-        ValueError: there is no schedule of that name, or it cannot run that many micro-batches.
-    """
+    """Returns torch's class for the schedule of a name."""
     if name not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {name!r}.")
     schedule = SCHEDULES[name][virtual_stages > 1]

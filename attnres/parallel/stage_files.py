@@ -16,6 +16,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..checkpoint_names import OUTPUT_NAMES, PER_LAYER_NAMES, names_in_memory
 from ..configuration_attnres import AttnResConfig
+from ..conversion.checkpoint import inside
+from ..conversion.files import write_index
 from ..modeling_attnres import AttnResForCausalLM
 from .stage import AttnResStage
 
@@ -33,9 +35,6 @@ def load_stage(stage: AttnResStage, folder: Path, device: torch.device):
 
     A plain PreNorm checkpoint has no depth tensors; the depth mixer then starts as it does in
     `AttnResForCausalLM.from_backbone`.
-
-    Raises:
-        ValueError: a tensor of the stage is missing or has another shape.
     """
     files = _weight_map(folder)
     own = stage.state_dict()
@@ -44,7 +43,7 @@ def load_stage(stage: AttnResStage, folder: Path, device: torch.device):
         own_files[EMBEDDING] = files[EMBEDDING]
     stored = {}
     for file in sorted(set(own_files.values())):
-        with safe_open(folder / file, framework="pt", device=str(device)) as tensors:
+        with safe_open(inside(folder, file), framework="pt", device=str(device)) as tensors:
             for name in own_files.keys() & set(tensors.keys()):
                 stored[name] = tensors.get_tensor(name).clone()  # safetensors maps the file
     loaded = names_in_memory(stage, stored)
@@ -130,11 +129,7 @@ def start_folder(temporary: Path, config: AttnResConfig, generation_config: Gene
 def finish_folder(temporary: Path, folder: Path, shards: list[tuple[dict[str, str], int]]):
     """Writes the index of the shards and moves everything to `folder`, replacing the model that is there."""
     weight_map = {name: file for names, _ in shards for name, file in names.items()}
-    index = {
-        "metadata": {"total_size": sum(size for _, size in shards)},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
-    (temporary / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    write_index(temporary, weight_map, sum(size for _, size in shards))
     if not folder.exists():
         temporary.rename(folder)
         return

@@ -22,11 +22,7 @@ SUMMED = "replicated_with_grad_allreduce"
 
 
 def check_division(model: AttnResForCausalLM, ranks: int):
-    """Checks that a model can be divided among `ranks` ranks.
-
-    Raises:
-        ValueError: transformers has no plan for the family, or the plan does not fit the number of ranks.
-    """
+    """Checks that a model can be divided among `ranks` ranks."""
     if not model.tp_plan:
         family = model.config.backbone_config.model_type
         raise ValueError(f'transformers has no tensor-parallel plan for {family}; use a mesh without a dimension "tp".')

@@ -73,11 +73,7 @@ def plan_routes(config: AttnResConfig, bounds: list[int], ranks: int, caching: b
 
 
 def split_layers(layers: int, stages: int, given: list[int] | None = None) -> list[int]:
-    """Returns the C + 1 bounds of the stages' decoder layers: as given, or as even as possible, longer stages first.
-
-    Raises:
-        ValueError: there are fewer decoder layers than stages, or `given` does not fit.
-    """
+    """Returns the C + 1 bounds of the stages' decoder layers: as given, or as even as possible, longer stages first."""
     if layers < stages:
         raise ValueError(
             f"num_hidden_layers={layers} are fewer than the {stages} stages (ranks times virtual_stages), and each "

@@ -147,11 +147,7 @@ class Run:
 
 
 def parse(command_line: Sequence[str]) -> Run:
-    """Reads flags and the YAML file that `--config` names; flags take precedence.
-
-    Raises:
-        ValueError: a name is unknown, a value has the wrong type or range, or values contradict each other.
-    """
+    """Reads flags and the YAML file that `--config` names; flags take precedence."""
     parser = _parser()
     given = _read(parser, command_line)
     if "config" in given:

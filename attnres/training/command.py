@@ -26,13 +26,7 @@ Sources = tuple[Source, Source | None]  # of the training data and the held-out 
 
 
 def run(command_line: Sequence[str]):
-    """Trains a model according to a command line.
-
-    Raises:
-        ValueError: the command line, the model or the data cannot be used; no file has been written.
-        OSError: a file or folder cannot be read or written.
-        Stopped: the run ended before its last step.
-    """
+    """Trains a model according to a command line."""
     parsed = parse(command_line)
     arguments, training = parsed.arguments, parsed.training
     if not is_first():
@@ -86,11 +80,7 @@ def _depth_learning_rate(parsed: Run, model: AttnResForCausalLM) -> float | None
 
 
 def load_model(parsed: Run) -> AttnResForCausalLM:
-    """Returns the model before training: loaded, converted, or initialised from a configuration.
-
-    Raises:
-        ValueError: the weights cannot be read.
-    """
+    """Returns the model before training: loaded, converted, or initialised from a configuration."""
     dtype = parsed.arguments.dtype if parsed.arguments.dtype == "auto" else getattr(torch, parsed.arguments.dtype)
     if parsed.from_scratch:
         return AutoModelForCausalLM.from_config(_configuration(parsed), dtype=None if dtype == "auto" else dtype)

@@ -34,11 +34,7 @@ class Source:
 
 
 def sequences(source: Source, tokenizer: PreTrainedTokenizerBase, length: int) -> datasets.Dataset:
-    """Returns all sequences of a source as rows of `length` `input_ids`, stored in the cache of `datasets`.
-
-    Raises:
-        ValueError: the data are missing, cannot be read, or have too few tokens for a sequence.
-    """
+    """Returns all sequences of a source as rows of `length` `input_ids`, stored in the cache of `datasets`."""
     tokens = datasets.concatenate_datasets(
         [_tokens(_load(name, source, streaming=False), name, tokenizer) for name in source.names]
     )

@@ -14,11 +14,7 @@ ADAPTER, BASE = "adapter", "base"
 
 
 def with_adapters(model: AttnResForCausalLM, arguments: RunArguments) -> nn.Module:
-    """Adds adapters to the model and freezes everything else but the depth mixer.
-
-    Raises:
-        ValueError: PEFT is not installed.
-    """
+    """Adds adapters to the model and freezes everything else but the depth mixer."""
     if find_spec("peft") is None:
         raise ValueError("--train lora needs peft, which is not installed: pip install 'attention-residuals[train]'")
     from peft import LoraConfig, get_peft_model

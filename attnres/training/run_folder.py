@@ -58,12 +58,7 @@ def _check_undamaged(checkpoint: Path):
 
 
 def check_place(folder: Path, resume: bool):
-    """Checks that a run may start in a folder or be resumed there.
-
-    Raises:
-        ValueError: the folder is not empty, or holds no run to resume.
-        OSError: the folder cannot be written.
-    """
+    """Checks that a run may start in a folder or be resumed there."""
     if resume:
         if not (folder / RECORD).is_file():
             raise ValueError(f"{folder}: holds no run to resume (no {RECORD}); leave out --resume to start one")
@@ -97,11 +92,7 @@ def put_in_place(folder: Path, name: str):
 
 
 def checkpoint_of_same_run(folder: Path, record: dict) -> Path | None:
-    """Returns the last checkpoint of a run that is resumed with what it began with; None if there is none.
-
-    Raises:
-        ValueError: something that affects the weights has changed, or the record or the checkpoint is damaged.
-    """
+    """Returns the last checkpoint of a run that is resumed with what it began with; None if there is none."""
     try:
         began = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         parts = {part: began[part] for part in record}

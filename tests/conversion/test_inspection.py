@@ -51,12 +51,12 @@ def test_convert_then_inspect_on_the_command_line(plain, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["nowhere", "result"], "nowhere: no such folder"),
-        (["plain", "plain/inside"], "must not be the source or inside it"),
+        (["plain", "plain/inside"], "must be another folder"),
         (["plain", "result", "--layers-per-block", "99"], "got 99"),
         (["plain", "result", "--to", "kimi-k3"], "needs a kimi_linear or kimi_k3 backbone, got qwen3_moe"),
         (["plain", "result", "--to", "prenorm", "--num-blocks", "2"], "num_blocks is an option of an AttnRes result"),
         (["plain", "result", "--from", "kimi-k3"], "is a checkpoint in the layout prenorm, but --from says kimi-k3"),
-        (["plain", "plain/config.json/x"], "inside it"),
+        (["plain", "plain/config.json/x"], "neither may contain the other"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_status_2(arguments, message, plain, monkeypatch, capsys):
