@@ -1,9 +1,11 @@
 """Helpers for what the commands print."""
 
+import io
+import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 
 def one_line(error: BaseException | str, limit: int = 200) -> str:
@@ -36,3 +38,15 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def quiet_lm_eval() -> Iterator[None]:
+    """Hides what lm-eval logs and prints inside the block, its progress bars included."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)

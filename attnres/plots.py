@@ -110,13 +110,10 @@ def forest(
 
     Args:
         path: PNG to write.
-        labels: names of the rows.
-        differences: differences in points.
-        intervals: 95 % intervals in points.
+        labels, differences, intervals: names of the rows, differences and their 95 % intervals in points.
         published: published difference of each row, or None; drawn without an interval.
         notes: a short text per row, printed in a monospaced font to the right of it.
-        note_title: heading above the notes.
-        title: title of the figure.
+        note_title, title: heading above the notes, and of the figure.
         warning: printed under the title if the numbers have to be read with care.
     """
     figure = Figure(figsize=(9, 2.0 + 0.36 * len(labels)), layout="constrained")

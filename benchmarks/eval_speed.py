@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from attnres.eval import packages
 from attnres.eval.lm import CausalLM, context_length, load_tokenizer
-from attnres.eval.progress import quiet_lm_eval
+from attnres.messages import quiet_lm_eval
 
 SHOTS = 3
 ANSWERS = 4

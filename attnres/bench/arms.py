@@ -24,22 +24,13 @@ CHECK_TOLERANCE = 1e-3  # rounding alone reaches 1e-4 in full mode with 28 layer
 
 @dataclass(frozen=True)
 class Variant:
-    """A way of mixing over depth.
+    """A way of mixing over depth."""
 
-    Attributes:
-        description: text for the results.
-        residual_mode: "standard", "block" or "full"; None: the transformers model itself.
-        mixing: function that loads the function which mixes inside the transformers model; None: the package's own
-            model.
-        reference: name of the variant that must compute the same logits.
-        implementation: `depth_implementation` of the package's own model; None: the default.
-    """
-
-    description: str
-    residual_mode: str | None = None
-    mixing: Callable[[], Mixing] | None = None
-    reference: str | None = None
-    implementation: str | None = None
+    description: str  # for the results
+    residual_mode: str | None = None  # "standard", "block" or "full"; None: the transformers model itself
+    mixing: Callable[[], Mixing] | None = None  # loads what mixes inside the transformers model; None: our own model
+    reference: str | None = None  # the variant that must compute the same logits
+    implementation: str | None = None  # `depth_implementation` of our own model; None: the default
 
 
 def _of_fla(module: str, name: str) -> Callable[[], Mixing]:
@@ -101,10 +92,7 @@ def build(
 ) -> tuple[dict[str, PreTrainedModel], dict[str, str]]:
     """Builds float32 models that share all backbone weights and have equal random pseudo-queries and gains.
 
-    The references of the variants are built too.
-
-    Returns:
-        The models by variant, and the reasons why some variants could not be built.
+    Returns the models by variant and by reference, and the reasons why some variants could not be built.
     """
     torch.manual_seed(seed)
     with torch.device(device):
@@ -130,9 +118,8 @@ def check(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Compares the logits of every variant with those of its reference on a few random tokens.
 
-    Returns:
-        The relative errors by variant (norm of the difference over norm of the reference), and the reasons why some
-        optional variants cannot run.
+    Returns the relative errors by variant (norm of the difference over norm of the reference), and the reasons why some
+    optional variants cannot run.
     """
     ids = random_ids(next(iter(models.values())), 1, CHECK_TOKENS, seed)
     logits, errors, left_out = {}, {}, {}

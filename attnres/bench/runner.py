@@ -25,11 +25,7 @@ FORMAT = "attnres-bench/1"
 
 
 def run(settings: Settings) -> dict:
-    """Measures everything that the settings ask for, and reports progress on stderr.
-
-    Returns:
-        The content of bench.json.
-    """
+    """Measures what the settings ask for, reports progress on stderr, and returns the content of bench.json."""
     variants = select(settings.arms, settings.implementations)
     check_names("measure", settings.measures, MEASURES)
     check_names("dtype", settings.dtypes, DTYPES)

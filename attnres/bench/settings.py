@@ -62,32 +62,21 @@ class DepthShape:
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a run. Every combination of the values in tuples is measured.
+    """Settings of a run. Every combination of the values in tuples is measured."""
 
-    Attributes:
-        arms: names of the variants; `plain` is always included.
-        backbone: configuration of the backbone, unless `model` is given.
-        model: folder, config.json or hub id whose configuration is used with random weights.
-        depths: numbers of decoder layers; empty: the number in the configuration.
-        layers_per_block: replaces `num_blocks` if it is not empty.
-        tokens: sequence lengths of prefill, train and memory, with batch size 1.
-        batches: batch sizes of decode; generate has batch size 1.
-        implementations: implementations of the depth mixing to compare; empty: only the default.
-    """
-
-    arms: tuple[str, ...]
-    backbone: dict = field(default_factory=lambda: BACKBONE)
-    model: str | None = None
-    depths: tuple[int, ...] = ()
+    arms: tuple[str, ...]  # names of the variants; `plain` is always included
+    backbone: dict = field(default_factory=lambda: BACKBONE)  # unless `model` is given
+    model: str | None = None  # folder, config.json or hub id of a configuration, for random weights
+    depths: tuple[int, ...] = ()  # numbers of decoder layers; empty: the number in the configuration
     num_blocks: tuple[int, ...] = (8,)
-    layers_per_block: tuple[int, ...] = ()
-    tokens: tuple[int, ...] = (256,)
-    batches: tuple[int, ...] = (1, 16)
+    layers_per_block: tuple[int, ...] = ()  # replaces `num_blocks` if it is not empty
+    tokens: tuple[int, ...] = (256,)  # of prefill, train and memory, with batch size 1
+    batches: tuple[int, ...] = (1, 16)  # of decode; generate has batch size 1
     context: int = 128
     new_tokens: int = 8
     dtypes: tuple[str, ...] = ("float32",)
     measures: tuple[str, ...] = DEFAULT_MEASURES
-    implementations: tuple[str, ...] = ()
+    implementations: tuple[str, ...] = ()  # of the depth mixing; empty: only the default
     depth_shape: DepthShape = DepthShape(32, 8, 512, 2048)
     rounds: int = 5
     warmup: int = 1

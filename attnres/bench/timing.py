@@ -9,17 +9,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sample:
-    """The part of one variant in a round.
+    """The part of one variant in a round."""
 
-    Attributes:
-        run: timed function; its argument is the result of `prepare`.
-        prepare: function that runs before, untimed.
-        finish: function that runs afterwards, untimed.
-    """
-
-    run: Callable
-    prepare: Callable[[], object] = lambda: None
-    finish: Callable[[], None] = lambda: None
+    run: Callable  # timed; its argument is the result of `prepare`
+    prepare: Callable[[], object] = lambda: None  # runs before, untimed
+    finish: Callable[[], None] = lambda: None  # runs afterwards, untimed
 
 
 def interleave(

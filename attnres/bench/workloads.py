@@ -20,19 +20,12 @@ Models = Mapping[str, PreTrainedModel]
 
 @dataclass(frozen=True)
 class Workload:
-    """A workload to time.
+    """A workload to time, with a sample for every variant."""
 
-    Attributes:
-        name: name in the results.
-        parameters: sizes that distinguish it from others of the same name, such as `batch` and `tokens`.
-        samples: samples by variant.
-        steps: units of work in one run; times are given per unit.
-    """
-
-    name: str
-    parameters: dict[str, int]
+    name: str  # in the results
+    parameters: dict[str, int]  # that distinguish it from others of the same name, such as `batch` and `tokens`
     samples: dict[str, Sample]
-    steps: int = 1
+    steps: int = 1  # units of work in one run; times are given per unit
 
 
 def prefill(models: Models, settings: Settings) -> Iterator[Workload]:

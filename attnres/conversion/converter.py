@@ -32,27 +32,17 @@ SHARDS = "shards"  # layout of what FSDP saves
 
 @dataclass
 class Conversion:
-    """The outcome of a conversion.
-
-    Attributes:
-        source, result: the two folders.
-        from_layout, to_layout: `prenorm`, `attnres`, `kimi-k3` or `fla`; `from_layout` may also be `shards`, for the
-            shards of an AttnRes model that FSDP saved.
-        shards, bytes: number and total size of the weight files, including the one with the depth tensors.
-        depth: description of the residual mode and the blocks of the result.
-        left_out: names of tensors of other parts of a multimodal checkpoint, which are not converted.
-        report: content of `conversion_report.json`; None without verification.
-    """
+    """The outcome of a conversion."""
 
     source: Path
     result: Path
-    from_layout: str
+    from_layout: str  # `prenorm`, `attnres`, `kimi-k3` or `fla`, or `shards` for what FSDP saved
     to_layout: str
-    shards: int
-    bytes: int
-    depth: str
-    left_out: list[str]
-    report: dict | None = None
+    shards: int  # number of weight files, including the one with the depth tensors
+    bytes: int  # their total size
+    depth: str  # describes the residual mode and the blocks of the result
+    left_out: list[str]  # names of tensors of other parts of a multimodal checkpoint, which are not converted
+    report: dict | None = None  # content of `conversion_report.json`; None without verification
 
 
 def convert(

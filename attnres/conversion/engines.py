@@ -19,21 +19,13 @@ TRANSFORMERS_COMMAND = "vllm serve {folder} --model-impl transformers --trust-re
 
 @dataclass(frozen=True)
 class Engine:
-    """A serving engine.
+    """A serving engine."""
 
-    Attributes:
-        version: version of the code that this describes.
-        architecture: class name in `config.json`; `MULTIMODAL` also has a `text_config` and a prefix of tensor names.
-        insists_on: features that every model needs here; one without them is written as an equal function with them.
-        commands: shell commands that serve the result; `{folder}` stands for its folder.
-        differs: descriptions of what it computes slightly differently.
-    """
-
-    version: str
-    architecture: str
-    insists_on: tuple[str, ...]
-    commands: tuple[str, ...]
-    differs: tuple[str, ...] = ()
+    version: str  # of the code that this describes
+    architecture: str  # class name in `config.json`; `MULTIMODAL` also has a `text_config` and a prefix of names
+    insists_on: tuple[str, ...]  # what every model needs here; one without it is written as an equal function with it
+    commands: tuple[str, ...]  # shell commands that serve the result; `{folder}` stands for its folder
+    differs: tuple[str, ...] = ()  # what it computes slightly differently
 
 
 _EPS_OF_NORMS = "q_a_layernorm and kv_a_layernorm with rms_norm_eps instead of 1e-6"

@@ -26,22 +26,14 @@ GATE_PARTS = (".self_attn.g_a_proj.weight", ".self_attn.g_b_proj.weight")  # pro
 
 @dataclass
 class Source:
-    """A checkpoint whose layout is known.
-
-    Attributes:
-        checkpoint: content of the folder.
-        layout: `PRENORM`, `ATTNRES`, `KIMI_K3` or `FLA`.
-        config: its AttnRes configuration; for a plain checkpoint, that of the lossless conversion.
-        stored_names: names on disk by canonical name; both parts of a packed weight are under names of their own.
-        left_out: names on disk of tensors of the other parts of a multimodal checkpoint.
-        packed: names on disk of the two parts of each packed weight, by the canonical name of the weight.
-    """
+    """A checkpoint whose layout is known."""
 
     checkpoint: Checkpoint
-    layout: str
-    config: AttnResConfig
-    stored_names: dict[str, str]
-    left_out: list[str]
+    layout: str  # `PRENORM`, `ATTNRES`, `KIMI_K3` or `FLA`
+    config: AttnResConfig  # for a plain checkpoint, that of the lossless conversion
+    stored_names: dict[str, str]  # names on disk by canonical name; both parts of a packed weight have their own
+    left_out: list[str]  # names on disk of tensors of the other parts of a multimodal checkpoint
+    # Names on disk of the two parts of each packed weight, by the canonical name of the weight.
     packed: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     @property

@@ -17,19 +17,14 @@ TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of the result.
-
-    Attributes:
-        name, shape, dtype: as they are in the result, the dtype as in safetensors headers.
-        stored: names on disk of the tensors that it is made from; it is written to the file of the first one.
-        make: function that computes it from those tensors. None: the data of the first one is copied, and cut or padded
-            with zeros at the end if the shape has another number of elements.
-    """
+    """One tensor of the result."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: str
-    stored: tuple[str, ...]
+    dtype: str  # as in safetensors headers
+    stored: tuple[str, ...]  # names on disk of what it is made from; it is written to the file of the first one
+    # Computes it from those tensors. None: the data of the first one is copied, and cut or padded with zeros at the end
+    # if the shape has another number of elements.
     make: Callable[..., torch.Tensor] | None = None
 
     @property

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..eval.progress import quiet_lm_eval
-from ..messages import say
+from ..messages import quiet_lm_eval, say
 from .settings import Settings
 
 TASK, METRIC = "standard_library", "bits_per_byte"

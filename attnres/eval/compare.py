@@ -62,20 +62,14 @@ class RowComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two evaluations, compared row by row in the paper's order.
-
-    Attributes:
-        models: hashes and facts of the two models.
-        marks: warnings that must be read before any number.
-        left_out: rows that only one of the evaluations has.
-    """
+    """Two evaluations, compared row by row in the paper's order."""
 
     first: str
     second: str
-    models: tuple[dict, dict]
+    models: tuple[dict, dict]  # hashes and facts of the two models
     rows: list[RowComparison]
-    marks: list[str]
-    left_out: list[str]
+    marks: list[str]  # warnings that must be read before any number
+    left_out: list[str]  # rows that only one of the evaluations has
     margin: float | None = None
 
 
@@ -280,12 +274,7 @@ def _questions(before: dict[tuple, float], after: dict[tuple, float]) -> tuple[l
 
 
 def as_markdown(comparison: Comparison, tests: int | None = None) -> str:
-    """Returns the table of two evaluations.
-
-    Args:
-        comparison: comparison to show.
-        tests: number of tests that p was adjusted for, if more than the rows of the table.
-    """
+    """Returns the table of two evaluations; `tests` are those that p was adjusted for, if more than its rows."""
     margin, rows = comparison.margin, comparison.rows
     table = [
         {
@@ -354,11 +343,8 @@ def matrix_as_markdown(matrix: Matrix) -> str:
 
 
 def write(comparison: Comparison | Matrix, out: str | PathLike) -> list[str]:
-    """Writes comparison.json, comparison.md and forest.png; a matrix has a figure of each evaluation beside the first.
-
-    Returns:
-        The names of the files.
-    """
+    """Writes comparison.json, comparison.md and forest.png, of a matrix one per evaluation after the first; returns
+    their names."""
     out = Path(out)
     check_writable(out)
     if isinstance(comparison, Comparison):

@@ -18,14 +18,13 @@ from transformers import set_seed
 
 from .. import messages
 from ..folders import check_writable
-from . import records, sandbox
+from ..messages import quiet_lm_eval
+from . import records, sample, sandbox
 from .identity import versions
 from .loading import LoadedTask, load_tasks, task_fingerprint
 from .mirror import Mirror, MissingData, serving_code_eval
 from .processes import RESUME, ProcessLost, join
-from .progress import quiet_lm_eval
 from .results import write_tables
-from .sample import root as sample_root
 from .scores import row_scores, task_scores
 from .subject import Settings, Subject, describe, follow
 from .suites import Row, select_rows
@@ -305,16 +304,13 @@ def _mirror(suite: str, data_dir: str | os.PathLike | None) -> tuple[Mirror | No
     if suite == "sample":
         if data_dir is not None:
             raise ValueError("the suite 'sample' brings its own items; leave --data-dir out")
-        return Mirror(sample_root()), suite
+        return Mirror(sample.root()), suite
     if data_dir is None:
         return None, suite
     if not Path(data_dir).is_dir():
         raise MissingData(f"{data_dir}: no such folder; --fetch-only builds it")
     mirror = Mirror(data_dir)
-    # The folder's name holds the digest of its contents; building it to compare takes time.
-    if mirror.root.name.startswith("sample-") and mirror.root.name == sample_root().name:
-        suite = "sample"
-    return mirror, suite
+    return mirror, "sample" if mirror.root.name.startswith(sample.PREFIX) else suite
 
 
 def _missing_fences(say) -> list[str]:

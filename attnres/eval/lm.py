@@ -236,12 +236,8 @@ class CausalLM(HFLM):
     def _forward(self, tokens, mask, state, kept: int, use_cache: bool | None) -> tuple[torch.Tensor, Cache | None]:
         """Returns the logits of the last `kept` tokens `[R, kept, V]`, and the state after all tokens.
 
-        Args:
-            tokens: token ids `[R, T]`.
-            mask: `[R, S + T]`, 1 for tokens and 0 for padding, those of the state included; None for no mask.
-            state: state after S tokens, or None.
-            kept: number of tokens whose logits are computed.
-            use_cache: whether to return a state; None for a model without this argument.
+        `tokens` is `[R, T]`, `state` the one after S tokens or None, and `mask` `[R, S + T]`, 1 for tokens and 0 for
+        padding, or None. `use_cache` says whether to return a state; None for a model without this argument.
         """
         inputs = {"logits_to_keep": kept} if "logits_to_keep" in self._accepts else {}
         if use_cache is not None:
@@ -314,11 +310,8 @@ class CausalLM(HFLM):
         return any(part in text for part in stop if part) or any(token in ends for token in answer.tolist())
 
     def _after_prefix(self, context, mask) -> tuple[torch.Tensor, torch.Tensor, Cache | None]:
-        """Moves the padding between prefix and prompt, at the same width, because lm-eval cuts answers by position.
-
-        Returns:
-            Tokens `[R, T]`, mask `[R, T]`, and the state after the prefix.
-        """
+        """Moves the padding between prefix and prompt, at the same width, because lm-eval cuts answers by position;
+        returns tokens `[R, T]`, mask `[R, T]`, and the state after the prefix."""
         start = len(self._prefix)
         if not start:
             return context, mask, None

@@ -70,11 +70,9 @@ def paired_bootstrap(
     interval is Wilson's for 0 of N; this takes values between 0 and 1.
 
     Args:
-        first: values of the first model.
-        second: values of the second model on the same items.
+        first, second: values of the two models on the same items.
         strata: subtask of each item; the number of items per subtask is kept.
-        resamples: number of resamples.
-        seed: seed of the resampling.
+        resamples, seed: number of resamples, and seed of the resampling.
         macro: whether to average the subtasks' means instead of the items.
     """
     differences = np.subtract(second, first)
@@ -107,10 +105,7 @@ def equivalence(
 
     Values of 0 and 1, and pairs that are all equal, use Tango's score tests (1998), which take the number of items into
     account even if no item differs. Other values, and means over subtasks, use the shares of resampled differences at
-    or beyond the margin. The values lie between 0 and 1; the other arguments are those of `paired_bootstrap`.
-
-    Args:
-        margin: margin above 0 and below 1, in the unit of the values.
+    or beyond the margin, which is between 0 and 1 as the values are. Other arguments are those of `paired_bootstrap`.
     """
     differences = np.subtract(second, first)
     if (is_binary(first, second) and not macro) or not differences.any():

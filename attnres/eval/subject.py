@@ -12,10 +12,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from ..messages import one_line, quiet_transformers
+from ..messages import one_line, quiet_lm_eval, quiet_transformers
 from . import identity as hashes
 from .processes import Team
-from .progress import quiet_lm_eval
 
 
 @dataclass(frozen=True)

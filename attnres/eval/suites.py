@@ -1,4 +1,4 @@
-"""The rows of the paper's table as data: the lm-eval tasks of a row, their settings, and the source of each choice.
+"""The rows of the paper's table, which rows.yaml lists: lm-eval tasks, their settings, and the source of each choice.
 
 A row names leaf tasks, tags or groups of lm-eval. scores.py computes its own numbers from the items of all leaf tasks.
 """
@@ -8,20 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+
 OWN_TASKS = Path(__file__).parent / "tasks"
 MIN_GENERATED_TOKENS = 1024  # lm-eval's 256, where a task sets no limit, cuts worked solutions off before the answer
-
-KIMI_FAMILY = "reports of the Kimi family"
-NO_SHOTS_PUBLISHED = "not published: our choice"
-LIKELIHOOD, GENERATION = "likelihood", "generation"
-OUR_LIKELIHOOD = "our choice, lm-eval's; Kimi Linear's report generates"
-
-MGSM_LANGUAGES = ("bn", "de", "en", "es", "fr", "ja", "ru", "sw", "te", "th", "zh")
-MGSM_TASKS = tuple(f"mgsm_native_cot_{language}" for language in MGSM_LANGUAGES)
-MATH_SUBJECTS = (
-    "algebra", "counting_and_prob", "geometry", "intermediate_algebra", "num_theory", "prealgebra", "precalc",
-)  # fmt: skip
-MATH_TASKS = tuple(f"minerva_math_{subject}" for subject in MATH_SUBJECTS)
 
 
 class Published(NamedTuple):
@@ -76,74 +66,18 @@ class Row:
         return protocol
 
 
-ROWS = {
-    row.name: row
-    for row in (
-        Row(
-            "mmlu", "MMLU", Published(73.5, 74.6), ("mmlu",), "mmlu/default", 5, "Kimi Linear, Moonlight, K2",
-            "acc", "none", LIKELIHOOD, "Kimi Linear",
-        ),
-        Row(
-            "mmlu_pro", "MMLU-Pro", Published(52.2, 52.2), ("mmlu_pro",), "mmlu_pro", 5, KIMI_FAMILY,
-            "exact_match", "custom-extract", GENERATION, KIMI_FAMILY,
-        ),
-        Row(
-            "gpqa_diamond", "GPQA-Diamond", Published(36.9, 44.4), ("attnres_gpqa_diamond",), None, 5,
-            "Kimi Linear, K2", "acc", "none", LIKELIHOOD, "Kimi Linear", seeds=8,
-        ),
-        Row(
-            "bbh", "BBH", Published(76.3, 78.0), ("bbh_cot_fewshot",), "bbh/cot_fewshot", 3, "Moonlight",
-            "exact_match", "get-answer", GENERATION, "Moonlight",
-        ),
-        Row(
-            "arc_challenge", "ARC-Challenge", Published(64.6, 65.7), ("arc_challenge",), "arc", 25, NO_SHOTS_PUBLISHED,
-            "acc_norm", "none", LIKELIHOOD, OUR_LIKELIHOOD, (("acc", "none"),),
-        ),
-        Row(
-            "hellaswag", "HellaSwag", Published(83.2, 83.4), ("hellaswag",), "hellaswag", 10, NO_SHOTS_PUBLISHED,
-            "acc_norm", "none", LIKELIHOOD, OUR_LIKELIHOOD, (("acc", "none"),),
-        ),
-        Row(
-            "triviaqa", "TriviaQA", Published(69.9, 71.8), ("triviaqa",), "triviaqa", 5, KIMI_FAMILY,
-            "exact_match", "remove_whitespace", GENERATION, KIMI_FAMILY,
-        ),
-        Row(
-            "gsm8k", "GSM8K", Published(81.7, 82.4), ("gsm8k",), "gsm8k", 8, "Kimi Linear (Moonlight: 4)",
-            "exact_match", "strict-match", GENERATION, "Kimi Linear", (("exact_match", "flexible-extract"),),
-        ),
-        Row(
-            "mgsm", "MGSM", Published(64.9, 66.1), MGSM_TASKS, "mgsm/native_cot", 8, NO_SHOTS_PUBLISHED, "exact_match",
-            "flexible-extract", GENERATION, "Kimi Linear", (("exact_match", "strict-match"),), average="subtasks",
-            note="mean over eleven languages, worked in each; strict-match wants an English phrase in Bengali answers",
-        ),
-        Row(
-            "math", "MATH", Published(53.5, 57.1), MATH_TASKS, "minerva_math", 4, f"{KIMI_FAMILY}; fixed examples",
-            "math_verify", "none", GENERATION, KIMI_FAMILY, (("exact_match", "none"),),
-            note="math_verify reads any form of the answer; exact_match needs the phrase of the examples",
-        ),
-        Row(
-            "cmath", "CMath", Published(84.7, 85.1), ("attnres_cmath",), None, 6, "Kimi Linear",
-            "exact_match", "none", GENERATION, "Kimi Linear", note="six worked examples of our own",
-        ),
-        Row(
-            "humaneval", "HumanEval", Published(59.1, 62.2), ("humaneval",), "humaneval", 0, KIMI_FAMILY,
-            "pass@1", "create_test", GENERATION, KIMI_FAMILY, code=True, chat_tasks=("humaneval_instruct",),
-        ),
-        Row(
-            "mbpp", "MBPP", Published(72.0, 73.9), ("mbpp",), "mbpp", 3, NO_SHOTS_PUBLISHED,
-            "pass_at_1", "none", GENERATION, KIMI_FAMILY, code=True,
-        ),
-        Row(
-            "cmmlu", "CMMLU", Published(82.0, 82.9), ("cmmlu",), "cmmlu", 5, KIMI_FAMILY,
-            "acc", "none", LIKELIHOOD, KIMI_FAMILY,
-        ),
-        Row(
-            "ceval", "C-Eval", Published(79.6, 82.5), ("ceval-valid",), "ceval", 5, KIMI_FAMILY,
-            "acc", "none", LIKELIHOOD, "Kimi Linear", note="the validation split, whose answers are public",
-        ),
-    )
-}  # fmt: skip
+def _read_rows() -> dict[str, Row]:
+    content = yaml.safe_load(Path(__file__).with_name("rows.yaml").read_text(encoding="utf-8"))
+    rows = {}
+    for name, fields in content.items():
+        fields["paper"] = Published(*fields["paper"])
+        fields["secondary"] = tuple(map(tuple, fields.get("secondary", ())))
+        lists = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
+        rows[name] = Row(name, **{**fields, **lists})
+    return rows
 
+
+ROWS = _read_rows()
 SUITES = {
     "paper": tuple(ROWS),
     "readme": ("mmlu", "gpqa_diamond", "bbh", "triviaqa", "math", "humaneval", "mbpp", "cmmlu", "ceval"),

@@ -9,17 +9,12 @@ from .provenance import OWN_TAG, Provenance
 
 
 class DataSet(NamedTuple):
-    """The Hub data set of a benchmark.
-
-    Attributes:
-        id, config, split: arguments of `datasets.load_dataset`; no config if the benchmark uses several.
-        task_id: benchmark that the Hub has registered for the data set; None if it has none.
-    """
+    """The Hub data set of a benchmark: arguments of `datasets.load_dataset`, without a config if it uses several."""
 
     id: str
     config: str | None
     split: str
-    task_id: str | None = None
+    task_id: str | None = None  # benchmark that the Hub has registered for the data set, if any
 
 
 DATA_SETS = {

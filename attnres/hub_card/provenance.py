@@ -26,21 +26,16 @@ LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
 
 @dataclass(frozen=True)
 class Provenance:
-    """Licence, language and origin of a checkpoint; None for what is not stated.
-
-    Attributes:
-        license_from: where the licence was stated, in words.
-        report: content of the conversion report.
-    """
+    """Licence, language and origin of a checkpoint; None for what is not stated."""
 
     license: str | None = None
     license_name: str | None = None
     license_link: str | None = None
-    license_from: str = ""
+    license_from: str = ""  # where the licence was stated, in words
     language: list[str] | None = None
     base_model: list[str] | None = None
     datasets: list[str] | None = None
-    report: dict | None = None
+    report: dict | None = None  # content of the conversion report
 
 
 def read_provenance(

@@ -14,24 +14,16 @@ class Route:
     """The decoder layers of one stage and the sources that it handles, by their indices in the order of depth.
 
     In `"standard"` mode there are no sources: only the hidden states cross, as the partial sum.
-
-    Attributes:
-        layers: decoder layers of the stage.
-        fetched: sources taken from the rank's store, where earlier stages of the rank have put them.
-        received: sources that the previous stage sends, in this order; a partial sum follows if `partial_received`.
-        completed: sources that become complete in this stage.
-        sent: sources for the next stage, in this order; a partial sum follows if `partial_sent`.
-        later_readers: number of later stages of the same rank, which read the sources that this stage stores.
     """
 
-    layers: range
-    fetched: range
-    received: range
+    layers: range  # decoder layers of the stage
+    fetched: range  # sources taken from the rank's store, where earlier stages of the rank have put them
+    received: range  # sources that the previous stage sends, in this order; then the partial sum, if it crosses
     partial_received: bool
-    completed: range
-    sent: range
+    completed: range  # sources that become complete in this stage
+    sent: range  # sources for the next stage, in this order; then the partial sum, if it crosses
     partial_sent: bool
-    later_readers: int
+    later_readers: int  # later stages of the same rank, which read the sources that this stage stores
 
 
 def plan_routes(config: AttnResConfig, bounds: list[int], ranks: int, caching: bool) -> list[Route]:
@@ -91,16 +83,10 @@ def split_layers(layers: int, stages: int, given: list[int] | None = None) -> li
 
 @dataclass
 class Traffic:
-    """Counts the bytes of the tensors that one rank has sent.
+    """Counts the bytes of the tensors that one rank has sent."""
 
-    Attributes:
-        forward: bytes of sources and partial sums sent to next stages.
-        forward_sources: the same without the partial sums.
-        backward: bytes of gradients sent to previous stages.
-        crossings: how often each source was sent to each stage, by (micro-batch, source, receiving stage).
-    """
-
-    forward: int = 0
-    forward_sources: int = 0
-    backward: int = 0
+    forward: int = 0  # sources and partial sums sent to next stages
+    forward_sources: int = 0  # the same without the partial sums
+    backward: int = 0  # gradients sent to previous stages
+    # How often each source was sent to each stage, by (micro-batch, source, receiving stage).
     crossings: Counter[tuple[int, int, int]] = field(default_factory=Counter)

@@ -334,8 +334,8 @@ def test_4_bit_without_bitsandbytes_is_one_line_before_anything_is_loaded(checkp
     assert "pip install bitsandbytes" in error
 
 
-def test_sample_items_are_marked_under_any_name(tmp_path):
-    options = {"out": tmp_path / "out", "data_dir": sample.root(tmp_path), "progress": False}
+def test_sample_items_are_marked_where_their_folder_is_named(tmp_path):
+    options = {"out": tmp_path / "out", "data_dir": sample.root(), "progress": False}
     assert evaluate(suite="gsm8k", lm=Scripted(), **options)["rows"]["gsm8k"]["suite"] == "sample"
     assert "SAMPLE ITEMS" in (tmp_path / "out" / "results.csv").read_text()
 

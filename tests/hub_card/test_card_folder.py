@@ -185,9 +185,7 @@ def test_several_folders_of_results_hold_different_rows(checkpoint, measure, tmp
 
 
 def test_sample_items_are_a_smoke_test_and_never_a_benchmark(checkpoint, measure, tmp_path):
-    folder = quick(
-        checkpoint, tmp_path / "hub", measure("gsm8k,arc_challenge", data_dir=sample.root(tmp_path / "items"))
-    )
+    folder = quick(checkpoint, tmp_path / "hub", measure("gsm8k,arc_challenge", data_dir=sample.root()))
     data = ModelCard.load(folder / "README.md").data
     assert data.eval_results is None and not (folder / ".eval_results").exists()
     assert "Nothing has been measured" in section(folder, "Evaluation")

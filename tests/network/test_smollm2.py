@@ -243,7 +243,7 @@ def test_attnres_eval_gives_both_the_same_answers_in_a_chat_and_in_4_bits(folder
     from attnres.eval import sample
 
     rows, items = ("hellaswag,humaneval", 2) if option == "--apply-chat-template" else ("hellaswag", 6)
-    command = [sys.executable, "-m", "attnres", "eval", "--data-dir", sample.root(tmp_path / "cache"), "--suite", rows]
+    command = [sys.executable, "-m", "attnres", "eval", "--data-dir", sample.root(), "--suite", rows]
     command += ["--limit", items, "--dtype", "float32", "--batch-size", "4", "--allow-code-execution", option]
     answers = {}
     for name in ("plain", "block"):

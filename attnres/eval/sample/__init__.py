@@ -6,40 +6,28 @@ instead of rows. `root` writes the data sets as a mirror of the hub, which lm-ev
 bytes on every machine.
 """
 
-import hashlib
+import atexit
 import json
-import os
+import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 
-from ...folders import write_text
 from ..mirror import README, card
 
 ITEMS = Path(__file__).parent / "items"
+PREFIX = "attnres-sample-"  # of the folder's name, by which results on these items are marked
 
 
-def root(cache: str | Path | None = None) -> Path:
-    """Writes the files of the mirror that are not there or differ, and returns its folder.
-
-    Args:
-        cache: the folder to put it in; by default the user's cache folder, or a temporary folder if the user's cache
-            folder cannot be written.
-
-    Returns:
-        `cache/sample-<digest of the contents>`, which holds the data set ORG/NAME in the folder `ORG/NAME`.
-    """
-    content = files()
-    total = hashlib.sha256()
-    for path, data in sorted(content.items()):
-        total.update(f"{path}\0{len(data)}\0".encode() + data)
-    name = f"sample-{total.hexdigest()[:16]}"
-    if cache is not None:
-        return _write(Path(cache).expanduser().absolute() / name, content)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    try:
-        return _write(Path(base) / "attnres" / name, content)
-    except OSError:
-        return _write(Path(tempfile.mkdtemp(prefix="attnres-")) / name, content)
+@cache
+def root() -> Path:
+    """Writes the mirror to a temporary folder, which is deleted when this process ends, and returns the folder."""
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for path, content in files().items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    return folder
 
 
 def files() -> dict[str, bytes]:
@@ -60,11 +48,3 @@ def files() -> dict[str, bytes]:
                 lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
                 found[f"{repository}/{places[config][split]}"] = lines.encode()
     return found
-
-
-def _write(target: Path, content: dict[str, bytes]) -> Path:
-    for path, data in content.items():
-        file = target / path
-        if not file.is_file() or file.read_bytes() != data:
-            write_text(file, data.decode())
-    return target

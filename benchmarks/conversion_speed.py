@@ -1,6 +1,6 @@
 """Throughput and peak memory of `attnres convert` beside `cp -r`, on a synthetic checkpoint.
 
-    python benchmarks/conversion.py --gigabytes 8 --rounds 3 --folder /tmp
+    python benchmarks/conversion_speed.py --gigabytes 8 --rounds 3 --folder /tmp
 
 Interleaved, medians of ratios: the machine's state is shared by both. Memory is the peak resident set of the process,
 above that of `attnres --help`.
