@@ -155,7 +155,7 @@ def make_nested(folder):
         (make_empty, "model: no folder with a valid config.json"),
         (make_broken, "model: no folder with a valid config.json"),
         (make_nested, "model: no folder with a valid config.json"),
-        (lambda folder: None, "model: no folder with a valid config.json"),
+        (lambda folder: None, "model: no such folder"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -162,18 +163,32 @@ def quantisations():
     }
 
 
+@torch.no_grad()
+def sensitivity(model, tokens):
+    """How far logits move when the embeddings are off by 1e-5, the median of five draws: with 8 bits by some per cent,
+    because bitsandbytes rounds activations to 8 bits and handles those above a threshold apart."""
+    embedding, expected = model.get_input_embeddings()(tokens), model(tokens).logits
+    errors = []
+    for seed in range(5):
+        noise = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(seed))
+        moved = model(inputs_embeds=embedding * (1 + 1e-5 * noise)).logits
+        errors.append(relative_error(moved, expected))
+    return median(errors)
+
+
 @pytest.mark.parametrize("kind", ["4 bits", "8 bits", "torchao"])
 def test_quantised_while_it_is_loaded_it_computes_what_the_quantised_plain_model_does(folders, tokenizer, kind):
     quantisation = quantisations()[kind]
     plain, ours = (load(folders / name, quantization_config=quantisation).eval() for name in ("plain", "block"))
     tokens = tokenizer(TEXT[:200], return_tensors="pt").input_ids
-    with torch.no_grad():  # bitsandbytes computes 8 bits in float16
-        assert relative_error(ours(tokens).logits, plain(tokens).logits) < (2e-2 if kind == "8 bits" else 1e-4)
+    tolerance = sensitivity(plain, tokens) if kind == "8 bits" else 1e-4
+    with torch.no_grad():
+        assert relative_error(ours(tokens).logits, plain(tokens).logits) < tolerance
     for parameter in ours.depth_parameters():
         assert type(parameter) is torch.nn.Parameter and parameter.dtype == torch.float32
     direct = AttnResForCausalLM.from_backbone(folders / "plain", quantization_config=quantisation, dtype=torch.float32)
     with torch.no_grad():
-        assert relative_error(direct.eval()(tokens).logits, ours(tokens).logits) < 2e-2
+        assert relative_error(direct.eval()(tokens).logits, ours(tokens).logits) < max(tolerance, 2e-2)
     if kind == "torchao":  # its tensors are copied like any other
         assert AttnResForCausalLM.from_backbone(plain)
     else:
