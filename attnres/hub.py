@@ -1,20 +1,23 @@
 """Finds the folder of a checkpoint: a local one, or the download of a hub id."""
 
+import os
 from pathlib import Path
 
 from .messages import one_line
 
 
 def local_folder(name: str, revision: str | None = None, **patterns: list[str]) -> Path:
-    """Returns a folder as it is, or where the files of a hub id were downloaded to.
+    """Returns a local folder, or where the files of a hub id were downloaded to.
 
     Args:
-        patterns: `ignore_patterns` of `huggingface_hub.snapshot_download`.
+        name: folder, in which ~ is expanded, or hub id.
+        revision: revision of a hub id.
+        patterns: `allow_patterns` and `ignore_patterns` of `huggingface_hub.snapshot_download`.
 
     Raises:
         ValueError: there is no such folder, the hub id cannot be downloaded, or a folder is given with a revision.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))  # unlike Path.expanduser, leaves an unknown user as it is
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"{name}: a folder has no revisions, got --revision {revision}; leave it out.")

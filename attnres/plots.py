@@ -35,8 +35,6 @@ def loss_curves(
         baseline: name of the model whose loss the right panel subtracts.
         step_label: label of the horizontal axis, with its unit.
     """
-    if baseline not in curves:
-        raise ValueError(f"baseline {baseline!r} is not among the curves: {', '.join(curves)}.")
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     reference = dict(zip(curves[baseline]["held_out_steps"], curves[baseline]["held_out_loss"], strict=True))
@@ -113,7 +111,7 @@ def forest(
         labels, differences, intervals: names of the rows, differences and their 95 % intervals in points.
         published: published difference of each row, or None; drawn without an interval.
         notes: a short text per row, printed in a monospaced font to the right of it.
-        note_title, title: heading above the notes, and of the figure.
+        note_title, title: heading above the notes; title of the figure.
         warning: printed under the title if the numbers have to be read with care.
     """
     figure = Figure(figsize=(9, 2.0 + 0.36 * len(labels)), layout="constrained")
@@ -152,8 +150,6 @@ def overhead(path: str | PathLike, panels: Sequence[Mapping], title: str):
             `depth_note` and `blocks_note`: what is held constant in each of the two.
         title: title of the figure.
     """
-    if not panels:
-        raise ValueError("an overhead plot needs at least one panel.")
     figure = Figure(figsize=(12, 1.2 + 3.1 * len(panels)), layout="constrained")
     rows = figure.subplots(len(panels), 2, squeeze=False)
     names = list(dict.fromkeys(name for panel in panels for kind in ("depth", "blocks") for name in panel[kind]))

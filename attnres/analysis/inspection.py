@@ -100,7 +100,8 @@ def named(models: Sequence[str], folders: Sequence[str | os.PathLike]) -> dict[s
     """Names folders without revealing paths of this machine: by their last part, or by the hub id as it is."""
     result: dict[str, str | os.PathLike] = {}
     for model, folder in zip(models, folders, strict=True):
-        name = base = printable(Path(os.path.abspath(model)).name if Path(model).exists() else model)
+        path = os.path.abspath(os.path.expanduser(model))
+        name = base = printable(os.path.basename(path) if os.path.exists(path) else model)
         number = 1
         while name in result:
             number += 1

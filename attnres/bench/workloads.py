@@ -23,7 +23,7 @@ class Workload:
     """A workload to time, with a sample for every variant."""
 
     name: str  # in the results
-    parameters: dict[str, int]  # that distinguish it from others of the same name, such as `batch` and `tokens`
+    parameters: dict[str, int]  # sizes that distinguish it from others of its name, such as `batch` and `tokens`
     samples: dict[str, Sample]
     steps: int = 1  # units of work in one run; times are given per unit
 

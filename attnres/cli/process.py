@@ -21,7 +21,7 @@ def wrote(paths, folder: str):
 
 
 def require(*modules: str, extra: str):
-    """Checks that modules are installed."""
+    """Ends the command with the name of the extra to install if a module is missing."""
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise click.ClickException(f"{', '.join(missing)} not installed: pip install 'attention-residuals[{extra}]'")

@@ -55,7 +55,7 @@ def write_code(config: AttnResConfig, folder: Path):
 
 
 def check_apart(source: Path, result: Path):
-    """Checks that a result replaces neither its source nor a part of it."""
+    """Checks that a result is neither its source nor inside it, and does not contain it."""
     inner, outer = result.resolve(), source.resolve()
     if inner.is_relative_to(outer) or outer.is_relative_to(inner):
-        raise CheckpointError(f"{result}: must be another folder than {source}, and neither may contain the other.")
+        raise CheckpointError(f"{result}: must be a different folder from {source}, and neither may contain the other.")

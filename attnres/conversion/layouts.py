@@ -31,7 +31,7 @@ class Source:
     checkpoint: Checkpoint
     layout: str  # `PRENORM`, `ATTNRES`, `KIMI_K3` or `FLA`
     config: AttnResConfig  # for a plain checkpoint, that of the lossless conversion
-    stored_names: dict[str, str]  # names on disk by canonical name; both parts of a packed weight have their own
+    stored_names: dict[str, str]  # names on disk by canonical name; each part of a packed weight has one of its own
     left_out: list[str]  # names on disk of tensors of the other parts of a multimodal checkpoint
     # Names on disk of the two parts of each packed weight, by the canonical name of the weight.
     packed: dict[str, tuple[str, str]] = field(default_factory=dict)

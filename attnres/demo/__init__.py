@@ -31,7 +31,7 @@ def run(
         model: `"smollm2"` converts and fine-tunes a downloaded model; by default, models are trained from scratch.
         quick: use a smaller model and fewer steps, so that the demo takes about a minute.
         overwrite: replace an existing folder once the new one is complete.
-        seed: seed of the initial weights, and the order of the training text.
+        seed: seed of the initial weights and of the order of the training text.
 
     Raises:
         OSError: `out` is in use or cannot be written, or Python's standard library is not available as source files.

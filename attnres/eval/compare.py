@@ -131,7 +131,7 @@ def compare(
 
 
 def compare_all(folders: Sequence[str | PathLike], **options) -> Matrix:
-    """Compares every evaluation with every later one; options are those of `compare`."""
+    """Compares each of at least two evaluations with every later one; options are those of `compare`."""
     if len(folders) < 2:
         raise ValueError(f"a comparison takes at least two folders, got {len(folders)}")
     names = {str(folder): set(_rows(Path(folder))) for folder in folders}
@@ -274,7 +274,10 @@ def _questions(before: dict[tuple, float], after: dict[tuple, float]) -> tuple[l
 
 
 def as_markdown(comparison: Comparison, tests: int | None = None) -> str:
-    """Returns the table of two evaluations; `tests` are those that p was adjusted for, if more than its rows."""
+    """Returns the table of two evaluations.
+
+    `tests` is the number of tests that p was adjusted for, if that is more than the number of rows.
+    """
     margin, rows = comparison.margin, comparison.rows
     table = [
         {
@@ -343,8 +346,10 @@ def matrix_as_markdown(matrix: Matrix) -> str:
 
 
 def write(comparison: Comparison | Matrix, out: str | PathLike) -> list[str]:
-    """Writes comparison.json, comparison.md and forest.png, of a matrix one per evaluation after the first; returns
-    their names."""
+    """Writes comparison.json, comparison.md and forest.png, and returns the names of the files.
+
+    A matrix has a figure for each evaluation after the first.
+    """
     out = Path(out)
     check_writable(out)
     if isinstance(comparison, Comparison):

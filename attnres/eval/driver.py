@@ -310,7 +310,7 @@ def _mirror(suite: str, data_dir: str | os.PathLike | None) -> tuple[Mirror | No
     if not Path(data_dir).is_dir():
         raise MissingData(f"{data_dir}: no such folder; --fetch-only builds it")
     mirror = Mirror(data_dir)
-    return mirror, "sample" if mirror.root.name.startswith(sample.PREFIX) else suite
+    return mirror, "sample" if (mirror.root / sample.MARK).exists() else suite
 
 
 def _missing_fences(say) -> list[str]:

@@ -17,7 +17,8 @@ from huggingface_hub.utils.sha import sha_fileobj
 from .. import hub
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
-OTHER_FORMATS = ["*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]  # of weights, which are not loaded
+# Weights that are not loaded; pickles are, where a checkpoint has nothing else.
+OTHER_FORMATS = ["*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]
 TOKENIZER = re.compile(r"tokeniz|vocab|merges|special_tokens|added_tokens|spiece|chat_template|\.model$|\.jinja$")
 PACKAGES = (
     "lm_eval", "torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy", "evaluate",
@@ -36,7 +37,7 @@ def checkpoint_folder(model: str, revision: str | None = None) -> Path:
 
 def tokenizer_source(name: str) -> Path:
     """Returns the folder of a tokenizer, downloading it first if `name` is a hub id."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder
     return hub.download(name, allow_patterns=["*token*", "*vocab*", "merges*", "*.model", "*.jinja"])

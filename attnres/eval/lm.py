@@ -310,8 +310,10 @@ class CausalLM(HFLM):
         return any(part in text for part in stop if part) or any(token in ends for token in answer.tolist())
 
     def _after_prefix(self, context, mask) -> tuple[torch.Tensor, torch.Tensor, Cache | None]:
-        """Moves the padding between prefix and prompt, at the same width, because lm-eval cuts answers by position;
-        returns tokens `[R, T]`, mask `[R, T]`, and the state after the prefix."""
+        """Moves the padding between prefix and prompt, at the same width, because lm-eval cuts answers by position.
+
+        Returns tokens `[R, T]`, mask `[R, T]`, and the state after the prefix.
+        """
         start = len(self._prefix)
         if not start:
             return context, mask, None

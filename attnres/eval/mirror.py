@@ -33,7 +33,10 @@ class Mirror:
         self._configs: dict[str, dict[str, dict]] = {}
 
     def load(self, repository: str, name: str | None = None):
-        """Reads a config into memory as a `datasets.DatasetDict`, without the caches of `datasets.load_dataset`."""
+        """Reads a config into memory as a `datasets.DatasetDict`, without the caches of `datasets.load_dataset`.
+
+        Raises MissingData if something is missing or cannot be read.
+        """
         import pyarrow
         from datasets import Dataset, DatasetDict
 
@@ -45,7 +48,7 @@ class Mirror:
         return splits
 
     def files(self, repository: str, name: str | None = None) -> dict[str, list[Path]]:
-        """Returns the data files of a config (the default one without a name) by split, as the README.md lists them."""
+        """Returns the data files of a config, by default the default one, by split; MissingData if any is missing."""
         from datasets.data_files import sanitize_patterns
 
         folder = self.root / repository

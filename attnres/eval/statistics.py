@@ -105,7 +105,8 @@ def equivalence(
 
     Values of 0 and 1, and pairs that are all equal, use Tango's score tests (1998), which take the number of items into
     account even if no item differs. Other values, and means over subtasks, use the shares of resampled differences at
-    or beyond the margin, which is between 0 and 1 as the values are. Other arguments are those of `paired_bootstrap`.
+    or beyond the margin, which is in the unit of the values, above 0 and below 1. Other arguments are those of
+    `paired_bootstrap`.
     """
     differences = np.subtract(second, first)
     if (is_binary(first, second) and not macro) or not differences.any():

@@ -142,12 +142,12 @@ def finish_folder(temporary: Path, folder: Path, shards: list[tuple[dict[str, st
 
 def _weight_map(folder: Path) -> dict[str, str]:
     """Returns the file of each tensor."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    index = inside(folder, SAFE_WEIGHTS_INDEX_NAME)
     if index.is_file():
         return json.loads(index.read_text())["weight_map"]
     if not (folder / SAFE_WEIGHTS_NAME).is_file():
         raise ValueError(f"checkpoint {folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}.")
-    with safe_open(folder / SAFE_WEIGHTS_NAME, framework="pt") as tensors:
+    with safe_open(inside(folder, SAFE_WEIGHTS_NAME), framework="pt") as tensors:
         return dict.fromkeys(tensors.keys(), SAFE_WEIGHTS_NAME)
 
 

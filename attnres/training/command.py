@@ -26,7 +26,11 @@ Sources = tuple[Source, Source | None]  # of the training data and the held-out 
 
 
 def run(command_line: Sequence[str]):
-    """Trains a model according to a command line."""
+    """Trains a model according to a command line; after a ValueError, no file has been written.
+
+    Raises:
+        Stopped: the run ended before its last step.
+    """
     parsed = parse(command_line)
     arguments, training = parsed.arguments, parsed.training
     if not is_first():

@@ -161,7 +161,7 @@ def test_depth_tensors_with_nan_or_inf_are_refused(value, tmp_path):
 
 def test_places_that_would_destroy_the_source_are_refused(plain, tmp_path):
     for result in (plain, plain / "inside", tmp_path):
-        with pytest.raises(CheckpointError, match="must be another folder"):
+        with pytest.raises(CheckpointError, match="must be a different folder"):
             convert(plain, result, overwrite=True)
     assert len(shards_of(plain)) > 1
 

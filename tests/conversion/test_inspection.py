@@ -51,7 +51,8 @@ def test_convert_then_inspect_on_the_command_line(plain, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["nowhere", "result"], "nowhere: no such folder"),
-        (["plain", "plain/inside"], "must be another folder"),
+        (["~nobody-here/x", "result"], "~nobody-here/x: no such folder"),
+        (["plain", "plain/inside"], "must be a different folder"),
         (["plain", "result", "--layers-per-block", "99"], "got 99"),
         (["plain", "result", "--to", "kimi-k3"], "needs a kimi_linear or kimi_k3 backbone, got qwen3_moe"),
         (["plain", "result", "--to", "prenorm", "--num-blocks", "2"], "num_blocks is an option of an AttnRes result"),

@@ -237,7 +237,7 @@ def test_the_mirror_is_a_temporary_folder_that_ends_with_its_process(tmp_path):
     environment = {**os.environ, "TMPDIR": str(tmp_path), "HOME": str(tmp_path / "home")}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     folder, count = done.stdout.split()
-    assert folder.startswith(str(tmp_path / sample.PREFIX)) and int(count) == len(files())
+    assert folder.startswith(str(tmp_path / "attnres-sample-")) and int(count) == len(files()) + 1
     assert not list(tmp_path.iterdir())
 
 

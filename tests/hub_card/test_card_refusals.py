@@ -108,7 +108,7 @@ def test_a_damaged_checkpoint_is_named(source, tmp_path):
 @pytest.mark.parametrize("place", ["", "inside", ".."])
 def test_the_result_is_never_the_checkpoint(checkpoint, place, tmp_path):
     before = sorted(checkpoint.iterdir())
-    with pytest.raises(ValueError, match="must be another folder than"):
+    with pytest.raises(ValueError, match="must be a different folder from"):
         build(checkpoint, checkpoint / place, execute_snippets=False, overwrite=True)
     assert sorted(checkpoint.iterdir()) == before
 

@@ -16,17 +16,18 @@ from pathlib import Path
 from ..mirror import README, card
 
 ITEMS = Path(__file__).parent / "items"
-PREFIX = "attnres-sample-"  # of the folder's name, by which results on these items are marked
+MARK = "sample-items"  # an empty file in the mirror, by which results on these items are marked
 
 
 @cache
 def root() -> Path:
     """Writes the mirror to a temporary folder, which is deleted when this process ends, and returns the folder."""
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    folder = Path(tempfile.mkdtemp(prefix="attnres-sample-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for path, content in files().items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
+    (folder / MARK).touch()
     return folder
 
 
