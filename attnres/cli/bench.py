@@ -39,7 +39,10 @@ def _depth_shape(value: str) -> DepthShape:
     sizes = numbers(value)
     if len(sizes) != 4:
         raise click.BadParameter(f"must be four whole numbers of at least 1: L,S,T,D, got {value}")
-    return DepthShape(*sizes)
+    try:
+        return DepthShape(*sizes)
+    except ValueError as error:  # whose text older versions of click do not show
+        raise click.BadParameter(str(error)) from None
 
 
 @click.command(

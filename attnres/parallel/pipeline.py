@@ -242,7 +242,7 @@ class Pipeline:
         losses: list[torch.Tensor] = []
         run = schedule.step if training else schedule.eval
         run(
-            *((input_ids.to(self.device),) if self.is_first else ()),
+            *((input_ids.to(self.device).contiguous(),) if self.is_first else ()),  # torch 2.11 compares strides
             target=labels.to(self.device) if self.is_last else None,
             losses=losses if self.is_last else None,
             return_outputs=False,

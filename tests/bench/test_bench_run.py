@@ -9,7 +9,7 @@ from families import tiny_config
 from helpers import random_attnres, short_config
 from once import once
 
-from attnres import cli, plots
+from attnres import cli
 from attnres.bench import report, runner, settings, workloads
 from attnres.bench.runner import backbone_config, with_depth
 from attnres.bench.settings import DepthShape
@@ -233,12 +233,6 @@ def test_overhead_panels_hold_the_other_axis_at_its_first_value():
     assert [round(each) for each in panel["blocks"]["block"]["median"]] == [20, 10]
     assert [round(each) for each in panel["depth"]["block"]["q3"]] == [32, 12]
     assert panel["depth_note"] == "8 blocks" and panel["blocks_note"] == "24 decoder layers"
-
-
-def test_overhead_plot_needs_something_to_draw(tmp_path):
-    with pytest.raises(ValueError, match="at least one panel"):
-        plots.overhead(tmp_path / "x.png", [], "")
-    assert not list(tmp_path.iterdir())
 
 
 def test_depth_shape_is_checked():

@@ -43,10 +43,11 @@ ALONE = {
 BASE = "qwen3-block"
 # Options that must not change anything.
 ACCUMULATION = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+RECOMPUTE = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
 CHECKPOINTING = {
     f"checkpointing-{use_reentrant}": {
-        "activation_checkpointing": True,
-        "activation_checkpointing_kwargs": {"use_reentrant": use_reentrant},
+        f"{RECOMPUTE}_checkpointing": True,
+        f"{RECOMPUTE}_checkpointing_kwargs": {"use_reentrant": use_reentrant},
     }
     for use_reentrant in (False, True)
 }
