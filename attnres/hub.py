@@ -10,8 +10,7 @@ def local_folder(name: str, revision: str | None = None, **patterns: list[str]) 
     """Returns a local folder, or where the files of a hub id were downloaded to.
 
     Args:
-        name: folder, in which ~ is expanded, or hub id.
-        revision: revision of a hub id.
+        name, revision: folder, in which ~ is expanded, or hub id and its revision.
         patterns: `allow_patterns` and `ignore_patterns` of `huggingface_hub.snapshot_download`.
 
     Raises:

@@ -121,7 +121,7 @@ def test_version_is_read_from_the_source(metadata):
     [
         ("torch", None, ">=2.11"),
         ("transformers", None, "<6,>=5.17"),
-        ("accelerate", None, ">=1.10.1"),
+        ("accelerate", None, ">=1.15"),
         ("safetensors", None, ">=0.8"),
         ("numba", "cpu", "<1,>=0.64"),
         ("huggingface_hub", None, "<3,>=1.5"),

@@ -46,7 +46,6 @@ class Settings:
 
     @property
     def tokens_per_step(self) -> int:
-        """Returns the number of tokens in a batch."""
         return self.batch_size * self.sequence_length
 
 

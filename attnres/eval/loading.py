@@ -78,11 +78,7 @@ def task_fingerprint(loaded: LoadedTask, mirror: Mirror | None) -> dict:
         data = "-".join(getattr(part, "_fingerprint", "") for part in loaded.task.dataset.values())
     else:
         data = mirror.digest(config["dataset_path"], config["dataset_name"])
-    return {
-        "version": loaded.task.VERSION,
-        "definition": hashlib.sha256(definition.encode()).hexdigest(),
-        "data": data,
-    }
+    return {"version": loaded.task.VERSION, "definition": hashlib.sha256(definition.encode()).hexdigest(), "data": data}
 
 
 def _build(config: dict, row: Row, number: int | None, mirror: Mirror | None) -> "ConfigurableTask":

@@ -39,10 +39,7 @@ class Provenance:
 
 
 def read_provenance(
-    folder: Path,
-    license: str | None = None,
-    language: str | list[str] | None = None,
-    base_model: str | None = None,
+    folder: Path, license: str | None = None, language: str | list[str] | None = None, base_model: str | None = None
 ) -> Provenance:
     """Reads a checkpoint's card, licence file and conversion report; arguments take precedence over them."""
     stated = _front_matter(folder / README)

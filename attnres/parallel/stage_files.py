@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -20,6 +19,7 @@ from ..conversion.checkpoint import inside
 from ..conversion.files import write_index
 from ..modeling_attnres import AttnResForCausalLM
 from .stage import AttnResStage
+from .tensor import whole
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -101,9 +101,9 @@ def write_shard(stage: AttnResStage, folder: Path | None, number: int, count: in
     """
     state = {}
     for name, each in stage.state_dict().items():
-        whole = each.full_tensor() if isinstance(each, DTensor) else each
+        gathered = whole(each.detach())
         if folder is not None:
-            state[name] = whole.detach().cpu()
+            state[name] = gathered.cpu()
     if folder is None:
         return {}, 0
     tensors = _names_on_disk(stage, state)

@@ -73,6 +73,20 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns all of a tensor, gathered if it is divided."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    (place,) = tensor.placements
+    if not hasattr(place, "split_factor"):
+        return tensor.full_tensor()
+    # Every rank has a part of each of several matrices in one, such as gate and up, which torch 2.11 does not gather.
+    parts = [torch.empty_like(tensor.to_local()) for _ in range(tensor.device_mesh.size())]
+    dist.all_gather(parts, tensor.to_local().contiguous(), group=tensor.device_mesh.get_group())
+    of_matrices = zip(*(part.chunk(place.split_factor, place.dim) for part in parts), strict=True)
+    return torch.cat([part for matrix in of_matrices for part in matrix], place.dim)
+
+
 def is_divided(tensor: torch.Tensor) -> bool:
     """Returns whether the ranks have different parts of a tensor."""
     return isinstance(tensor, DTensor) and not all(each.is_replicate() for each in tensor.placements)

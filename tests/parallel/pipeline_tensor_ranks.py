@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from attnres import AttnResConfig, AttnResForCausalLM
 from attnres.parallel import Pipeline
+from attnres.parallel.tensor import whole
 
 VOCABULARY = {"vocab_size": 98}  # transformers 5.17 divides a head without a remainder only
 model_of = partial(model_with, **VOCABULARY)
@@ -23,10 +24,6 @@ BATCH = batch_of(PIPELINE["micro_batches"])
 @cache
 def mesh():
     return init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("dp", "pp", "tp"))
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def errors_of(pipe: Pipeline, expected: dict[str, torch.Tensor]) -> dict[str, float]:

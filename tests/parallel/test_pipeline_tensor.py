@@ -31,7 +31,7 @@ def ranks(tmp_path_factory):
 
 def run_all(folder):
     # Grouped matrix products on a CPU take multiples of 16 bytes.
-    random_attnres("mixtral", layers=5, seed=3, intermediate_size=64).save_pretrained(folder / "stored")
+    random_attnres("mixtral", layers=5, seed=3, intermediate_size=64, vocab_size=98).save_pretrained(folder / "stored")
     cases = {name: case("step", folder=str(folder / name / "saved"), **options) for name, options in STEPS.items()}
     cases["folder"] = case("from_folder", folder=str(folder / "stored"))
     cases["scratch"] = case("from_scratch", folder=str(folder / "scratch"))
