@@ -236,7 +236,7 @@ def draw(results: list[dict], path: Path):
     right.xaxis.set_minor_formatter("")
     right.set_xlabel("seconds of one core, training only")
     right.set_ylabel("held-out loss (nats/token), mean over seeds")
-    right.legend(fontsize=7, loc="upper right", ncols=2)
+    right.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
