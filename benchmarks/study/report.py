@@ -204,7 +204,7 @@ def report(results: list[dict]) -> str:
 def draw(results: list[dict], path: Path):
     """Left: each model less plain, a point per seed. Right: loss against seconds of one core, by model and size."""
     groups = group(results)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
     names = list(dict.fromkeys(arm for arms in groups.values() for arm in arms if arm != "plain"))
     for index, ((size, steps), arms) in enumerate(groups.items()):
         base = baseline(arms)
@@ -218,7 +218,7 @@ def draw(results: list[dict], path: Path):
     left.set_yticks(range(len(names)), names)
     left.invert_yaxis()
     left.set_xlabel("held-out loss less that of plain, same seed (nats/token)")
-    left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.13), ncols=3)
+    left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=2)
     widths = widths_only(groups)
     for index, name in enumerate(["plain", *names]):
         points = [
@@ -236,7 +236,7 @@ def draw(results: list[dict], path: Path):
     right.xaxis.set_minor_formatter("")
     right.set_xlabel("seconds of one core, training only")
     right.set_ylabel("held-out loss (nats/token), mean over seeds")
-    right.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4)
+    right.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
