@@ -23,7 +23,7 @@ class Engine:
 
     version: str  # of the code that this describes
     architecture: str  # class name in `config.json`; `MULTIMODAL` also has a `text_config` and a prefix of names
-    insists_on: tuple[str, ...]  # features that every model must have here; one without is written as an equal one with
+    insists_on: tuple[str, ...]  # features that it takes for granted; a model without one is written as an equal one
     commands: tuple[str, ...]  # shell commands that serve the result; `{folder}` stands for its folder
     differs: tuple[str, ...] = ()  # what it computes slightly differently
 

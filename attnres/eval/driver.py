@@ -18,7 +18,6 @@ from transformers import set_seed
 
 from .. import messages
 from ..folders import check_writable
-from ..messages import quiet_lm_eval
 from . import records, sample, sandbox
 from .identity import versions
 from .loading import LoadedTask, load_tasks, task_fingerprint
@@ -186,7 +185,7 @@ class _Run:
             lm.batch_sizes_found.clear()
             lm.bar = partial(tqdm, desc=where, unit="request", file=sys.stderr, leave=False, disable=not self.progress)
         started = time.perf_counter()
-        with quiet_lm_eval():
+        with messages.quiet_lm_eval():
             samples = self._lm_eval(row, tasks, lm)["samples"]
         seconds = time.perf_counter() - started
         items = [item for task in tasks for item in _items(task, samples[task.key])]
@@ -285,7 +284,7 @@ def _load_all(rows: list[Row], settings: Settings, mirror: Mirror | None, say) -
     loaded, missing = {}, {}
     for row in rows:
         try:
-            with quiet_lm_eval():
+            with messages.quiet_lm_eval():
                 loaded[row.name] = load_tasks(row, settings.seeds, mirror, settings.chat_template)
         except MissingData as error:
             missing.setdefault(str(error), row.name)

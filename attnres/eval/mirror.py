@@ -48,7 +48,7 @@ class Mirror:
         return splits
 
     def files(self, repository: str, name: str | None = None) -> dict[str, list[Path]]:
-        """Returns the data files of a config, by default the default one, by split; MissingData if any is missing."""
+        """Returns the files of a config (without a name, the default one) by split; MissingData if any is missing."""
         from datasets.data_files import sanitize_patterns
 
         folder = self.root / repository

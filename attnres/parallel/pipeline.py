@@ -358,15 +358,14 @@ class Pipeline:
         together = partial(self._together, "cannot save its stages")
         writes = self.tensor_mesh is None or self.tensor_mesh.get_local_rank() == 0
         leads = writes and self.is_first
-        start, finish = (stage_files.start_folder, stage_files.finish_folder) if leads else 2 * (lambda *_: None,)
         temporary = folder.with_name(f".{folder.name}.partial")
         try:
-            together(start, temporary, self.config, self._generation_config)
+            together(stage_files.start_folder if leads else _nothing, temporary, self.config, self._generation_config)
             shards = []
             for number, stage in zip(self.stage_numbers, self.stages, strict=True):
                 target = temporary if writes else None
                 shards += together(stage_files.write_shard, stage, target, number, self.num_stages)
-            together(finish, temporary, folder, shards)
+            together(stage_files.finish_folder if leads else _nothing, temporary, folder, shards)
         finally:
             if leads:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -396,6 +395,10 @@ class Pipeline:
             dist.all_gather_object(parts, every, group=group)
             every = [each for part in parts for each in part]
         return every
+
+
+def _nothing(*_):
+    """Is what ranks do that take no part in an action."""
 
 
 def _dimensions(mesh) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None, DeviceMesh | None]:
