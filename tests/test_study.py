@@ -71,6 +71,14 @@ def test_arms_see_the_same_batches_and_only_final_runs_read_the_held_out_text(gr
     assert plain["held_out_loss"] != block["held_out_loss"]
 
 
+def test_a_size_may_replace_a_setting_of_the_grid(grid, corpus):
+    from benchmarks.study.train import expand, train
+
+    grid["sizes"]["tiny"] |= {"sequence_length": 29, "batch_size": 1}
+    result = train(expand(grid)[0], grid, str(corpus[0]))
+    assert (result["sequence_length"], result["tokens"]) == (29, 3 * 29)
+
+
 def test_a_study_goes_on_where_it_was_and_uses_the_best_rate_of_the_plain_arm(grid, corpus, tmp_path, monkeypatch):
     from benchmarks.study import train
 
@@ -120,21 +128,23 @@ def test_a_power_law_is_recovered_with_its_compute_advantage():
     assert advantage(*fits, 1e4) == pytest.approx((1.25, 1.25, 1.25))
 
 
-def test_a_size_of_another_depth_is_reported_and_not_part_of_the_fits(tmp_path):
+def test_a_size_of_another_depth_or_length_is_reported_and_not_part_of_the_fits(tmp_path):
     from benchmarks.study.report import draw, report
 
     run = {"arm": "plain", "seed": 1, "steps": 5, "sweep": False, "learning_rate": 0.01, "corpus": "c", "batches": "b"}
     run |= {"hidden": 8, "parameters": 9, "tokens": 10, "bits_per_byte": 1.0, "wall_seconds": 1.0}
-    run |= {"core_seconds": 1.0, "tokens_per_second": 10}
+    run |= {"core_seconds": 1.0, "tokens_per_second": 10, "sequence_length": 13}
     widths = [
         run | {"size": str(cost), "layers": 12, "flops": cost, "core_seconds": cost, "held_out_loss": 7 * cost**-0.1}
         for cost in (1e3, 1e4, 1e5)
     ]
     deep = run | {"size": "deep", "layers": 24, "flops": 1e4, "held_out_loss": 0.5}
-    runs = [each | {"arm": arm} for each in (*widths, deep) for arm in ("plain", "block")]
+    long = deep | {"size": "long", "layers": 12, "sequence_length": 17}
+    runs = [each | {"arm": arm} for each in (*widths, deep, long) for arm in ("plain", "block")]
     text = report(runs)
     assert "| plain | FLOPs (6 N tokens) | 7 | 0.1000 (0.1000 to 0.1000) | 1 |" in text
     assert "| plain | 24 | 9 | 1 | 0.500 |" in text
+    assert "10 tokens in sequences of 17" in text
     draw(runs, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
@@ -219,7 +229,7 @@ def test_a_size_without_the_plain_model_is_compared_to_the_one_with_scaled_initi
 
     run = {"seed": 1, "steps": 5, "sweep": False, "learning_rate": 0.01, "corpus": "c", "batches": "b", "flops": 8}
     run |= {"hidden": 8, "parameters": 9, "tokens": 10, "bits_per_byte": 1.0, "wall_seconds": 1.0, "layers": 12}
-    run |= {"core_seconds": 1.0, "tokens_per_second": 10, "size": "wide"}
+    run |= {"core_seconds": 1.0, "tokens_per_second": 10, "size": "wide", "sequence_length": 13}
     losses = {"plain, scaled init": 3.0, "block, scaled init": 2.75}
     runs = [run | {"arm": arm, "held_out_loss": loss} for arm, loss in losses.items()]
     text = report(runs)

@@ -20,6 +20,7 @@ from matplotlib import pyplot as plt
 T_975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 1.96]
 T_80 = [1.376, 1.061, 0.978, 0.941, 0.920, 0.906, 0.896, 0.889, 0.883, 0.879, 0.842]
 RESAMPLES = 1000
+BLOCK = "block, scaled init"
 SCALED = "plain, scaled init"  # the second baseline, which block is compared to as well, and the only one of a size
 
 
@@ -77,10 +78,14 @@ def smallest_difference(arms: dict[str, dict[int, dict]]) -> tuple[float, int] |
 
 
 def widths_only(groups: dict) -> dict:
-    """The sizes at which plain has the number of layers that most sizes have: those that differ by width and data."""
-    layers = {key: next(iter(arms[baseline(arms)].values()))["layers"] for key, arms in groups.items()}
-    common = [value for value, _ in Counter(layers.values()).most_common(1)]
-    return {key: groups[key] for key, value in layers.items() if value in common}
+    """The sizes at which plain has the layers and sequence length that most have: those that differ by width and data.
+
+    The loss of longer sequences is lower at the same cost, as their tokens have more before them.
+    """
+    plain = {key: next(iter(arms[baseline(arms)].values())) for key, arms in groups.items()}
+    shapes = {key: (run["layers"], run["sequence_length"]) for key, run in plain.items()}
+    common = [value for value, _ in Counter(shapes.values()).most_common(1)]
+    return {key: groups[key] for key, value in shapes.items() if value in common}
 
 
 def power_law(cost: np.ndarray, loss: np.ndarray) -> tuple[float, float]:
@@ -183,7 +188,8 @@ def report(results: list[dict]) -> str:
         lines.append(f"| {size} | {arm} | {steps} | {' | '.join(shown)} |")
     for (size, steps), arms in groups.items():
         first = next(iter(next(iter(arms.values())).values()))
-        heading = f"**{size}**: D = {first['hidden']}, {steps} steps, {first['tokens']:,} tokens, learning rate "
+        heading = f"**{size}**: D = {first['hidden']}, {steps} steps, {first['tokens']:,} tokens in sequences of "
+        heading += f"{first['sequence_length']}, learning rate "
         used = {name: next(iter(runs.values()))["learning_rate"] for name, runs in arms.items()}
         usual = used[baseline(arms)]
         others = ", ".join(f"{name}: {rate}" for name, rate in used.items() if rate != usual)
@@ -191,8 +197,9 @@ def report(results: list[dict]) -> str:
         lines += ["", heading, "", *table(arms)]
         lines += [
             f"\n{name} less {SCALED}, same batches (95 %): {mean_difference(arms[name], arms[SCALED])} nats/token."
-            for name in ("block", "block, scaled init")
-            if {name, SCALED, "plain"} <= arms.keys()
+            for name in sorted(arms)
+            if "plain" in arms and SCALED in arms and name != SCALED
+            if name == "block" or name.endswith(", scaled init")
         ]
         if seen := smallest_difference(arms):
             lines += ["", f"Power: with {seen[1]} seeds this design sees a difference of {seen[0]:.3f} nats/token "]
@@ -202,23 +209,24 @@ def report(results: list[dict]) -> str:
 
 
 def draw(results: list[dict], path: Path):
-    """Left: each model less plain, a point per seed. Right: loss against seconds of one core, by model and size."""
+    """Each model less plain, a point per seed; loss against seconds of one core; what block gains by depth."""
     groups = group(results)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
+    figure, panels = plt.subplot_mosaic([["left", "right"], ["left", "depth"]], figsize=(13, 11), layout="constrained")
+    left, right, depth = (panels[name] for name in ("left", "right", "depth"))
     names = list(dict.fromkeys(arm for arms in groups.values() for arm in arms if arm != "plain"))
     for index, ((size, steps), arms) in enumerate(groups.items()):
         base = baseline(arms)
         label = f"{size}, {steps} steps" + ("" if base == "plain" else f", less {base}")
         for row, name in enumerate(names):
             values = differences(arms[name], arms[base]) if name in arms and name != base else []
-            height = np.full(len(values), row + 0.16 * (index - (len(groups) - 1) / 2))
+            height = np.full(len(values), row + 0.9 * ((index + 0.5) / len(groups) - 0.5))
             left.plot(values, height, "o", color=f"C{index}", label=label, ms=5)
             label = None
     left.axvline(0, color="0.5", lw=1)
     left.set_yticks(range(len(names)), names)
     left.invert_yaxis()
     left.set_xlabel("held-out loss less that of plain, same seed (nats/token)")
-    left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=2)
+    left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.06), ncols=2)
     widths = widths_only(groups)
     for index, name in enumerate(["plain", *names]):
         points = [
@@ -237,6 +245,28 @@ def draw(results: list[dict], path: Path):
     right.set_xlabel("seconds of one core, training only")
     right.set_ylabel("held-out loss (nats/token), mean over seeds")
     right.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
+    by_width = defaultdict(list)
+    for arms in groups.values():
+        if SCALED in arms and BLOCK in arms:
+            run = next(iter(arms[SCALED].values()))
+            found = differences(arms[BLOCK], arms[SCALED])
+            by_width[run["hidden"], run["sequence_length"]].append((run["layers"], found))
+    for index, ((width, length), points) in enumerate(sorted(by_width.items())):
+        label, style = f"D = {width}, sequences of {length}", {"color": f"C{index}", "marker": "os^Dv"[index % 5]}
+        shifted = 1.012 ** (index - (len(by_width) - 1) / 2)  # so that no width hides another
+        for layers, found in sorted(points, key=lambda point: point[0]):
+            depth.plot([layers * shifted] * len(found), found, ls="", alpha=0.4, **style)
+        means = sorted((layers * shifted, found.mean()) for layers, found in points)
+        depth.plot(*np.array(means).T, label=label, ms=10, **style)
+    depth.axhline(0, color="0.5", lw=1)
+    depth.set_xscale("log", base=2)
+    depth.xaxis.set_major_formatter("{x:g}")
+    depth.set_xticks(sorted({layers for points in by_width.values() for layers, _ in points}))
+    depth.minorticks_off()
+    depth.set_xlabel("layers")
+    depth.set_ylabel("block less plain, scaled init, same seed (nats/token)")
+    if by_width:
+        depth.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -118,10 +118,11 @@ def train(run: dict, grid: dict, corpus: str) -> dict:
     """Trains one run; what it returns is its line of results."""
     torch.set_num_threads(1)
     torch.manual_seed(run["seed"])
+    size = grid["sizes"][run["size"]]
+    grid = grid | size
     folder, length, batch, steps = Path(corpus), grid["sequence_length"], grid["batch_size"], run["steps"]
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     text = {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in ("train", "validation")}
-    size = grid["sizes"][run["size"]]
     model = build_model(grid, size, grid["arms"][run["arm"]], manifest["vocabulary"]).train()
     warmup = max(1, round(grid["warmup"] * steps))
     optimizer = build_optimizer(model, grid, run["learning_rate"])
@@ -148,6 +149,7 @@ def train(run: dict, grid: dict, corpus: str) -> dict:
         "hidden": size["hidden"],
         "layers": model.config.num_hidden_layers,
         "parameters": parameters,
+        "sequence_length": length,
         "tokens": tokens,
         "flops": 6 * parameters * tokens,
         "wall_seconds": round(wall, 2),
