@@ -55,7 +55,7 @@ def fetch(packages: list[str], folder: Path) -> list[dict]:
             subprocess.run(["apt-get", "download", package], cwd=folder, check=True, capture_output=True)
         archive = max(folder.glob(f"{package}_*.deb"))
         unpacked = folder / package
-        subprocess.run(["dpkg-deb", "-x", str(archive), str(unpacked)], check=True)
+        subprocess.run(["dpkg-deb", "-x", str(archive), str(unpacked)], check=True, capture_output=True)
         version = subprocess.run(
             ["dpkg-deb", "-f", str(archive), "Version"], check=True, capture_output=True, text=True
         )
@@ -138,7 +138,18 @@ def main():
         parser.error(f"--out {options.out} exists; remove it to build the corpus again.")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     downloads = options.out.parent / "packages"
-    packages = fetch(PACKAGES, downloads)
+    try:
+        packages = fetch(PACKAGES, downloads)
+    except FileNotFoundError as error:
+        parser.error(f"this needs apt-get and dpkg-deb, as on Debian 12 ({error}).")
+    except subprocess.CalledProcessError as error:
+        said = error.stderr if isinstance(error.stderr, str) else (error.stderr or b"").decode(errors="replace")
+        fix = (
+            "run `apt-get update` first, on Debian 12"
+            if error.cmd[0] == "apt-get"
+            else "delete that file and try again"
+        )
+        parser.error(f"`{' '.join(error.cmd)}` failed: {' '.join(said.split())[-200:]}; {fix}.")
     with tempfile.TemporaryDirectory(dir=options.out.parent) as scratch:
         folder = Path(scratch) / "corpus"
         folder.mkdir()
