@@ -228,6 +228,9 @@ def test_a_line_of_results_that_is_no_run_is_named(tmp_path):
         path.write_text(f'{{"size": "tiny"}}\n{broken}\n', encoding="utf-8")
         with pytest.raises(ValueError, match=f"line 2 of .*{said}"):
             read_results(path)
+    path.write_text('{"size": "tiny"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="line 1 of .* lacks seed"):
+        read_results(path, ["size", "seed"])
 
 
 def test_a_run_is_added_after_a_last_line_without_an_end(tmp_path):
@@ -386,6 +389,14 @@ def test_the_document_and_the_readme_hold_the_tables_that_the_results_give():
     assert report(results, read_results(HERE / "speed.jsonl")) in document
     assert summary(results) in document
     assert summary(results) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_control_of_a_model_has_its_depth_and_initialisation():
+    from benchmarks.study.report import control
+
+    names = {"block": "plain", "block of 4": "plain", "mhc, 4 streams": "plain", "plain, 4 layers": "plain"}
+    names |= {"full, 4 layers": "plain, 4 layers", "static, scaled init": "plain, scaled init"}
+    assert {name: control(name) for name in [*names, "plain, scaled init"]} == names | {"plain, scaled init": "plain"}
 
 
 def test_the_summary_marks_what_excludes_zero():

@@ -74,8 +74,8 @@ def read_yaml(path: Path):
         raise ValueError(f"{path} cannot be read as YAML: {one_line(error)}") from None
 
 
-def read_results(path: Path) -> list[dict]:
-    """The JSON lines of a file; none if there is no such file."""
+def read_results(path: Path, fields: Collection[str] = ()) -> list[dict]:
+    """The JSON lines of a file, all of which have some fields; none if there is no such file."""
     if not path.exists():
         return []
     try:
@@ -92,7 +92,10 @@ def read_results(path: Path) -> list[dict]:
             ) from None
         if result is not None and not isinstance(result, dict):
             raise ValueError(f"line {number} of {path} is not a run: {line[:60]!r}; delete it")
-        results += [result] if result else []
+        if result:
+            if missing := [name for name in fields if name not in result]:
+                raise ValueError(f"line {number} of {path} is not a run of this study: it lacks {missing[0]}")
+            results.append(result)
     return results
 
 

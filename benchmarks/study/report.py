@@ -52,6 +52,12 @@ def baseline(arms: dict) -> str:
     return "plain" if "plain" in arms else SCALED
 
 
+def control(name: str) -> str:
+    """The plain model with a model's depth and initialisation; for a plain model, the one with the defaults."""
+    kind = name.partition(", ")[2] if not name.startswith("plain") else ""
+    return f"plain, {kind}" if kind in ("scaled init", "4 layers") else "plain"
+
+
 def differences(arm: dict[int, dict], other: dict[int, dict]) -> np.ndarray:
     """Held-out loss of a model less that of another on the same batches, one per seed that both have."""
     seeds = sorted(arm.keys() & other.keys())
@@ -189,7 +195,7 @@ def fit_lines(groups: dict, speeds: dict) -> list[str]:
     for unit in (FLOPS, SECONDS):
         found = {arm: points(groups, arm, unit, speeds) for arm in names}
         for arm, sizes in found.items():
-            base = found.get(SCALED if arm.endswith("scaled init") else "plain", {})
+            base = found.get(SCALED if arm == SCALED or control(arm) == SCALED else "plain", {})
             if len(sizes) < 3 or len(base) < 3 or not sizes.keys() <= base.keys():
                 continue
             a, b = power_law(*np.array([point for size in sizes.values() for point in size.values()]).T)
@@ -349,19 +355,19 @@ def draw(results: list[dict], speed: list[dict], path: Path):
 
 
 def draw_differences(axes, groups: dict, names: list[str]):
-    """Held-out loss of each model less that of plain, a point per seed."""
+    """Held-out loss of each model less that of its plain control, a point per seed."""
     for index, ((size, steps), arms) in enumerate(groups.items()):
-        base = baseline(arms)
-        label = f"{size}, {steps} steps" + ("" if base == "plain" else f", less {base}")
+        label = f"{size}, {steps} steps"
         for row, name in enumerate(names):
-            values = differences(arms[name], arms[base]) if name in arms and name != base else []
+            base = control(name)
+            values = differences(arms[name], arms[base]) if name in arms and base in arms else []
             height = np.full(len(values), row + 0.9 * ((index + 0.5) / len(groups) - 0.5))
             axes.plot(values, height, "o", color=f"C{index}", label=label, ms=5)
             label = None
     axes.axvline(0, color="0.5", lw=1)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlabel("held-out loss less that of plain, same seed (nats/token)")
+    axes.set_xlabel("held-out loss less that of plain with the same init and depth, same seed (nats/token)")
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.06), ncols=2)
 
 

@@ -267,7 +267,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         files.check_folder_of(options.results)
-        grid, results = read_grid(options.grid), files.read_results(options.results)
+        grid, results = read_grid(options.grid), files.read_results(options.results, FIELDS)
     except ValueError as error:
         parser.error(str(error))
     if options.report:

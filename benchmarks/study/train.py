@@ -321,7 +321,10 @@ def main() -> int:
     try:
         files.check_folder_of(options.results)
         grid = read_grid(options.grid)
-        corpora = {result["corpus"] for result in files.read_results(options.results)}
+        corpora = {
+            result["corpus"]
+            for result in files.read_results(options.results, (*KEY, "learning_rate", "corpus", "curve"))
+        }
     except ValueError as error:
         parser.error(str(error))
     corpus = json.loads(manifest.read_text(encoding="utf-8"))["sha256"][:16]
