@@ -25,16 +25,7 @@ from matplotlib import pyplot as plt
 RESAMPLES = 1000
 FLOPS, SECONDS = "FLOPs (6 N tokens)", "seconds (one thread)"
 BLOCK = "block, scaled init"
-COMPARED = [  # beside the comparisons to plain of the tables
-    ("block", SCALED),
-    (BLOCK, SCALED),
-    ("full, scaled init", SCALED),
-    ("static, scaled init", SCALED),
-    ("block", "static"),
-    (BLOCK, "static, scaled init"),
-    ("block, 4 layers", "plain, 4 layers"),
-    ("full, 4 layers", "plain, 4 layers"),
-]
+COMPARED = [("block", SCALED), ("block", "static"), (BLOCK, "static, scaled init")]  # beside each to its control
 
 
 def group(results: list[dict]) -> dict[tuple[str, int], dict[str, dict[int, dict]]]:
@@ -44,7 +35,7 @@ def group(results: list[dict]) -> dict[tuple[str, int], dict[str, dict[int, dict
         if not result["sweep"]:
             groups[result["size"], result["steps"]][result["arm"]][result["seed"]] = result
     found = {key: dict(arms) for key, arms in groups.items() if {"plain", SCALED} & arms.keys()}
-    return dict(sorted(found.items(), key=lambda item: next(iter(item[1][baseline(item[1])].values()))["flops"]))
+    return dict(sorted(found.items(), key=lambda item: plain_run(item[1])["flops"]))
 
 
 def baseline(arms: dict) -> str:
@@ -195,13 +186,14 @@ def fit_lines(groups: dict, speeds: dict) -> list[str]:
     for unit in (FLOPS, SECONDS):
         found = {arm: points(groups, arm, unit, speeds) for arm in names}
         for arm, sizes in found.items():
-            base = found.get(SCALED if arm == SCALED or control(arm) == SCALED else "plain", {})
+            baseline_of = SCALED if SCALED in (arm, control(arm)) else "plain"  # of 12 layers also for models of 4
+            base = found.get(baseline_of, {})
             if len(sizes) < 3 or len(base) < 3 or not sizes.keys() <= base.keys():
                 continue
             a, b = power_law(*np.array([point for size in sizes.values() for point in size.values()]).T)
             low, high = np.quantile(resampled_exponents(list(sizes.values()), np.random.default_rng(0)), [0.025, 0.975])
             saved, each = "1", ""
-            if sizes != base:
+            if arm != baseline_of:
                 ratios = np.log(advantages(list(sizes.values()), list(base.values())))
                 each = ", ".join(
                     f"{key[0]} {ratio:.2f}" for key, ratio in zip(sizes, np.exp(ratios.mean(0)), strict=True)
@@ -228,7 +220,7 @@ def depth_lines(groups: dict) -> list[str]:
         run = plain_run(arms)
         widths[run["hidden"], run["steps"], run["sequence_length"]][run["layers"]] = arms
     rows = [(name, None) for name in ("plain", "block", "full", "static", SCALED, BLOCK)]
-    rows += [(name, "plain") for name in ("block", "full", "static")] + [(BLOCK, SCALED)]
+    rows += [(name, control(name)) for name in ("block", "full", "static", BLOCK)]
     lines = ["| D | what | layers | change of nats/token (95 %) |", "|--:|:--|:-:|:-:|"]
     for (hidden, *_), depths in sorted(widths.items()):
         for name, other in rows:
@@ -293,13 +285,13 @@ def sweeps(results: list[dict]) -> dict[tuple, dict[float, float]]:
 
 def summary(results: list[dict]) -> str:
     """Markdown: what the main models gain over the plain one with the same initialisation, a row per shape."""
-    columns = [("block", "plain"), ("full", "plain"), ("static", "plain"), (BLOCK, SCALED)]
     lines = ["| D | layers | block | full | static scalars | block, scaled init |", "|--:|--:|:-:|:-:|:-:|:-:|"]
     groups = usual_budget(group(results)).values()
     for arms in sorted(groups, key=lambda arms: [plain_run(arms)[name] for name in ("layers", "hidden")]):
         cells = []
-        for name, base in columns:
-            values = differences(arms[name], arms[base]) if name in arms and base in arms else np.array([])
+        for name in ("block", "full", "static", BLOCK):
+            base = control(name)
+            values = differences(arms[name], arms[base]) if {name, base} <= arms.keys() else np.array([])
             note = " (one seed)" if len(values) == 1 else ""
             cells.append(f"**{interval(values)}**" if excludes_zero(values) else interval(values) + note)
         if any(cells):
@@ -329,7 +321,7 @@ def report(results: list[dict], speed: list[dict]) -> str:
         lines += ["", heading, "", *table(arms, speeds)]
         lines += [
             f"\n{name} less {other}, same batches (95 %): {mean_difference(arms[name], arms[other])} nats/token."
-            for name, other in COMPARED
+            for name, other in [*COMPARED, *((name, control(name)) for name in arms)]
             if name in arms and other in arms and other != baseline(arms)
         ]
         if seen := smallest_difference(arms):
@@ -342,7 +334,7 @@ def report(results: list[dict], speed: list[dict]) -> str:
 
 
 def draw(results: list[dict], speed: list[dict], path: Path):
-    """Each model less plain; loss against seconds of one core; what block gains by depth."""
+    """Each model less its control; loss against seconds; what block gains by depth."""
     groups = group(results)
     names = list(dict.fromkeys(arm for arms in groups.values() for arm in arms if arm != "plain"))
     figure, panels = plt.subplot_mosaic([["arms", "cost"], ["arms", "depth"]], figsize=(13, 11), layout="constrained")
@@ -393,7 +385,7 @@ def draw_depth(axes, groups: dict):
     lines = defaultdict(list)
     for arms in groups.values():
         if SCALED in arms and BLOCK in arms:
-            run = next(iter(arms[SCALED].values()))
+            run = plain_run(arms)
             found = differences(arms[BLOCK], arms[SCALED])
             lines[run["hidden"], run["sequence_length"]].append((run["layers"], found))
     for index, ((width, length), line) in enumerate(sorted(lines.items())):

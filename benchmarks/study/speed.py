@@ -83,8 +83,8 @@ def main():
     torch.manual_seed(0)
     arms = {}
     for run in expand(grid):
-        if not run["sweep"] and run["arm"] not in arms.setdefault(run["size"], []):
-            arms[run["size"]].append(run["arm"])
+        if not run["sweep"]:
+            arms.setdefault(run["size"], {})[run["arm"]] = None  # each once, in the grid's order
     lines = []
     for size, names in arms.items():
         plain = "plain" if "plain" in names else SCALED

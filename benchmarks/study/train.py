@@ -3,9 +3,9 @@
     python -m benchmarks.study.train --minutes 60 --processes 2
 
 One thread per process: operations are too small to gain from more. Every model sees the same batches in the same order
-for the same seed, at the learning rate that is best for the plain model of its size, or for itself where the grid has
-a sweep of it (plain models of other depths). The held-out text is read once, at the end of a run; sweeps are judged on
-validation text and never read it.
+for the same seed, at the learning rate that is best for the plain model of its size and, by `rate_of`, of its depth or
+initialisation. The held-out text is read once, at the end of a run; sweeps are judged on validation text and never
+read it.
 """
 
 import argparse
@@ -59,8 +59,6 @@ SCALED = "plain, scaled init"
 HEADS = ("a multiple of 8", lambda value: files.is_whole(value) and value % 8 == 0)
 LAYERS = ("a whole number from 1 to 1000", lambda value: files.is_whole(value) and value <= 1000)
 SIZE = {"layers": LAYERS, "hidden": HEADS, "steps": files.WHOLE}
-
-
 BOOLEAN = ("true or false", lambda value: isinstance(value, bool))
 
 
