@@ -129,6 +129,19 @@ def test_a_study_goes_on_where_it_was_and_uses_the_best_rate_of_the_plain_arm(
     assert path.read_text().splitlines() == lines
 
 
+def test_a_model_takes_the_learning_rate_of_the_plain_model_that_it_names(grid):
+    from benchmarks.study.train import expand, tuned_rate
+
+    grid["arms"]["full"] |= {"rate_of": "plain, 4 layers"}
+    grid["stages"][0]["arms"] = ["plain", "plain, 4 layers"]
+    runs = expand(grid)
+    best = {"plain": 0.001, "plain, 4 layers": 0.01}
+    swept = [run for run in runs if run["sweep"]]
+    results = [run | {"curve": [{"validation_loss": abs(run["learning_rate"] - best[run["arm"]])}]} for run in swept]
+    assert [tuned_rate("tiny", arm, runs, results, grid) for arm in ("block", "full")] == [0.001, 0.01]
+    assert tuned_rate("tiny", "full", runs, results[:-1], grid) is None
+
+
 def test_a_run_that_fails_is_named_and_the_others_go_on(grid, corpus, tmp_path, monkeypatch, capsys, inline):
     from benchmarks.study import train
 
